@@ -1,0 +1,1 @@
+"""Experiment configurations: plain `ml_collections` functions without logic and without jax."""

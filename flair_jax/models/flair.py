@@ -1,0 +1,134 @@
+"""FLAIR: image tokens pooled under the eye of each caption (Xiao et al., CVPR 2025)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from flair_jax.losses import sigmoid
+from flair_jax.models.pooling import TextConditionedPooling
+from flair_jax.models.text import Text, TextTower
+from flair_jax.models.vision import VisionTower
+
+
+@flax.struct.dataclass
+class ImageFeatures:
+    """Projected, not normalised. `pooled`: (B, D), the class token. `local`: (B, L, D), the patches row by row."""
+
+    pooled: jax.Array
+    local: jax.Array
+
+
+@flax.struct.dataclass
+class TextFeatures:
+    """Projected, not normalised. `pooled`: (N, D) at the ends. `local`: (R, T, D). `mask`: (R, T), False on padding."""
+
+    pooled: jax.Array
+    local: jax.Array
+    mask: jax.Array
+
+
+class FLAIR(nn.Module):
+    """Two towers, two projections and the text-conditioned pooling.
+
+    Attributes:
+      embed_dim: D, width of the shared space.
+      vision_options, text_options, pooling_options: sizes, the arguments of the towers and of the pooling.
+      loss_options: `block_size`, `mps`, `chunk_size` of `sigmoid.flair_loss`.
+      init_logit_scale, init_logit_bias: starting values; the scale is stored as its logarithm.
+      dtype: of the computation; parameters, normalisation, softmax, scores and losses are float32.
+      scan_blocks, remat: see `layers.run_blocks` and `layers.block_class`.
+    """
+
+    embed_dim: int
+    vision_options: Mapping[str, Any]
+    text_options: Mapping[str, Any]
+    pooling_options: Mapping[str, Any]
+    loss_options: Mapping[str, Any]
+    init_logit_scale: float
+    init_logit_bias: float
+    dtype: Any = jnp.float32
+    scan_blocks: bool = False
+    remat: str = "none"
+
+    def setup(self):
+        common = dict(dtype=self.dtype, scan=self.scan_blocks, remat=self.remat)
+        self.vision = VisionTower(**self.vision_options, **common)
+        self.text = TextTower(**self.text_options, **common)
+        self.pooling = TextConditionedPooling(self.embed_dim, **self.pooling_options, dtype=self.dtype)
+
+        def projection(name, width):
+            return self.param(name, nn.initializers.normal(width**-0.5), (width, self.embed_dim))
+
+        self.image_projection = projection("image_projection", self.vision_options["width"])
+        self.text_projection = projection("text_projection", self.text_options["width"])
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.init_logit_scale), ())
+        self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.init_logit_bias), ())
+
+    def __call__(self, images: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Touches every parameter, for initialisation: scores of padded tokens (N, T)."""
+        return self.score(self.encode_image(images), self.encode_text(Text.padded(tokens)))
+
+    def encode_image(self, images: jax.Array) -> ImageFeatures:
+        """Normalised images (B, H, W, 3) -> features."""
+        x = self.vision(images) @ self.image_projection.astype(self.dtype)  # (B, 1 + L, D)
+        return ImageFeatures(pooled=x[:, 0], local=x[:, 1:])
+
+    def encode_text(self, text: Text) -> TextFeatures:
+        """Captions, packed or padded -> features in the order of `text.ends`."""
+        pooled, local = self.text(text)
+        projection = self.text_projection.astype(self.dtype)
+        mask = text.tokens != 0 if text.segments is None else text.segments != 0
+        return TextFeatures(pooled=pooled @ projection, local=local @ projection, mask=mask)
+
+    def score(self, image_features: ImageFeatures, text_features: TextFeatures) -> jax.Array:
+        """Scaled cosine of each text with the image pooled for it, without the bias: (B, N) float32."""
+        pooled = self.pooling(text_features.pooled, image_features.local)  # (B, N, D)
+        cosine = jnp.einsum("bnd,nd->bn", sigmoid.normalize(pooled), sigmoid.normalize(text_features.pooled))
+        return jnp.exp(self.logit_scale) * cosine
+
+    def global_score(self, image_features: ImageFeatures, text_features: TextFeatures) -> jax.Array:
+        """Scaled cosine of the pooled features, as CLIP ranks: (B, N) float32."""
+        cosine = sigmoid.normalize(image_features.pooled) @ sigmoid.normalize(text_features.pooled).T
+        return jnp.exp(self.logit_scale) * cosine
+
+    def attention_maps(self, image_features: ImageFeatures, text_features: TextFeatures) -> tuple[jax.Array, jax.Array]:
+        """Where each text looks: weights (B, N, H, L) and the zero key's mass (B, N, H); together they sum to 1."""
+        weights = self.pooling.weights(text_features.pooled, image_features.local)
+        return weights[..., :-1], weights[..., -1]
+
+    def dense_features(self, image_features: ImageFeatures) -> jax.Array:
+        """Patch tokens in the space that texts are compared in: (B, L, D) -> (B, L, D)."""
+        return self.pooling.values(image_features.local)
+
+    def loss(
+        self, batch: Mapping[str, Any], rng: jax.Array, negatives: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The training objective on a global batch of N images and N * K captions.
+
+        Args:
+          batch: `images` (N, H, W, 3) normalised; `texts`, the fields of `Text`, caption c of image i at i * K + c.
+          rng: key for the draw of the negative captions.
+          negatives: the draw itself, (N, B + K - 1), see `sigmoid.draw_captions`; for parity tests.
+
+        Returns:
+          The loss and its parts, float32 scalars.
+        """
+        image = self.encode_image(batch["images"])
+        text = self.encode_text(Text(**batch["texts"]))
+        keys, values = self.pooling.keys_values(image.local)
+        pool = self.pooling.clone(parent=None)
+        return sigmoid.flair_loss(
+            sigmoid.ImageSide(image.pooled, keys, values),
+            sigmoid.TextSide(text.pooled, self.pooling.queries(text.pooled)),
+            lambda params, *args: pool.apply({"params": params}, *args, method="attend"),
+            self.pooling.variables["params"],
+            self.logit_scale,
+            self.logit_bias,
+            rng=rng,
+            captions=negatives,
+            **self.loss_options,
+        )

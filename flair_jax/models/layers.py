@@ -1,0 +1,118 @@
+"""Transformer blocks that both towers share, and the initialisers of the reference."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)  # statistics always in float32
+
+
+class BlockInit(NamedTuple):
+    """Initialisers of one block; biases of both attention projections start at zero in either tower."""
+
+    qkv: nn.initializers.Initializer
+    out: nn.initializers.Initializer
+    fc: nn.initializers.Initializer
+    proj: nn.initializers.Initializer
+
+
+def uniform(bound: float) -> nn.initializers.Initializer:
+    """Uniform on [-bound, bound)."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def torch_linear(fan_in: int) -> nn.initializers.Initializer:
+    """PyTorch's default for the weight and the bias of a linear layer, bound 1/sqrt(fan_in)."""
+    return uniform(1 / math.sqrt(fan_in))
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False, mask=None) -> jax.Array:
+    """Softmax attention, softmax in float32: (B, T, H, D), (B, S, H, D), (B, S, H, D) -> (B, T, H, D).
+
+    A mask (B, 1, T, S) is given only for packed texts: without one every fused kernel applies.
+    """
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused input projection."""
+
+    heads: int
+    causal: bool
+    initializers: BlockInit
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask=None) -> jax.Array:
+        batch, length, width = x.shape
+        qkv = nn.Dense(3 * width, kernel_init=self.initializers.qkv, dtype=self.dtype, name="qkv")(x)
+        qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)  # (B, T, 3, H, W/H)
+        x = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], causal=self.causal, mask=mask)
+        x = x.reshape(batch, length, width)
+        return nn.Dense(width, kernel_init=self.initializers.out, dtype=self.dtype, name="out")(x)
+
+
+class MLP(nn.Module):
+    """Two layers, four times as wide inside, exact GELU as in the reference."""
+
+    initializers: BlockInit
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        hidden = 4 * width
+        # The biases follow PyTorch's default in both towers: the reference re-initialises weights only.
+        x = nn.Dense(
+            hidden, kernel_init=self.initializers.fc, bias_init=torch_linear(width), dtype=self.dtype, name="fc"
+        )(x)
+        x = jax.nn.gelu(x, approximate=False)
+        return nn.Dense(
+            width, kernel_init=self.initializers.proj, bias_init=torch_linear(hidden), dtype=self.dtype, name="proj"
+        )(x)
+
+
+class Block(nn.Module):
+    """Pre-normalised transformer block, (B, T, W) -> (B, T, W)."""
+
+    heads: int
+    causal: bool
+    initializers: BlockInit
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask=None) -> jax.Array:
+        attention = SelfAttention(self.heads, self.causal, self.initializers, self.dtype, name="attention")
+        x = x + attention(LayerNorm(dtype=self.dtype, name="ln_1")(x), mask)
+        return x + MLP(self.initializers, self.dtype, name="mlp")(LayerNorm(dtype=self.dtype, name="ln_2")(x))
+
+
+def block_class(remat: str) -> type[nn.Module]:
+    """The block to build for a `model.remat` setting."""
+    if remat == "none":
+        return Block
+    if remat == "full":
+        return nn.remat(Block)
+    raise ValueError(f"model.remat is {remat!r}; expected 'none' or 'full'")
+
+
+def run_blocks(blocks: Sequence[nn.Module], x: jax.Array, mask=None, *, scan: bool) -> jax.Array:
+    """Applies equal blocks one after another.
+
+    With `scan` one block is compiled and their parameters are stacked on the way in, so that the checkpoint is the same
+    either way. Initialisation always runs unrolled.
+    """
+    if not scan or blocks[0].is_initializing():
+        for block in blocks:
+            x = block(x, mask)
+        return x
+    block = blocks[0].clone(parent=None)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[b.variables["params"] for b in blocks])
+    x, _ = lax.scan(lambda x, params: (block.apply({"params": params}, x, mask), None), x, stacked)
+    return x

@@ -1,0 +1,82 @@
+"""Attention pooling of image tokens with a text as the query (FLAIR, section 3.2, equation 1)."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flair_jax.models import layers
+
+
+class InputProjection(nn.Module):
+    """One (D, 3D) matrix whose thirds project queries, keys and values, as in PyTorch's attention."""
+
+    width: int
+    dtype: Any
+
+    def setup(self):
+        bound = math.sqrt(6 / (4 * self.width))  # Xavier over the fused matrix
+        self.kernel = self.param("kernel", layers.uniform(bound), (self.width, 3 * self.width))
+        self.bias = self.param("bias", nn.initializers.zeros, (3 * self.width,))
+
+    def __call__(self, x: jax.Array, third: int) -> jax.Array:
+        columns = slice(third * self.width, (third + 1) * self.width)
+        kernel, bias = self.kernel[:, columns].astype(self.dtype), self.bias[columns].astype(self.dtype)
+        return x.astype(self.dtype) @ kernel + bias
+
+
+class TextConditionedPooling(nn.Module):
+    """Pools the local tokens of an image once for every text.
+
+    The work is split by what it depends on, so that each part is done once: `queries` once a text, `keys_values` once an
+    image, `attend` once a pair. Behind the projected keys and values stands a row of zeros: a text that finds nothing in
+    the image can look there (`add_zero_attn` of the reference), and no mask is needed.
+    """
+
+    width: int
+    heads: int
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        self.ln_q = layers.LayerNorm(dtype=self.dtype)
+        self.ln_k = layers.LayerNorm(dtype=self.dtype)
+        self.ln_v = layers.LayerNorm(dtype=self.dtype)
+        self.qkv = InputProjection(self.width, self.dtype)
+        self.out = nn.Dense(self.width, kernel_init=layers.torch_linear(self.width), dtype=self.dtype)
+
+    def split_heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
+
+    def queries(self, text: jax.Array) -> jax.Array:
+        """(..., D) -> (..., H, D/H)."""
+        return self.split_heads(self.qkv(self.ln_q(text), 0))
+
+    def keys_values(self, local: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(B, L, D) -> keys and values (B, L + 1, H, D/H), the zero row last."""
+        zero_row = ((0, 0), (0, 1), (0, 0), (0, 0))
+        keys = self.split_heads(self.qkv(self.ln_k(local), 1))
+        values = self.split_heads(self.qkv(self.ln_v(local), 2))
+        return jnp.pad(keys, zero_row), jnp.pad(values, zero_row)
+
+    def attend(self, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        """(B, N, H, D/H) and the image's (B, L + 1, H, D/H) twice -> pooled (B, N, D)."""
+        x = layers.attend(queries, keys, values)
+        return self.out(x.reshape(*x.shape[:-2], self.width))
+
+    def __call__(self, text: jax.Array, local: jax.Array) -> jax.Array:
+        """Every text with every image: (N, D), (B, L, D) -> (B, N, D)."""
+        queries = self.queries(text)
+        queries = jnp.broadcast_to(queries, (local.shape[0], *queries.shape))  # (B, N, H, D/H)
+        return self.attend(queries, *self.keys_values(local))
+
+    def weights(self, text: jax.Array, local: jax.Array) -> jax.Array:
+        """Attention of every head, the zero key last: (N, D), (B, L, D) -> (B, N, H, L + 1) float32."""
+        keys, _ = self.keys_values(local)
+        logits = jnp.einsum("nhd,blhd->bnhl", self.queries(text), keys, preferred_element_type=jnp.float32)
+        return jax.nn.softmax(logits / math.sqrt(self.width // self.heads), axis=-1)
+
+    def values(self, local: jax.Array) -> jax.Array:
+        """What each token alone would give when all attention rests on it: (B, L, D) -> (B, L, D)."""
+        return self.out(self.qkv(self.ln_v(local), 2))

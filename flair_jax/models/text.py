@@ -1,0 +1,96 @@
+"""Causal text transformer over captions, one a row or several packed side by side."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from flair_jax.models import layers
+
+
+@flax.struct.dataclass
+class Text:
+    """Captions in rows.
+
+    Attributes:
+      tokens: int32 (R, T).
+      ends: int32 (N,), flat index `row * T + column` of each caption's end-of-text token.
+      positions: int32 (R, T), place of each token within its caption; None: one caption a row.
+      segments: int32 (R, T), 1, 2, … for the captions of a row and 0 for padding; None: one caption a row. The padding
+        behind a single caption needs no mask: attention is causal and nothing reads behind the end.
+    """
+
+    tokens: jax.Array
+    ends: jax.Array
+    positions: jax.Array | None = None
+    segments: jax.Array | None = None
+
+    @classmethod
+    def padded(cls, tokens: jax.Array) -> "Text":
+        """One caption a row; it ends at the first largest id, which is end-of-text in CLIP's vocabulary."""
+        rows, length = tokens.shape
+        return cls(tokens, jnp.arange(rows) * length + jnp.argmax(tokens, axis=-1))
+
+    def mask(self) -> jax.Array | None:
+        """Which tokens may see which, (R, 1, T, T), beside causality; None where causality is enough."""
+        if self.segments is None:
+            return None
+        return self.segments[:, None, :, None] == self.segments[:, None, None, :]  # (R, 1, T, T)
+
+    def at_ends(self, x: jax.Array) -> jax.Array:
+        """States of the end-of-text tokens, (R, T, W) -> (N, W)."""
+        rows, length, width = x.shape
+        if self.segments is None:  # Row by row, so that rows on different devices need no communication.
+            return jnp.take_along_axis(x, (self.ends % length)[:, None, None], axis=1)[:, 0]
+        return x.reshape(rows * length, width)[self.ends]
+
+
+class TextTower(nn.Module):
+    """Causal transformer with learned positions.
+
+    Attributes:
+      context_length: longest caption in tokens.
+      vocab_size, width, depth, heads: sizes.
+      dtype: of the computation.
+      scan, remat: see `layers`.
+    """
+
+    context_length: int
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    dtype: Any = jnp.float32
+    scan: bool = False
+    remat: str = "none"
+
+    def setup(self):
+        # CLIP's rule (golden/flair/full/init_stats.json): residual branches shrink with the depth.
+        normal = nn.initializers.normal
+        residual = normal(self.width**-0.5 * (2 * self.depth) ** -0.5)
+        init = layers.BlockInit(
+            qkv=normal(self.width**-0.5), out=residual, fc=normal((2 * self.width) ** -0.5), proj=residual
+        )
+        self.token_embedding = self.param("token_embedding", normal(0.02), (self.vocab_size, self.width))
+        self.position_embedding = self.param("position_embedding", normal(0.01), (self.context_length, self.width))
+        block = layers.block_class(self.remat)
+        self.blocks = [block(self.heads, True, init, self.dtype) for _ in range(self.depth)]
+        self.ln_final = layers.LayerNorm(dtype=self.dtype)
+
+    def __call__(self, text: Text) -> tuple[jax.Array, jax.Array]:
+        """Returns the captions' end states (N, W) and the states of all tokens (R, T, W).
+
+        Raises:
+          ValueError: rows of one caption are longer than the context.
+        """
+        length = text.tokens.shape[1]
+        if text.positions is None and length > self.context_length:
+            raise ValueError(f"texts have {length} tokens; model.text.context_length is {self.context_length}")
+        positions = (
+            self.position_embedding[:length] if text.positions is None else self.position_embedding[text.positions]
+        )
+        x = self.token_embedding[text.tokens].astype(self.dtype) + positions.astype(self.dtype)  # (R, T, W)
+        x = layers.run_blocks(self.blocks, x, text.mask(), scan=self.scan)
+        return self.ln_final(text.at_ends(x)), self.ln_final(x)

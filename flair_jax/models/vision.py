@@ -1,0 +1,98 @@
+"""Vision transformer that returns its class token and its patch tokens."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flair_jax.models import layers
+
+
+def pair(size) -> tuple[int, int]:
+    """(height, width) of a size that is one number or two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+class PatchEmbedding(nn.Module):
+    """Patches through one linear map, (B, H, W, 3) -> (B, H/p * W/p, width), row by row; no bias."""
+
+    patch_size: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        batch, height, width, channels = images.shape
+        p = self.patch_size
+        kernel = self.param("kernel", layers.torch_linear(p * p * channels), (p, p, channels, self.width))
+        # A reshape and one matrix product: the strided convolution is the same sum and slower on a CPU.
+        x = images.reshape(batch, height // p, p, width // p, p, channels).astype(self.dtype)
+        x = jnp.einsum("bhiwjc,ijcd->bhwd", x, kernel.astype(self.dtype))
+        return x.reshape(batch, -1, self.width)
+
+
+class VisionTower(nn.Module):
+    """ViT with a class token and normalisation before and after the blocks.
+
+    Attributes:
+      image_size: height and width in pixels, one number for both.
+      patch_size: side of a patch in pixels.
+      width, depth, heads: of the transformer.
+      dtype: of the computation.
+      scan, remat: see `layers`.
+    """
+
+    image_size: int | tuple[int, int]
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    dtype: Any = jnp.float32
+    scan: bool = False
+    remat: str = "none"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches in a column and in a row."""
+        height, width = pair(self.image_size)
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"model.vision.image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def setup(self):
+        # PyTorch's defaults: the reference re-initialises only the text tower (golden/flair/full/init_stats.json).
+        init = layers.BlockInit(
+            qkv=layers.uniform(math.sqrt(6 / (4 * self.width))),  # Xavier over the fused (3W, W) matrix
+            out=layers.torch_linear(self.width),
+            fc=layers.torch_linear(self.width),
+            proj=layers.torch_linear(4 * self.width),
+        )
+        normal = nn.initializers.normal(self.width**-0.5)
+        rows, columns = self.grid
+        self.patch_embedding = PatchEmbedding(self.patch_size, self.width, self.dtype)
+        self.class_embedding = self.param("class_embedding", normal, (self.width,))
+        self.position_embedding = self.param("position_embedding", normal, (1 + rows * columns, self.width))
+        self.ln_pre = layers.LayerNorm(dtype=self.dtype)
+        block = layers.block_class(self.remat)
+        self.blocks = [block(self.heads, False, init, self.dtype) for _ in range(self.depth)]
+        self.ln_post = layers.LayerNorm(dtype=self.dtype)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Normalised images (B, H, W, 3) -> tokens (B, 1 + L, width), the class token first.
+
+        Raises:
+          ValueError: the images do not have the size of the config.
+        """
+        expected = (*pair(self.image_size), 3)
+        if images.shape[1:] != expected:
+            raise ValueError(f"images have shape {images.shape}; expected (batch, {', '.join(map(str, expected))})")
+        x = self.patch_embedding(images)  # (B, L, W)
+        first = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (x.shape[0], 1, self.width))
+        x = jnp.concatenate([first, x], axis=1) + self.position_embedding.astype(self.dtype)  # (B, 1 + L, W)
+        x = layers.run_blocks(self.blocks, self.ln_pre(x), scan=self.scan)
+        return self.ln_post(x)
