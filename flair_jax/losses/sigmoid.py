@@ -1,11 +1,11 @@
-"""FLAIR's two sigmoid losses over a global batch (paper, equations 3 to 5; `golden/flair/README.md`, "Exact objective").
+"""FLAIR's two sigmoid losses over a global batch (Xiao et al., CVPR 2025, section 3.3).
 
 The reference computes them on the machine it happens to run on: every GPU holds one block of B images, draws its own
-negatives within the block, and meets the blocks of the others. Here the blocks belong to the batch, not to the machines:
-N images are W = N / B blocks, and the value is the reference's for W GPUs on any number of devices.
+negatives within the block, and meets the blocks of the others. Here the blocks belong to the batch, not to the
+machines: N images are W = N / B blocks, and the value is the reference's for W GPUs on any number of devices.
 
-TCS, text-conditioned: image i of block r meets, for each block s, the row of texts that s drew for its own image i: the K
-captions of that image and one caption of each other image of s, J = B + K - 1 in all.
+TCS, text-conditioned: image i of block r meets, for each block s, the row of texts that s drew for its own image i:
+the K captions of that image and one caption of each other image of s, J = B + K - 1 in all.
 
     TCS = 1 / (W J) * sum_n sum_m softplus(-y z),   z = exp(scale) cos(pool(t_m, V_n), t_m) + bias
 
@@ -52,8 +52,8 @@ def draw_captions(rng: jax.Array, images: int, block_size: int, captions: int) -
     """Draws the row of texts of every image: all its own captions and one of each other image of its block.
 
     Returns:
-      int32 (images, B + K - 1), indices into the B * K texts of the image's block, ascending, so that the own captions of
-      the block's image i stand at columns i to i + K - 1.
+      int32 (images, B + K - 1), indices into the B * K texts of the image's block, ascending, so that the own captions
+      of the block's image i stand at columns i to i + K - 1.
     """
     place = jnp.arange(images)[:, None] % block_size  # (N, 1), i
     column = jnp.arange(block_size + captions - 1)[None]  # (1, J)
@@ -144,7 +144,7 @@ def flair_loss(
         else:
             if shard % chunk_size:
                 raise ValueError(f"loss.chunk_size {chunk_size} does not divide the {shard} images of a device")
-            # Only the checkpoint bounds memory: a scan by itself keeps every chunk's intermediates for the backward pass.
+            # Only the checkpoint bounds memory: a scan alone keeps every chunk's intermediates for the backward pass.
             step = jax.checkpoint(lambda chunk: chunk_loss(*chunk))
             chunks = jax.tree.map(lambda x: x.reshape(-1, chunk_size, *x.shape[1:]), (image, number))
             _, sums = lax.scan(lambda _, chunk: (None, step(chunk)), None, chunks)

@@ -1,10 +1,11 @@
-"""Models by name. A model is one module with `encode_image`, `encode_text`, `score` and `loss`; nobody asks for more."""
+"""Models by name: one module each, with the methods `encode_image`, `encode_text`, `score` and `loss`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 from flair_jax.models.flair import FLAIR
 
@@ -26,5 +27,6 @@ def create(model: Mapping[str, Any], loss: Mapping[str, Any] | None = None) -> n
     if name not in MODELS:
         raise KeyError(f"model.name is {name!r}; expected one of {sorted(MODELS)}")
     options["dtype"] = jnp.dtype(options.pop("dtype", "float32"))
-    sections = {f"{key}_options": dict(options.pop(key)) for key in ("vision", "text", "pooling")}
-    return MODELS[name](**options, **sections, loss_options=dict(loss or {}))
+    sections = {key: options.pop(key) for key in ("vision", "text", "pooling")} | {"loss": loss or {}}
+    frozen = {f"{key}_options": FrozenDict(value) for key, value in sections.items()}  # a model can be hashed
+    return MODELS[name](**options, **frozen)

@@ -1,0 +1,80 @@
+"""What several tests share: the tiny FLAIR whose numbers the original code computed."""
+
+import json
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Eight devices on one CPU, so that sharded code runs as it does on eight chips.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from convert import names
+from flair_jax import models
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def model_section(reference: dict, **overrides) -> dict:
+    """Our `model` section for a `model_cfg` of the reference."""
+    vision, text = reference["vision_cfg"], reference["text_cfg"]
+    section = dict(
+        name="flair",
+        embed_dim=reference["embed_dim"],
+        vision=dict(
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            width=vision["width"],
+            depth=vision["layers"],
+            heads=vision["width"] // vision["head_width"],
+        ),
+        text=dict(
+            context_length=text["context_length"],
+            vocab_size=text["vocab_size"],
+            width=text["width"],
+            depth=text["layers"],
+            heads=text["heads"],
+        ),
+        pooling=dict(heads=8),
+        init_logit_scale=2.659,
+        init_logit_bias=reference["init_logit_bias"],
+    )
+    return {**section, **overrides}
+
+
+def load_golden(name: str):
+    path = GOLDEN / name
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    if path.suffix == ".npz":
+        return dict(np.load(path))
+    return safetensors.numpy.load_file(path)
+
+
+TINY = model_section(
+    dict(
+        embed_dim=64,
+        init_logit_bias=-10,
+        vision_cfg=dict(image_size=64, layers=3, width=96, head_width=32, patch_size=16),
+        text_cfg=dict(context_length=77, vocab_size=512, width=64, heads=4, layers=3),
+    )
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_params():
+    """Weights of the tiny FLAIR as a Flax tree."""
+    return names.to_flax(load_golden("tiny.safetensors"), config=TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    return models.create(TINY)
+
+
+def nhwc(images: np.ndarray) -> np.ndarray:
+    """The reference's (…, 3, H, W) as ours (…, H, W, 3)."""
+    return np.moveaxis(images, -3, -1)

@@ -1,0 +1,223 @@
+"""The Flax model against the numbers of the original code, and against itself in its other forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, load_golden, model_section, nhwc
+
+from configs import variants
+from flair_jax import models
+from flair_jax.models.text import Text
+
+INPUTS = load_golden("tiny_inputs.npz")
+OUTPUTS = load_golden("tiny_outputs.npz")
+IMAGES = nhwc(INPUTS["images"])
+TOKENS = INPUTS["tokens"]
+ATOL = 1e-5  # sensitivity.json: a wrong epsilon alone moves the logits by 1e-4; the reference's own round-off is 4e-6
+
+
+def features(model, params):
+    @jax.jit
+    def encode(params, images, tokens):
+        image = model.apply({"params": params}, images, method="encode_image")
+        return image, model.apply({"params": params}, Text.padded(tokens), method="encode_text")
+
+    return encode(params, IMAGES, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def encoded(tiny_model, tiny_params):
+    return features(tiny_model, tiny_params)
+
+
+def close(actual, expected, atol=ATOL):
+    np.testing.assert_allclose(np.asarray(actual, np.float32), expected, atol=atol, rtol=0)
+
+
+def test_features(encoded):
+    image, text = encoded
+    close(image.pooled, OUTPUTS["image_global"])
+    close(image.local, OUTPUTS["image_local"])
+    close(text.pooled, OUTPUTS["text_global"])
+    close(text.local, OUTPUTS["text_local"])
+
+
+def test_every_block(tiny_model, tiny_params):
+    """Block by block, so that a difference names the layer it comes from."""
+    _, seen = tiny_model.apply({"params": tiny_params}, IMAGES, TOKENS, capture_intermediates=True)
+    vision, text = seen["intermediates"]["vision"], seen["intermediates"]["text"]
+    patches = OUTPUTS["dbg_vision_conv1"].reshape(4, 96, -1).swapaxes(1, 2)
+    close(vision["patch_embedding"]["__call__"][0], patches)
+    close(vision["ln_pre"]["__call__"][0], OUTPUTS["dbg_vision_ln_pre"])
+    for i in range(3):
+        close(vision[f"blocks_{i}"]["__call__"][0], OUTPUTS[f"dbg_vision_block{i}"])
+        close(text[f"blocks_{i}"]["__call__"][0], OUTPUTS[f"dbg_text_block{i}"])
+    close(vision["__call__"][0][:, 0], OUTPUTS["image_global_pre"])
+    close(vision["__call__"][0][:, 1:], OUTPUTS["image_local_pre"])
+    close(text["__call__"][0][0], OUTPUTS["text_global_pre"])
+    close(text["__call__"][0][1], OUTPUTS["text_local_pre"])
+
+
+def test_pooling_and_scores(tiny_model, tiny_params, encoded):
+    image, text = encoded
+    bound = tiny_model.bind({"params": tiny_params})
+    close(bound.pooling(text.pooled, image.local), OUTPUTS["pool_out"])
+    weights, zero_mass = bound.attention_maps(image, text)
+    heads = OUTPUTS["pool_attn_heads"].swapaxes(1, 2)  # (I, N, H, L + 1)
+    close(weights, heads[..., :-1])
+    close(zero_mass, heads[..., -1])
+    close(weights.mean(axis=2), OUTPUTS["pool_attn_avg"][..., :-1])
+    # Cosines times exp(scale) = 16, so sixteen times the tolerance of the features.
+    close(bound.score(image, text) + tiny_params["logit_bias"], OUTPUTS["logits_flair"], 1e-4)
+    close(bound.global_score(image, text), OUTPUTS["logits_clip"], 1e-4)
+
+
+def test_dense_features_are_single_token_pooling(tiny_model, tiny_params, encoded):
+    """All attention on one token gives the token's dense feature."""
+    image, _ = encoded
+    bound = tiny_model.bind({"params": tiny_params})
+    keys, values = bound.pooling.keys_values(image.local[:, :1])
+    query = jnp.zeros((4, 1, *keys.shape[2:]))
+    pooled = bound.pooling.attend(query, keys[:, :1], values[:, :1])
+    close(bound.dense_features(image)[:, :1], pooled)
+
+
+@pytest.mark.parametrize("change", [dict(scan_blocks=True), dict(remat="full"), dict(scan_blocks=True, remat="full")])
+def test_scanned_and_rematerialised_blocks_read_the_same_parameters(tiny_params, change):
+    plain, changed = models.create(TINY), models.create({**TINY, **change})
+
+    def value(params, model):
+        return jnp.sum(jnp.sin(model.apply({"params": params}, IMAGES, TOKENS)))
+
+    expected, expected_grads = jax.jit(jax.value_and_grad(value), static_argnums=1)(tiny_params, plain)
+    actual, grads = jax.jit(jax.value_and_grad(value), static_argnums=1)(tiny_params, changed)
+    close(actual, expected, 1e-4)
+    jax.tree.map(lambda a, b: close(a, b, 1e-4 * (1e-3 + np.abs(b).max())), grads, jax.device_get(expected_grads))
+
+
+def test_bfloat16_keeps_parameters_and_scores_in_float32(tiny_params):
+    model = models.create({**TINY, "dtype": "bfloat16"})
+    image, text = features(model, tiny_params)
+    assert image.local.dtype == text.pooled.dtype == jnp.bfloat16
+    bound = model.bind({"params": tiny_params})
+    assert bound.score(image, text).dtype == bound.attention_maps(image, text)[0].dtype == jnp.float32
+    # 8 bits of mantissa through three blocks; the reference's features reach 3.7.
+    close(image.local, OUTPUTS["image_local"], 0.06)
+    close(bound.score(image, text) + tiny_params["logit_bias"], OUTPUTS["logits_flair"], 0.5)
+    params = jax.eval_shape(model.init, jax.random.key(0), IMAGES[:1], TOKENS[:1])["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def pack(tokens: np.ndarray, rows: list[list[int]], length: int) -> Text:
+    """Lays the captions named in `rows` side by side, in an order of its own."""
+    ends_in_row = tokens.argmax(axis=1)
+    packed = {key: np.zeros((len(rows), length), np.int32) for key in ("tokens", "positions", "segments")}
+    ends = np.zeros(len(tokens), np.int32)
+    for r, row in enumerate(rows):
+        at = 0
+        for s, caption in enumerate(row, start=1):
+            size = ends_in_row[caption] + 1
+            packed["tokens"][r, at : at + size] = tokens[caption, :size]
+            packed["positions"][r, at : at + size] = np.arange(size)
+            packed["segments"][r, at : at + size] = s
+            ends[caption] = r * length + at + size - 1
+            at += size
+    return Text(ends=ends, **packed)
+
+
+def short_captions(seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = np.zeros((6, 77), np.int32)
+    for row, size in zip(tokens, (3, 11, 20, 7, 30, 5), strict=True):
+        row[: size + 2] = [510, *rng.integers(1, 500, size), 511]
+    return tokens
+
+
+ROWS = [[4, 1], [0, 2, 5, 3]]  # 32 + 13 and 5 + 22 + 7 + 9 of 48 tokens
+
+
+def test_packed_equals_padded_in_value_and_gradient(tiny_model, tiny_params):
+    tokens = short_captions()
+
+    @jax.jit
+    def value(params, text):
+        pooled = tiny_model.apply({"params": params}, text, method="encode_text").pooled
+        return jnp.sum(jnp.sin(pooled * jnp.arange(1, 7)[:, None])), pooled
+
+    text_params = {key: tiny_params[key] for key in ("text", "text_projection")}
+    rest = {key: leaf for key, leaf in tiny_params.items() if key not in text_params}
+    grad = jax.value_and_grad(lambda p, text: value({**rest, **p}, text), has_aux=True)
+    (padded, padded_pooled), padded_grads = grad(text_params, Text.padded(tokens))
+    (packed, packed_pooled), packed_grads = grad(text_params, pack(tokens, ROWS, 48))
+    close(packed_pooled, padded_pooled)
+    close(packed, padded, 1e-4)
+    jax.tree.map(lambda a, b: close(a, b, 1e-5 * (1 + np.abs(b).max())), packed_grads, jax.device_get(padded_grads))
+
+
+def test_neighbours_in_a_packed_row_never_leak(tiny_model, tiny_params):
+    """Bit for bit: a caption's features do not move when every other caption of its row changes."""
+    encode = jax.jit(lambda text: tiny_model.apply({"params": tiny_params}, text, method="encode_text").pooled)
+    tokens = short_captions()
+    changed = np.where((tokens > 0) & (tokens < 510), tokens % 499 + 1, tokens)
+    before = encode(pack(tokens, ROWS, 48))
+    for caption in range(len(tokens)):
+        mixed = changed.copy()
+        mixed[caption] = tokens[caption]
+        after = encode(pack(mixed, ROWS, 48))
+        np.testing.assert_array_equal(after[caption], before[caption])
+        others = [i for i in range(len(tokens)) if i != caption]
+        assert np.abs(np.asarray(after - before)[others]).max(axis=1).min() > 1e-3  # the change does reach the others
+
+
+def test_rectangular_images():
+    reference = dict(
+        embed_dim=32,
+        init_logit_bias=-10,
+        vision_cfg=dict(image_size=(32, 64), layers=1, width=32, head_width=16, patch_size=16),
+        text_cfg=dict(context_length=8, vocab_size=32, width=32, heads=2, layers=1),
+    )
+    model = models.create(model_section(reference))
+    tokens = jnp.array([[30, 5, 31, 0, 0, 0, 0, 0]])
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 64, 3)), tokens)["params"]
+    image = jnp.zeros((1, 32, 64, 3)).at[:, :16, 48:].set(1.0)  # the last patch of the first row
+    bound = model.bind({"params": params})
+    difference = bound.vision.patch_embedding(image)
+    assert difference.shape == (1, 8, 32)
+    assert np.flatnonzero(np.abs(difference[0]).sum(axis=-1)).tolist() == [3]
+    with pytest.raises(ValueError, match=r"\(1, 64, 32, 3\); expected \(batch, 32, 64, 3\)"):
+        bound.encode_image(image.swapaxes(1, 2))
+    with pytest.raises(ValueError, match=r"9 tokens.*context_length is 8"):
+        bound.encode_text(Text.padded(jnp.ones((1, 9), jnp.int32)))
+
+
+def test_initialisation_of_every_tensor_is_the_reference_s():
+    """Mean and deviation of each of the 313 tensors of ViT-B-16-FLAIR, and their number of elements."""
+    from convert import names
+
+    golden = load_golden("full_init.json")
+    model = models.create(variants.flair("B/16"))
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 224, 224, 3)), jnp.zeros((1, 77), jnp.int32))["params"])
+    params = names.to_torch(jax.device_get(init(jax.random.key(0))))
+    assert sum(leaf.size for leaf in params.values()) == golden["total_params"] == 150_674_434
+    assert params.keys() == golden["init"].keys()
+    for name, expected in golden["init"].items():
+        leaf, std = params[name].astype(np.float64), expected["std"]
+        assert list(leaf.shape) == expected["shape"], name
+        # Five standard errors of a sample of this size, ours and the golden one's three seeds together.
+        error = 5 * std * np.sqrt(4 / 3 / leaf.size)
+        assert abs(leaf.mean() - expected["mean"]) <= error + 1e-6, name
+        assert abs(leaf.std() - std) <= error + 1e-6, name
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(KeyError, match="flare"):
+        models.create({**TINY, "name": "flare"})
+    with pytest.raises(ValueError, match="sometimes"):
+        model = models.create({**TINY, "remat": "sometimes"})
+        model.init(jax.random.key(0), IMAGES[:1], TOKENS[:1])
+    with pytest.raises(ValueError, match="no multiple of patch_size"):
+        model = models.create({**TINY, "vision": {**TINY["vision"], "patch_size": 24}})
+        model.init(jax.random.key(0), IMAGES[:1], TOKENS[:1])
+    with pytest.raises(KeyError, match="XXL"):
+        variants.flair("XXL")
