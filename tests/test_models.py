@@ -189,6 +189,7 @@ def test_rectangular_images():
         bound.encode_image(image.swapaxes(1, 2))
     with pytest.raises(ValueError, match=r"9 tokens.*context_length is 8"):
         bound.encode_text(Text.padded(jnp.ones((1, 9), jnp.int32)))
+    assert np.isnan(bound.encode_text(Text.padded(tokens + 1)).pooled).all()  # id 32 of 32: no silent neighbour
 
 
 def test_initialisation_of_every_tensor_is_the_reference_s():

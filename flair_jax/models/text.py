@@ -88,9 +88,12 @@ class TextTower(nn.Module):
         length = text.tokens.shape[1]
         if text.positions is None and length > self.context_length:
             raise ValueError(f"texts have {length} tokens; model.text.context_length is {self.context_length}")
-        positions = (
-            self.position_embedding[:length] if text.positions is None else self.position_embedding[text.positions]
-        )
-        x = self.token_embedding[text.tokens].astype(self.dtype) + positions.astype(self.dtype)  # (R, T, W)
+        # `take` answers NaN, not a neighbour, for an id behind the vocabulary or a place behind the context.
+        x = jnp.take(self.token_embedding, text.tokens, axis=0)  # (R, T, W)
+        if text.positions is None:
+            x = x + self.position_embedding[:length]
+        else:
+            x = x + jnp.take(self.position_embedding, text.positions, axis=0)
+        x = x.astype(self.dtype)
         x = layers.run_blocks(self.blocks, x, text.mask(), scan=self.scan)
         return self.ln_final(text.at_ends(x)), self.ln_final(x)
