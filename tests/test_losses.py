@@ -16,19 +16,19 @@ LOSS = load_golden("tiny_loss.json")
 DIST = load_golden("tiny_dist.json")
 
 
-def batch_of(images, tokens):
-    """Images (..., 3, H, W) and tokens (..., K, T) of the reference, any leading axes, as one global batch."""
+def batch_of(images, tokens, negatives):
+    """Images (..., 3, H, W), tokens (..., K, T) and draws of the reference, any leading axes, as one global batch."""
     text = Text.padded(tokens.reshape(-1, tokens.shape[-1]))
     return {
         "images": nhwc(images).reshape(-1, *nhwc(images).shape[-3:]),
         "texts": {"tokens": text.tokens, "ends": text.ends},
+        "negatives": negatives.reshape(-1, negatives.shape[-1]),
     }
 
 
-def value_and_grad(model, params, batch, negatives):
+def value_and_grad(model, params, batch):
     def loss(params, batch):
-        value, _ = model.apply({"params": params}, batch, jax.random.key(0), negatives, method="loss")
-        return value
+        return model.apply({"params": params}, batch, jax.random.key(0), method="loss")[0]
 
     return jax.jit(jax.value_and_grad(loss))(params, batch)
 
@@ -49,8 +49,8 @@ def test_single_process_loss_and_gradients(case, tiny_params):
     model = models.create(TINY, dict(mps=golden["added_mps_loss"]))
     override = {key: np.float32(value) for key, value in (golden["override"] or {}).items()}
     params = {**tiny_params, **override}
-    batch = batch_of(inputs["images"], inputs["tokens"])
-    value, grads = value_and_grad(model, params, batch, inputs["indices"])
+    batch = batch_of(inputs["images"], inputs["tokens"], inputs["indices"])
+    value, grads = value_and_grad(model, params, batch)
     np.testing.assert_allclose(value, golden["loss_fp64"], rtol=2e-6)
     if case != "init_nomps":  # the original's gradients of this case were not kept
         expected = load_golden(f"tiny_loss_grads_{case}.safetensors")
@@ -70,14 +70,13 @@ def test_loss_of_many_processes_on_any_number_of_devices(world, mps, devices, ch
     options = dict(block_size=DIST["block_size"], mps=mps, chunk_size=chunk_size)
     model = models.create(section, options)
     params = names.to_flax(load_golden("tiny_dist.safetensors"), config=section)
-    batch = batch_of(inputs["images"], inputs["tokens"])
-    negatives = indices.reshape(-1, indices.shape[-1])
+    batch = batch_of(inputs["images"], inputs["tokens"], indices)
 
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
         batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        value, grads = value_and_grad(model, params, batch, negatives)
+        value, grads = value_and_grad(model, params, batch)
     np.testing.assert_allclose(value, DIST[case]["loss"], rtol=2e-6)
     compare_grads(grads, load_golden(f"tiny_dist_grads_{case}.safetensors"), DIST[case]["grad_tolerance"])
 

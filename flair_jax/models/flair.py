@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flair_jax.losses import sigmoid
 from flair_jax.models.pooling import TextConditionedPooling
 from flair_jax.models.text import Text, TextTower
-from flair_jax.models.vision import VisionTower
+from flair_jax.models.vision import VisionTower, pair
 
 
 @flax.struct.dataclass
@@ -104,31 +104,38 @@ class FLAIR(nn.Module):
         """Patch tokens in the space that texts are compared in: (B, L, D) -> (B, L, D)."""
         return self.pooling.values(image_features.local)
 
-    def loss(
-        self, batch: Mapping[str, Any], rng: jax.Array, negatives: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model takes, in pixels."""
+        return pair(self.vision_options["image_size"])
+
+    @property
+    def context_length(self) -> int:
+        """Longest caption in tokens."""
+        return self.text_options["context_length"]
+
+    def loss(self, batch: Mapping[str, Any], rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The training objective on a global batch of N images and N * K captions.
 
         Args:
-          batch: `images` (N, H, W, 3) normalised; `texts`, the fields of `Text`, caption c of image i at i * K + c.
+          batch: `images` (N, H, W, 3) normalised; `texts`, the fields of `Text`, caption c of image i at i * K + c;
+            optionally `negatives` (N, B + K - 1), a draw of `sigmoid.draw_captions` to use instead of an own one.
           rng: key for the draw of the negative captions.
-          negatives: the draw itself, (N, B + K - 1), see `sigmoid.draw_captions`; for parity tests.
 
         Returns:
           The loss and its parts, float32 scalars.
         """
         image = self.encode_image(batch["images"])
         text = self.encode_text(Text(**batch["texts"]))
-        keys, values = self.pooling.keys_values(image.local)
         pool = self.pooling.clone(parent=None)
         return sigmoid.flair_loss(
-            sigmoid.ImageSide(image.pooled, keys, values),
+            sigmoid.ImageSide(image.pooled, *self.pooling.keys_values(image.local)),
             sigmoid.TextSide(text.pooled, self.pooling.queries(text.pooled)),
             lambda params, *args: pool.apply({"params": params}, *args, method="attend"),
             self.pooling.variables["params"],
             self.logit_scale,
             self.logit_bias,
             rng=rng,
-            captions=negatives,
+            captions=batch.get("negatives"),
             **self.loss_options,
         )

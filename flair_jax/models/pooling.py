@@ -31,8 +31,8 @@ class TextConditionedPooling(nn.Module):
     """Pools the local tokens of an image once for every text.
 
     The work is split by what it depends on, so that each part is done once: `queries` once a text, `keys_values` once
-    an image, `attend` once a pair. Behind the projected keys and values stands a row of zeros: a text that finds nothing
-    in the image can look there (`add_zero_attn` of the reference), and no mask is needed.
+    an image, `attend` once a pair. Behind the projected keys and values stands a row of zeros: a text that finds
+    nothing in the image can look there (`add_zero_attn` of the reference), and no mask is needed.
     """
 
     width: int

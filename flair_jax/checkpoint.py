@@ -1,0 +1,80 @@
+"""Everything a run needs to go on, saved and restored together."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from flair_jax.state import TrainState
+
+PARAMS, OPTIMIZER, POSITIONS, CONFIG = "params", "optimizer", "positions", "config"
+
+
+class Checkpoints:
+    """The checkpoints of a work directory, one folder a step, `WORKDIR/checkpoints/STEP`.
+
+    A save writes to a temporary folder in the background and renames it when it is whole, so that a kill at any moment
+    leaves the previous checkpoint in place. Parameters are an item of their own: using a model does not read its
+    optimiser.
+
+    Args:
+      workdir: any path that `etils.epath` opens.
+      keep: how many of the newest stay; None keeps all.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep: int | None = 2):
+        self.folder = epath.Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        return self.manager.latest_step()
+
+    def save(self, state: TrainState, positions: list[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
+        """Saves the state, the data position of every process and the config; nothing if this step is saved already."""
+        step = int(state.step)
+        if step in self.manager.all_steps():
+            return
+        items = {
+            PARAMS: ocp.args.StandardSave(state.params),
+            OPTIMIZER: ocp.args.StandardSave(state.opt_state),
+            POSITIONS: ocp.args.JsonSave(list(positions)),
+            CONFIG: ocp.args.JsonSave(dict(config)),
+        }
+        self.manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of a step, placed as `like` is."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        items = {
+            PARAMS: ocp.args.StandardRestore(abstract.params),
+            OPTIMIZER: ocp.args.StandardRestore(abstract.opt_state),
+        }
+        saved = self.manager.restore(step, args=ocp.args.Composite(**items))
+        number = jax.device_put(np.int32(step), like.step.sharding)
+        return like.replace(step=number, params=saved[PARAMS], opt_state=saved[OPTIMIZER])
+
+    def positions(self, step: int) -> list[dict[str, Any]]:
+        """The data positions at that step, one for each process that wrote it."""
+        return self._json(step, POSITIONS)
+
+    def config(self, step: int) -> dict[str, Any]:
+        """The config of the run that wrote the checkpoint."""
+        return self._json(step, CONFIG)
+
+    def _json(self, step: int, item: str) -> Any:
+        return self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+
+    def params(self, step: int, like: Any) -> Any:
+        """The parameters alone, placed as `like`, a tree of `jax.ShapeDtypeStruct`."""
+        items = {PARAMS: ocp.args.StandardRestore(like)}
+        return self.manager.restore(step, args=ocp.args.Composite(**items))[PARAMS]
+
+    def close(self) -> None:
+        """Waits until the last save is on disk; raises what went wrong there."""
+        self.manager.wait_until_finished()
+        self.manager.close()

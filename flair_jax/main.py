@@ -1,0 +1,51 @@
+"""Trains or evaluates.
+
+    python -m flair_jax.main --config configs/scenes.py --workdir /path/to/run
+    python -m flair_jax.main --config configs/flair_cc3m.py --workdir gs://bucket/run --config.batch_size=512
+    python -m flair_jax.main --config configs/scenes.py --workdir /path/to/run --mode evaluate
+
+Running the same command again goes on from the newest checkpoint of the work directory.
+"""
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+# Heavy modules are imported in `main`: grain's worker processes import this file again.
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, numbers, pictures and the report.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "What to do.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Start jax.distributed from the environment of Slurm, a TPU pod or Open MPI."
+)
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        raise app.UsageError(f"unexpected arguments {arguments[1:]}")
+    import jax
+    import tensorflow as tf
+
+    from flair_jax import evaluate, train
+
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
+    tf.config.set_visible_devices([], "GPU")  # it only writes TensorBoard files
+    logging.info("%d devices of %d processes: %s", jax.device_count(), jax.process_count(), jax.devices()[0])
+    logging.info("config:\n%s", _CONFIG.value)
+    config = _CONFIG.value.to_dict()
+    try:
+        results = (train.train if _MODE.value == "train" else evaluate.evaluate)(config, _WORKDIR.value)
+    except train.Interrupted as stop:
+        logging.warning("%s", stop)
+        sys.exit(128 + stop.number)
+    if jax.process_index() == 0:
+        print(evaluate.write_report(_WORKDIR.value, results))
+        print(f"report and pictures: {_WORKDIR.value}")
+
+
+if __name__ == "__main__":
+    app.run(main)

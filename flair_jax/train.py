@@ -1,0 +1,276 @@
+"""Training: the step, and the loop around it, top to bottom in one fixed order."""
+
+import functools
+import json
+import math
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from data.images import normalize
+from etils import epath
+from jax.experimental import multihost_utils
+
+from data import pipeline, scenes
+from data.tokenizer import VOCAB_SIZE
+from flair_jax import checkpoint, evaluate, metrics, models, optimizer, pretrained, sharding, state
+
+SECTIONS = {
+    "seed", "batch_size", "steps", "epochs", "init_from", "log_every", "save_every", "keep", "eval_every",
+    "model", "loss", "optimizer", "data", "evaluators", "mesh",
+}  # fmt: skip
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state. `number`: of the signal."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"{signal.Signals(number).name} at step {step}: saved; the same command goes on from there")
+        self.number = number
+
+
+def train_step(
+    state: state.TrainState, batch: Mapping[str, Any], *, model: nn.Module, tx: optax.GradientTransformation, seed: int
+) -> tuple[state.TrainState, dict[str, jax.Array]]:
+    """One step of the optimiser; a pure function.
+
+    Args:
+      state: before the step.
+      batch: `images` (N, H, W, 3), uint8 pixels or normalised floats, and `texts`, see the model's `loss`.
+      model, tx: what to train and how.
+      seed: with the number of the step, the only source of chance.
+
+    Returns:
+      The state after the step, and the loss, its parts and what helps to judge them, float32 scalars.
+    """
+    images = batch["images"]
+    images = normalize(images) if images.dtype == jnp.uint8 else images
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+
+    def objective(params):
+        return model.apply({"params": params}, {**batch, "images": images}, rng, method="loss")
+
+    (loss, parts), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optimizer.clamp_scale(optax.apply_updates(state.params, updates))
+    numbers = {
+        "loss": loss,
+        **parts,
+        "grad_norm": optax.global_norm(grads),
+        "logit_scale": jnp.exp(state.params["logit_scale"]),
+        "logit_bias": state.params["logit_bias"],
+    }
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), numbers
+
+
+def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float]:
+    """Trains as the config says, from the newest checkpoint in `workdir` if there is one, and evaluates at the end.
+
+    Args:
+      config: see `configs/`.
+      workdir: receives checkpoints, numbers, pictures and the report.
+
+    Returns:
+      The report, name -> value.
+
+    Raises:
+      ValueError, TypeError: the config has a wrong key or value, or is not the one the checkpoint was trained with.
+      FloatingPointError: a loss is not finite; the last checkpoint is from before.
+      Interrupted: SIGINT or SIGTERM came; the state is saved.
+    """
+    check(config)
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    mesh = sharding.create_mesh(**config["mesh"])
+    with jax.set_mesh(mesh), _Signals() as signals:
+        return _train(config, workdir, mesh, signals)
+
+
+def _train(config, workdir, mesh, signals):
+    main_process = jax.process_index() == 0
+
+    # 1. What is trained.
+    model = models.create(config["model"], config["loss"])
+    saved = checkpoint.Checkpoints(workdir, keep=config["keep"])
+    latest = saved.latest()
+    position = None
+    if latest is not None:
+        position = restore_position(saved.positions(latest))
+
+    # 2. Data: a position of its own for every process.
+    stream = open_stream(config, model, workdir, position)
+
+    # 3. State: born on its devices, then restored, or started from other weights.
+    batches = len(stream.source) / config["batch_size"]
+    steps = config["steps"] or math.ceil(config["epochs"] * batches)
+    tx = optimizer.create(total_steps=steps, **config["optimizer"])
+    current = state.create(model, tx, mesh, config["seed"])
+    if latest is not None:
+        check_same_run(saved.config(latest), config)
+        current = saved.restore(latest, current)
+        logging.info("restored step %d from %s", latest, saved.folder)
+    elif config["init_from"]:
+        params, _ = pretrained.read(config["init_from"], config["model"])
+        current = current.replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, current.params)))
+    first = int(current.step)
+
+    step_function = jax.jit(functools.partial(train_step, model=model, tx=tx, seed=config["seed"]), donate_argnums=0)
+    rate = optimizer.schedule(config["optimizer"]["learning_rate"], config["optimizer"]["warmup_steps"], steps)
+    evaluators = evaluate.build(config["evaluators"], model)
+    writer = metrics.create_writer(workdir, first) if main_process else None
+    progress = metrics.Progress(steps, first, config["batch_size"], enabled=main_process)
+
+    def report(step, numbers):
+        """Numbers of a step that the device has finished by now, or is about to."""
+        numbers = {name: float(value) for name, value in jax.device_get(numbers).items()}
+        bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"step {step}: {', '.join(bad)} not finite; the run stops. Checkpoint {saved.latest()} in "
+                f"{saved.folder} is from before: lower optimizer.learning_rate or set optimizer.clip_norm to go on"
+            )
+        if step % config["log_every"] == 0 and writer is not None:
+            numbers |= progress.speed() | {"learning_rate": float(rate(step - 1)), "epoch": stream.epoch}
+            numbers["skipped"] = stream.skipped.total()
+            writer.write_scalars(step, numbers)
+            progress.show(numbers)
+            progress.start()
+
+    # The order is fixed: save and evaluate the state as it is, draw the batch, step, report the step before. So a
+    # checkpoint holds the position of the very batch that comes next, and the host never waits for the device.
+    pending = None
+    try:
+        for step in range(first, steps):
+            stop = signals.received
+            save = step > first and step % config["save_every"] == 0
+            if (save or stop) and pending:
+                report(*pending)  # a state is only saved once the step that made it is known to be sound
+                pending = None
+            if save or stop:
+                saved.save(current, gather_positions(stream.position), config)
+            if stop:
+                raise Interrupted(stop, step)
+            if config["eval_every"] and step % config["eval_every"] == 0 and step > first:
+                results = evaluate.run(evaluators, current.params)
+                if writer is not None:
+                    writer.write_scalars(step, results)
+                progress.start()
+            with progress.waiting():
+                batch = next(stream)
+            current, numbers = step_function(current, sharding.global_batch(mesh, batch))
+            if pending:
+                report(*pending)
+            pending = step + 1, numbers
+            progress.step()
+        if pending:
+            report(*pending)
+        saved.save(current, gather_positions(stream.position), config)
+    finally:
+        progress.close()
+        stream.close()
+        saved.close()
+        if writer is not None:
+            writer.flush()
+
+    # 4. What came of it.
+    results = evaluate.run(evaluators, current.params)
+    if main_process:
+        for reason, count in stream.skipped.most_common():
+            logging.warning("%d samples were skipped: %s", count, reason)
+        metrics.draw_loss_curve(workdir, evaluate.pictures(workdir) / "loss.png")
+        evaluate.write_report(workdir, results)
+        evaluate.draw_attention(workdir, config["evaluators"], model, current.params)
+    return results
+
+
+def open_stream(config: Mapping[str, Any], model: nn.Module, workdir: epath.Path, position) -> pipeline.Stream:
+    """The training batches of a config's `data` section.
+
+    With `data.scenes` the embedded data set is drawn into `WORKDIR/scenes` first and read from there like any other.
+    """
+    options = dict(config["data"])
+    if drawn := options.pop("scenes", None):
+        folder = workdir / "scenes"
+        if jax.process_index() == 0:
+            scenes.write(folder, **drawn)
+        multihost_utils.sync_global_devices("scenes are drawn")
+        options["shards"] = str(folder)
+    if not options["shards"]:
+        raise ValueError("config.data.shards is empty; expected webdataset tars, such as '/data/{00000..00575}.tar'")
+    return pipeline.make_stream(
+        batch_size=config["batch_size"],
+        image_size=model.image_size,
+        context_length=model.context_length,
+        seed=config["seed"],
+        position=position,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        **options,
+    )
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Refuses a config with an unknown, missing or contradicting key before anything is done."""
+    if unknown := set(config) - SECTIONS:
+        raise ValueError(f"unknown config keys {sorted(unknown)}; there are {sorted(SECTIONS)}")
+    if missing := SECTIONS - set(config):
+        raise ValueError(f"the config lacks {sorted(missing)}")
+    if bool(config["steps"]) == bool(config["epochs"]):
+        raise ValueError(f"set one of config.steps and config.epochs, not {config['steps']} and {config['epochs']}")
+    if config["model"]["text"]["vocab_size"] < VOCAB_SIZE:
+        size = config["model"]["text"]["vocab_size"]
+        raise ValueError(f"model.text.vocab_size is {size}; the tokenizer has {VOCAB_SIZE} ids")
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to continue a checkpoint with a config that would make the rest of the run another experiment."""
+    now = json.loads(json.dumps(now))
+    for section in ("seed", "batch_size", "model", "loss", "optimizer"):
+        if before[section] != now[section]:
+            raise ValueError(
+                f"config.{section} is {now[section]}, the checkpoint in the workdir was trained with "
+                f"{before[section]}; use another --workdir, or start from its weights with --config.init_from"
+            )
+
+
+def gather_positions(position: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The data positions of all processes, in their order, on every process."""
+    if jax.process_count() == 1:
+        return [position]
+    text = json.dumps(position).encode()
+    longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
+    padded = np.frombuffer(text.ljust(longest), np.uint8)
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+
+
+def restore_position(positions: list[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """This process's own out of those that `gather_positions` gave."""
+    if len(positions) != jax.process_count():
+        raise ValueError(
+            f"the checkpoint was written by {len(positions)} processes and {jax.process_count()} want to go on: each "
+            "reads a part of its own; start as many, or begin a new run from its weights with --config.init_from"
+        )
+    return positions[jax.process_index()]
+
+
+class _Signals:
+    """Notes SIGINT and SIGTERM instead of dying of them; a second one acts as usual. `received`: 0 or the number."""
+
+    def __enter__(self):
+        self.received = 0
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        self.received = number
+        signal.signal(number, self.previous[number])
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

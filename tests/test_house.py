@@ -1,0 +1,84 @@
+"""The house keeps its directions: who may import whom, and what `import flair_jax` loads."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROOMS = ("configs", "data", "convert", "flair_jax")
+# Modules of flair_jax that may use the rooms beside it.
+DOORS = {"main", "train", "evaluate", "pretrained", "benchmark"}
+LEARNING = {"jax", "jaxlib", "flax", "optax", "orbax"}
+
+
+def imports(path: pathlib.Path, top_level_only: bool = False):
+    """Modules that a file imports, as dotted names."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files(room: str):
+    found = sorted((ROOT / room).rglob("*.py"))
+    assert found, room
+    return found
+
+
+def roots(path, **options):
+    return {name.split(".")[0] for name in imports(path, **options)}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_nobody_imports_tests(room):
+    for path in files(room):
+        assert not roots(path) & {"tests", "conftest", "pytest"}, path
+
+
+def test_configs_import_ml_collections_alone():
+    for path in files("configs"):
+        assert roots(path) <= {"ml_collections", "configs", "math"}, path
+
+
+def test_data_knows_neither_jax_nor_the_model():
+    for path in files("data"):
+        assert not roots(path) & (LEARNING | {"flair_jax", "convert", "configs", "torch"}), path
+
+
+def test_convert_does_not_know_the_data_and_loads_torch_inside_functions():
+    for path in files("convert"):
+        assert "data" not in roots(path), path
+        if path.name != "torch_flair.py":  # a PyTorch module, which only its users import
+            assert "torch" not in roots(path, top_level_only=True), path
+            assert "convert.torch_flair" not in set(imports(path, top_level_only=True)), path
+
+
+def test_only_the_doors_of_flair_jax_lead_outside():
+    for path in files("flair_jax"):
+        relative = path.relative_to(ROOT / "flair_jax")
+        outside = roots(path) & {"data", "convert"}
+        if len(relative.parts) > 1 or relative.stem not in DOORS:
+            assert not outside, path
+        if relative.stem != "benchmark":
+            assert not roots(path) & {"torch"}, path
+
+
+def test_importing_the_package_loads_neither_tensorflow_nor_torch():
+    code = "import sys, flair_jax; print([m for m in ('tensorflow', 'torch', 'jax') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+    code = "import sys, flair_jax; flair_jax.load; print([m for m in ('tensorflow', 'torch') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_data_workers_load_no_jax():
+    """grain's workers import the pipeline, and the main module, again in every process."""
+    code = "import sys, data.pipeline, flair_jax.main; print('tensorflow' in sys.modules, 'torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False False"
