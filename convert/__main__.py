@@ -1,0 +1,169 @@
+"""python -m convert: FLAIR's weights from PyTorch to Flax, back, and a look at what a file holds."""
+
+import argparse
+import collections
+import json
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import flax_files, names, torch_files
+from convert.tables import KINDS, Arrays, ConversionError, Side
+
+PUBLISHED = {150_674_434: "ViT-B-16-FLAIR"}
+WIDTH = 14  # of the first column of `check`
+
+
+def to_flax(source: Path, target: Path, model: Mapping[str, Any] | None) -> None:
+    """PyTorch's names -> one .safetensors of Flax paths with the `model` section in its metadata."""
+    if flax_files.is_flax(source):
+        raise torch_files.WeightsFileError(f"{source} holds Flax parameters already")
+    params, model = flax_files.load(source, model)
+    flax_files.write(target, params, model)
+    print(f"{target}: {describe(model)}")
+
+
+def to_torch(source: Path, target: Path) -> None:
+    """The file of `to_flax` -> PyTorch's names, .safetensors or a pickle by the suffix of the target."""
+    if source.is_dir():
+        raise torch_files.WeightsFileError(f"{source} is a folder; to-torch reads the .safetensors that to-flax writes")
+    if not flax_files.is_flax(source):
+        raise torch_files.WeightsFileError(f"{source} holds no Flax parameters; to-torch reads what to-flax writes")
+    params, model = flax_files.load(source)
+    torch_files.write(target, names.to_torch(params, model["name"]))
+    print(f"{target}: {describe(model)}")
+
+
+def check(source: Path, model: Mapping[str, Any] | None) -> bool:
+    """Prints what a file holds and everything that is wrong with it; True if nothing is."""
+    side: Side = "flax" if flax_files.is_flax(source) else "torch"
+    if side == "flax":
+        arrays, stored = flax_files.read(source)
+        model, origin = (stored, "as the file says") if model is None else (model, "as given")
+    else:
+        arrays, origin = names.plain(torch_files.read(source)), "as given"
+    problems = names.table((model or {}).get("name", "flair")).find_problems(arrays, side, model)
+    note = "unknown: see below"
+    if model is None and not problems:
+        try:
+            model, origin = names.infer_config(arrays), "from the shapes; image square, heads of 64, 8 in the pooling"
+        except ConversionError as error:
+            note = f"unknown: {error}"
+    bad = {name: count for name, array in arrays.items() if (count := non_finite(array))}
+
+    row("file", source)
+    row("kind", {"flax": "Flax paths", "torch": "PyTorch names"}[side] + f", {source.suffix}")
+    row("model", note if model is None else f"{describe(model)} ({origin})")
+    row("tensors", f"{len(arrays):,}")
+    row("parameters", parameters(arrays))
+    row("dtypes", ", ".join(f"{count} {dtype}" for dtype, count in dtypes(arrays).items()) or "-")
+    row("not finite", ", ".join(f"{name}: {count:,}" for name, count in bad.items()) or 0)
+    for kind in KINDS:
+        row(kind, sum(problem.kind == kind for problem in problems))
+    for problem in problems:
+        print(f"  {problem}")
+    good = model is not None and not problems and not bad
+    row("result", "good" if good else "wrong")
+    return good
+
+
+def row(name: str, value: Any) -> None:
+    print(f"{name:{WIDTH}}{value}")
+
+
+def describe(model: Mapping[str, Any]) -> str:
+    """One line with the sizes of a FLAIR `model` section."""
+    vision, text = model["vision"], model["text"]
+    return (
+        f"{model['name']}, width {model['embed_dim']}; vision {vision['image_size']} px, patch {vision['patch_size']}, "
+        f"{vision['depth']} x {vision['width']}, {vision['heads']} heads; text {text['context_length']} of "
+        f"{text['vocab_size']}, {text['depth']} x {text['width']}, {text['heads']} heads; "
+        f"pooling {model['pooling']['heads']} heads"
+    )
+
+
+def parameters(arrays: Arrays) -> str:
+    count = sum(array.size for array in arrays.values())
+    return f"{count:,}" + (f", as {PUBLISHED[count]}" if count in PUBLISHED else "")
+
+
+def dtypes(arrays: Arrays) -> collections.Counter:
+    return collections.Counter(str(array.dtype) for array in arrays.values())
+
+
+def non_finite(array: np.ndarray) -> int:
+    """How many numbers are infinite or NaN; arrays without numbers have none."""
+    try:
+        return int(array.size - np.isfinite(array).sum())
+    except TypeError:
+        return 0
+
+
+def read_model(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))
+        model["name"], describe(model)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no model section (configs/variants.py has one): {error!r}") from error
+    return model
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="python -m convert", description=__doc__.partition(": ")[2])
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    torch, flax = "weights with PyTorch's names, .safetensors, .pt, .pth or .bin", "Flax parameters, .safetensors"
+
+    def command(name: str, text: str, **files: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        for file, help_ in files.items():
+            sub.add_argument(file, metavar={"source": "IN", "target": "OUT"}[file], type=Path, help=help_)
+        return sub
+
+    readers = (
+        command("to-flax", "PyTorch to Flax", source=torch, target=f"{flax}, with the model section in its metadata"),
+        command("check", "show kind, sizes and dtypes; exit 1 if anything is wrong", source=f"{torch}; or {flax}"),
+    )
+    command("to-torch", "Flax to PyTorch", source=f"{flax}, as to-flax writes it", target=torch)
+    for reader in readers:
+        reader.add_argument(
+            "--model-config",
+            metavar="FILE",
+            type=Path,
+            help="JSON with the model section, where shapes do not tell it: without one images are square, heads have "
+            "64 channels and the pooling has 8 heads",
+        )
+    return main
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status, 1 for files that are wrong."""
+    options = parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        try:
+            return 0 if run(options) else 1
+        except (ValueError, OSError, ImportError) as error:  # ConversionError and WeightsFileError are ValueErrors.
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+
+def run(options: argparse.Namespace) -> bool:
+    if options.command == "check":
+        return check(options.source, read_model(options.model_config))
+    if options.target.exists() and options.target.samefile(options.source):
+        raise ValueError(f"{options.target} is the file that is read; give another name to write to")
+    if options.command == "to-flax":
+        to_flax(options.source, options.target, read_model(options.model_config))
+    else:
+        to_torch(options.source, options.target)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
