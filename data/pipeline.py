@@ -1,0 +1,478 @@
+"""From shards to batches: shuffled, cropped, captions drawn and tokenised, always full, resumable at the sample.
+
+Order, crops and caption draws are pure functions of (seed, epoch, sample), so neither the number of workers nor a
+restart changes them. grain does the order, the workers and the batching: a *group* is a fixed run of `batch_size`
+places in the endless order, read as a whole by one worker. `Stream` turns groups into batches: samples that cannot be
+used leave gaps in their group, the next group fills them and what is left of it is carried over: nothing is repeated or
+lost.
+"""
+
+import collections
+import dataclasses
+import json
+import logging
+import multiprocessing
+import os
+import random
+import re
+import signal
+import threading
+import weakref
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+
+from data import captions, images, records, tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_THREADS = 8  # without workers; each holds a whole batch
+WORKER_BUFFER = 2  # batches that wait in each worker
+LOGGED_SKIPS = 20  # warnings of skipped samples; later ones are only counted
+EARLY_SAMPLES, EARLY_SHARE = 200, 0.5  # where more than half of the first 200 are skipped there is no use in reading on
+
+
+class Skipped(NamedTuple):
+    """Stands where a sample that cannot be used would be."""
+
+    shard: str
+    key: str
+    reason: str
+    place: int  # in the endless order
+
+
+class JSONError(ValueError):
+    """A json that does not parse."""
+
+
+UNUSABLE = (JSONError, captions.CaptionError, images.ImageError)
+
+
+class TooManySkipped(RuntimeError):
+    """More samples than allowed cannot be used."""
+
+
+class PositionError(ValueError):
+    """A saved position that belongs to another stream."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionOptions:
+    """How the captions of an image are drawn; see `data.captions`."""
+
+    fields: Sequence[str] = captions.FIELDS
+    count: int = 8  # K, captions an image
+    max_merged: int = 3  # sentences a caption, at most
+    reference_windows: bool = True  # the last window of consecutive sentences is never drawn, as in the reference
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationOptions:
+    """Bounds of the random resized crop; the defaults are FLAIR's."""
+
+    scale: tuple[float, float] = (0.9, 1.0)  # share of the area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One sample
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadTraining:
+    """(place in the endless order, sample number) -> {"images": uint8 (H, W, 3), "tokens": int32 (K, T)} or Skipped."""
+
+    source: records.WebDataset
+    image_size: int | tuple[int, int]
+    tokenize: tokenizer.Tokenizer
+    seed: int
+    captions: CaptionOptions
+    augmentation: AugmentationOptions
+
+    def __call__(self, place: int, number: int) -> dict[str, np.ndarray] | Skipped:
+        record = self.source[number]
+        # Two generators, so that a change of the crop leaves the captions as they are. Text seeds go through SHA-512.
+        seed = f"{self.seed}/{place // len(self.source)}/{number}"
+        try:
+            sentences = captions.sentences(_parse(record), self.captions.fields)
+            drawn = captions.sample(
+                sentences,
+                random.Random(f"captions/{seed}"),
+                self.captions.count,
+                self.captions.max_merged,
+                self.captions.reference_windows,
+            )
+            image = images.random_resized_crop(
+                images.to_rgb(images.decode(record.image)),
+                self.image_size,
+                random.Random(f"crop/{seed}"),
+                self.augmentation.scale,
+                self.augmentation.ratio,
+            )
+        except UNUSABLE as error:
+            return Skipped(record.shard, record.key, str(error), place)
+        return {"images": image, "tokens": self.tokenize(drawn)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadEvaluation:
+    """(place, sample number) -> (key, uint8 (H, W, 3), sentences) or Skipped."""
+
+    source: records.WebDataset
+    image_size: int | tuple[int, int]
+    fields: Sequence[str]
+
+    def __call__(self, place: int, number: int) -> tuple[str, np.ndarray, list[str]] | Skipped:
+        record = self.source[number]
+        try:
+            sentences = captions.sentences(_parse(record), self.fields)
+            image = images.evaluation_crop(images.to_rgb(images.decode(record.image)), self.image_size)
+        except UNUSABLE as error:
+            return Skipped(record.shard, record.key, str(error), place)
+        return record.key, image, sentences
+
+
+def _parse(record: records.Record) -> Any:
+    try:
+        return json.loads(record.json)
+    except (ValueError, RecursionError) as error:
+        raise JSONError(f"the json does not parse: {error}") from error
+
+
+def _log_and_count(skipped: Skipped, counts: collections.Counter, logged: int) -> None:
+    """Counts without the numbers in the reason, so that like faults are counted together. Warns of the first ones."""
+    counts[re.sub(r"\d+", "#", skipped.reason)] += 1
+    if logged < LOGGED_SKIPS:
+        logger.warning("skipped: %s: sample %s: %s", skipped.shard, skipped.key, skipped.reason)
+    elif logged == LOGGED_SKIPS:
+        logger.warning("skipped %d samples; from here on they are only counted", LOGGED_SKIPS)
+
+
+def collate(samples: Sequence[dict[str, np.ndarray] | Skipped]) -> dict[str, Any]:
+    """A group: {"images": uint8 (G, H, W, 3), "tokens": int32 (G, K, T), "skipped": [Skipped]} with G good samples.
+
+    Without any good sample it has no arrays.
+    """
+    good = [sample for sample in samples if not isinstance(sample, Skipped)]
+    arrays = {name: np.stack([sample[name] for sample in good]) for name in (good[0] if good else ())}
+    return {**arrays, "skipped": [sample for sample in samples if isinstance(sample, Skipped)]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stream of batches
+
+
+class Stream:
+    """Endless iterator over full batches; see `make_stream`.
+
+    A batch is {"images": uint8 (B, H, W, 3) RGB, "texts": {"tokens": int32 (B * K, T), "ends": int32 (B * K,)}}:
+    caption c of image i is row i * K + c, and `ends` are indices of the end-of-text ids into the flattened tokens. B is
+    this process's share of the global batch.
+
+    Close it, or use it in a `with` statement, to end its workers. They also end when this process does, however it
+    dies.
+
+    Attributes:
+        source: all samples; `len(stream.source)` make an epoch.
+        skipped: samples that could not be used since the very first batch of the run, by reason.
+    """
+
+    def __init__(
+        self,
+        load: LoadTraining,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        workers: int,
+        position: Mapping[str, Any] | None,
+        max_skipped: float,
+        process_index: int,
+        process_count: int,
+    ):
+        self.source = load.source
+        self._load = load
+        self._batch_size = batch_size
+        self._shuffle = shuffle
+        self._max_skipped = max_skipped
+        self._process_index, self._process_count = process_index, process_count
+        self._rows = batch_size // process_count  # of this process's batches and groups
+        self._identity = {
+            "samples": len(self.source),
+            "checksum": self.source.checksum,
+            "seed": load.seed,
+            "shuffle": shuffle,
+            "batch_size": batch_size,
+            "process_index": process_index,
+            "process_count": process_count,
+        }
+        # The next batch begins behind the first `_used` good samples of group `_group`.
+        self._group, self._used = 0, 0
+        self._held = None  # that group, once it was read
+        self.skipped = collections.Counter()
+        self._epoch, self._epoch_skipped = 0, 0  # the epoch of the last skipped sample, and how many of it were skipped
+        self._logged = 0
+        if position is not None:
+            self._restore(position)
+        self._position = self._snapshot()
+        self._groups = [
+            self._start(workers)
+        ]  # in a list, because grain complains where an iterator outlives its modules
+        self._finalizer = weakref.finalize(self, _close, self._groups)
+
+    def _start(self, workers: int) -> grain.DatasetIterator:
+        order = grain.MapDataset.range(len(self.source))
+        if self._shuffle:
+            # grain's seed of an epoch is seed + epoch; hashed, so that neighbouring seeds do not share their orders.
+            order = order.shuffle(zlib.crc32(f"order/{self._load.seed}".encode()))
+        groups = order.repeat().map_with_index(self._load).batch(self._rows, drop_remainder=True, batch_fn=collate)
+        groups = groups[self._group * self._process_count + self._process_index :: self._process_count]
+        threads = 1 if workers else min(MAX_THREADS, os.cpu_count() or 1)
+        groups = groups.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+        if workers and not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain's workers ask absl for flags, which only `app.run` parses
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=WORKER_BUFFER)
+        return iter(groups.mp_prefetch(options, worker_init_fn=_start_worker))
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """
+        Raises:
+            TooManySkipped: more than `max_skipped` of an epoch cannot be used.
+            ShardError: a shard changed during the run.
+            ValueError: the stream is closed.
+        """
+        if not self._groups:
+            raise ValueError("the stream is closed")
+        parts, missing = [], self._rows
+        while missing:
+            if self._held is None:
+                self._held = self._read()
+            count = len(self._held.get("images", ()))
+            stop = min(self._used + missing, count)
+            if stop > self._used:
+                parts.append((self._held["images"][self._used : stop], self._held["tokens"][self._used : stop]))
+                missing -= stop - self._used
+            self._used = stop
+            if stop == count:
+                self._group, self._used, self._held = self._group + 1, 0, None
+        images, tokens = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+        tokens = tokens.reshape(-1, tokens.shape[-1])  # (B * K, T)
+        self._position = self._snapshot()
+        return {"images": images, "texts": {"tokens": tokens, "ends": tokenizer.ends(tokens)}}
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            group = next(self._groups[0])
+        except RuntimeError as error:
+            if "Worker process was terminated" in str(error):
+                error.add_note(
+                    "Exit code -9 means killed, most often for want of memory: use fewer workers or a smaller batch. "
+                    "Exit code -7 means that /dev/shm is full: enlarge it (docker run --shm-size=8g)."
+                )
+            raise
+        if not self._used:  # otherwise its gaps were counted before the run was interrupted
+            for skipped in group["skipped"]:
+                self._count(skipped)
+        # Workers hand over a subclass that lives in shared memory and that cannot be pickled: plain views of it.
+        return {name: np.asarray(value) for name, value in group.items() if name != "skipped"}
+
+    def _count(self, skipped: Skipped) -> None:
+        _log_and_count(skipped, self.skipped, self._logged)
+        self._logged += 1
+        epoch, offset = divmod(skipped.place, len(self.source))
+        self._epoch_skipped = 1 + (self._epoch_skipped if epoch == self._epoch else 0)
+        self._epoch = epoch
+        whole = len(self.source) / self._process_count  # samples of an epoch that this process reads
+        seen = (offset + 1) / self._process_count
+        too_many = self._epoch_skipped > self._max_skipped * whole or self._epoch_skipped >= whole
+        hopeless = seen >= EARLY_SAMPLES and self._epoch_skipped > max(EARLY_SHARE, self._max_skipped) * seen
+        if too_many or hopeless:
+            raise TooManySkipped(self._table(int(seen)))
+
+    def _table(self, seen: int) -> str:
+        table = "".join(f"\n  {count:>10,}  {reason}" for reason, count in self.skipped.most_common())
+        return (
+            f"{self._epoch_skipped:,} of the first {seen:,} samples of epoch {self._epoch} cannot be used; max_skipped "
+            f"allows {self._max_skipped:.2%} of {len(self.source):,}. Skipped since the run began:{table}\n"
+            "The warnings above name the first of them. Check the caption fields and the shards, or raise max_skipped."
+        )
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Behind the last batch that was given out, for `make_stream(position=…)`. Small, and fit for JSON.
+
+        Every process of a run has its own and must get its own back. The number of workers may change, the rest of
+        `stream` may not.
+        """
+        return self._position
+
+    def _snapshot(self) -> dict[str, Any]:
+        return {
+            "group": self._group,
+            "used": self._used,
+            "skipped": dict(self.skipped),
+            "epoch": self._epoch,
+            "epoch_skipped": self._epoch_skipped,
+            "stream": self._identity,
+        }
+
+    def _restore(self, position: Mapping[str, Any]) -> None:
+        saved = position["stream"]
+        differences = [
+            f"{name} was {saved.get(name)}, is {now}" for name, now in self._identity.items() if saved.get(name) != now
+        ]
+        if differences:
+            raise PositionError(
+                f"the saved position belongs to another stream ({'; '.join(differences)}): to go on from it would "
+                "repeat and lose samples. Restore the same data and settings, or start without a position."
+            )
+        self._group, self._used = position["group"], position["used"]
+        self.skipped.update(position["skipped"])
+        self._epoch, self._epoch_skipped = position["epoch"], position["epoch_skipped"]
+
+    @property
+    def epoch(self) -> float:
+        """Epochs that were given out, to within a batch."""
+        return (self._group * self._batch_size + self._used * self._process_count) / len(self.source)
+
+    def close(self) -> None:
+        """Ends the workers, which finish the batches that they are at. Idempotent."""
+        self._finalizer()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _close(groups: list[grain.DatasetIterator]) -> None:
+    groups.pop().close()
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Runs first in each worker process."""
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the parent decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    # grain's workers outlive a parent that was killed. PR_SET_PDEATHSIG would not do: it watches the thread that
+    # started the worker, which ends earlier.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def make_stream(
+    shards: records.Shards,
+    *,
+    batch_size: int,
+    image_size: int | tuple[int, int],
+    context_length: int,
+    seed: int,
+    captions: Mapping[str, Any] | None = None,
+    augmentation: Mapping[str, Any] | None = None,
+    shuffle: bool = True,
+    workers: int = 0,
+    index_dir: str | os.PathLike | None = None,
+    position: Mapping[str, Any] | None = None,
+    max_skipped: float = 0.01,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Stream:
+    """The training batches of some shards, without end.
+
+    Args:
+        shards: see `records.expand`.
+        batch_size: images in a batch over all processes. Process p gets rows p * batch_size / process_count onwards.
+        image_size: side in pixels, or (height, width).
+        context_length: tokens a caption.
+        seed: of the order, the crops and the captions.
+        captions: fields of CaptionOptions that differ from their defaults.
+        augmentation: fields of AugmentationOptions that differ from their defaults.
+        shuffle: over all samples, anew each epoch; otherwise in the order of the shards.
+        workers: processes that prepare batches; 0: threads of this process. They import the main module again, so a
+            script needs its `if __name__ == "__main__":`.
+        index_dir: see `records.WebDataset`.
+        position: `Stream.position` of an earlier run, to go on with the very next sample.
+        max_skipped: largest share of an epoch's samples that may be unusable (json that does not parse, no caption, no
+            picture). Over it the run stops; sooner where more than half of the first 200 samples of an epoch are.
+
+    Raises:
+        FileNotFoundError, records.ShardError: see `records.WebDataset`.
+        ValueError: batch_size is no multiple of process_count.
+        PositionError: `position` belongs to other data or settings.
+        TypeError: an unknown option of captions or augmentation.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size {batch_size} must be a positive multiple of process_count {process_count}")
+    load = LoadTraining(
+        source=records.WebDataset(shards, index_dir),
+        image_size=image_size,
+        tokenize=tokenizer.Tokenizer(context_length),
+        seed=seed,
+        captions=CaptionOptions(**(captions or {})),
+        augmentation=AugmentationOptions(**(augmentation or {})),
+    )
+    return Stream(
+        load,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        workers=workers,
+        position=position,
+        max_skipped=max_skipped,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+class EvaluationSamples:
+    """Iterable over (key, uint8 (H, W, 3), sentences) in the order of the shards; see `evaluation_samples`.
+
+    Attributes:
+        source: all samples, the bad ones included.
+        skipped: samples that could not be used, by reason, of the last pass as far as it went.
+    """
+
+    def __init__(self, load: LoadEvaluation):
+        self.source = load.source
+        self.skipped = collections.Counter()
+        self._load = load
+
+    def __iter__(self) -> Iterator[tuple[str, np.ndarray, list[str]]]:
+        self.skipped.clear()
+        threads = min(MAX_THREADS, os.cpu_count() or 1)
+        order = grain.MapDataset.range(len(self.source)).map_with_index(self._load)
+        for sample in order.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)):
+            if not isinstance(sample, Skipped):
+                yield sample
+                continue
+            _log_and_count(sample, self.skipped, self.skipped.total())
+
+
+def evaluation_samples(
+    shards: records.Shards,
+    image_size: int | tuple[int, int],
+    *,
+    fields: Sequence[str] = captions.FIELDS,
+    index_dir: str | os.PathLike | None = None,
+) -> EvaluationSamples:
+    """The samples of some shards, each once, with the evaluation's crop and all sentences of the given fields.
+
+    Raises:
+        FileNotFoundError, records.ShardError: see `records.WebDataset`.
+    """
+    return EvaluationSamples(LoadEvaluation(records.WebDataset(shards, index_dir), image_size, fields))
