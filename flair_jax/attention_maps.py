@@ -1,0 +1,190 @@
+"""Text -> heat map -> picture: where in an image the pooling looks for a text."""
+
+import functools
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from flair_jax.models.text import Text
+
+RED = (255, 0, 0)
+BOX = (0, 255, 0)
+MARGIN = 6  # pixels between the pictures of a sheet
+FONT_SIZE = 12
+
+
+class HeatMaps(NamedTuple):
+    """`maps`: float32 (B, N, h, w), attention on each patch; `zero_mass`: float32 (B, N), attention on no patch.
+
+    A map and its zero mass sum to 1: maps are not renormalised, so that a text that finds nothing shows it.
+    """
+
+    maps: np.ndarray
+    zero_mass: np.ndarray
+
+
+def patch_grid(height: int, width: int, patches: int) -> tuple[int, int]:
+    """Rows and columns of `patches` square patches that cover an image of that many pixels.
+
+    Raises:
+      ValueError: no square patch fits.
+    """
+    side = math.isqrt(height * width // patches)
+    if side == 0 or height % side or width % side or (height // side) * (width // side) != patches:
+        raise ValueError(f"{patches} square patches cannot cover an image of {height} x {width} pixels")
+    return height // side, width // side
+
+
+@functools.partial(jax.jit, static_argnames=("model", "preprocess"))
+def _attention(model, preprocess, params, images, tokens):
+    def apply(method, *args):
+        return model.apply({"params": params}, *args, method=method)
+
+    image = apply("encode_image", preprocess(images))
+    text = apply("encode_text", Text.padded(tokens))
+    return apply("attention_maps", image, text)
+
+
+def heat_maps(
+    model: nn.Module,
+    params: Any,
+    images: np.ndarray,
+    tokens: np.ndarray,
+    *,
+    preprocess: Callable[[jax.Array], jax.Array],
+    heads: Sequence[int] | None = None,
+) -> HeatMaps:
+    """Attention of every text over the patches of every image.
+
+    Args:
+      model: a module with `encode_image`, `encode_text` and `attention_maps`.
+      params: its parameters, a nested dict.
+      images: (B, H, W, 3), as `preprocess` takes them.
+      tokens: int32 (N, T), padded texts.
+      preprocess: images -> the model's input, of the same height and width.
+      heads: numbers of the heads to average; None: all, as FLAIR's own pictures do.
+
+    Raises:
+      ValueError: there is no such head.
+    """
+    weights, zero_mass = map(np.asarray, _attention(model, preprocess, params, images, tokens))
+    batch, texts, count, patches = weights.shape
+    chosen = list(range(count) if heads is None else heads)
+    if not chosen or not set(chosen) <= set(range(count)):
+        raise ValueError(f"heads are {chosen}; the pooling has {count}, 0 to {count - 1}")
+    maps = weights[:, :, chosen].mean(2).reshape(batch, texts, *patch_grid(*images.shape[1:3], patches))
+    return HeatMaps(maps, zero_mass[:, :, chosen].mean(2))
+
+
+def overlay(image: Image.Image | np.ndarray, heat: np.ndarray) -> Image.Image:
+    """Lays a heat map over a picture as red of varying opacity.
+
+    The map is divided by its largest value, so opacities compare places within a picture and not pictures.
+
+    Args:
+      image: any picture, or uint8 (H, W, 3). What the model's resize and centre crop take is the largest centred
+        rectangle of the map's shape; the rest is cut off.
+      heat: (h, w), not negative, over square patches.
+
+    Returns:
+      RGB, the size of that rectangle.
+
+    Raises:
+      ValueError: the map has a negative value or one that is not finite.
+    """
+    if not np.isfinite(heat).all() or heat.min() < 0:
+        raise ValueError("a heat map needs finite values of at least 0")
+    image = _centre_crop(_rgb(image), heat.shape)
+    alpha = heat / max(heat.max(), np.finfo(np.float32).tiny)
+    alpha = Image.fromarray(np.uint8(np.rint(255 * alpha))).resize(image.size, Image.Resampling.BILINEAR)
+    return Image.composite(Image.new("RGB", image.size, RED), image, alpha)
+
+
+def _rgb(image: Image.Image | np.ndarray) -> Image.Image:
+    return (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
+
+
+def _centre_crop(image: Image.Image, shape: tuple[int, int]) -> Image.Image:
+    """The largest centred rectangle with the proportions of `shape`, (height, width)."""
+    rows, columns = shape
+    unit = min(image.height / rows, image.width / columns)
+    height, width = round(rows * unit), round(columns * unit)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def sheet(
+    images: Sequence[Image.Image | np.ndarray],
+    texts: Sequence[Sequence[str]],
+    heats: Sequence[np.ndarray],
+    zero_mass: Sequence[np.ndarray],
+    boxes: Sequence[Sequence[tuple[float, float, float, float] | None]] | None = None,
+    *,
+    tile: int = 192,
+) -> Image.Image:
+    """A contact sheet: a row an image, the image first and then one overlay a text with the text underneath.
+
+    Args:
+      images: B pictures, as `overlay` takes them.
+      texts: B lists of strings; lists may differ in length.
+      heats: for each image (n, h, w), one map a text.
+      zero_mass: for each image (n,), printed under its text.
+      boxes: for each image and text (x0, y0, x1, y1) in pixels of the cropped image, or None; drawn as a frame.
+      tile: width of a picture in pixels.
+
+    Raises:
+      ValueError: the lists differ in length, or there is nothing to draw.
+    """
+    if not any(len(row) for row in texts):
+        raise ValueError("a sheet needs at least one text")
+    boxes = [[None] * len(row) for row in texts] if boxes is None else boxes
+    rows = []
+    for image, row, row_heats, row_mass, row_boxes in zip(images, texts, heats, zero_mass, boxes, strict=True):
+        cells = [
+            _cell(image, heat, f"{text}\n[nothing: {mass:.0%}]", box, tile)
+            for text, heat, mass, box in zip(row, row_heats, row_mass, row_boxes, strict=True)
+        ]
+        if cells:
+            rows.append([_cell(image, np.zeros_like(row_heats[0]), "", None, tile), *cells])
+    return _grid(rows)
+
+
+def _cell(image: Image.Image | np.ndarray, heat: np.ndarray, caption: str, box, tile: int) -> Image.Image:
+    """An overlay scaled to the width of a tile, with a frame in it and a caption below."""
+    picture = _centre_crop(_rgb(image), heat.shape)
+    scale = tile / picture.width
+    resampling = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC  # small pictures show their pixels
+    picture = overlay(picture.resize((tile, round(picture.height * scale)), resampling), heat)
+    if box is not None:
+        ImageDraw.Draw(picture).rectangle([scale * side for side in box], outline=BOX, width=2)
+    font = ImageFont.load_default(FONT_SIZE)
+    columns = max(1, int(tile / font.getlength("n")))
+    lines = [line for part in caption.split("\n") for line in textwrap.wrap(part, columns)]
+    line_height = FONT_SIZE + 3
+    cell = Image.new("RGB", (tile, picture.height + line_height * len(lines)), "white")
+    cell.paste(picture)
+    draw = ImageDraw.Draw(cell)
+    for number, line in enumerate(lines):
+        draw.text((0, picture.height + line_height * number), line, fill="black", font=font)
+    return cell
+
+
+def _grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Cells in rows, each row as high as its highest cell."""
+    heights = [max(cell.height for cell in row) for row in rows]
+    width = max(sum(cell.width + MARGIN for cell in row) for row in rows)
+    page = Image.new("RGB", (width + MARGIN, sum(heights) + MARGIN * (len(rows) + 1)), "white")
+    top = MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        left = MARGIN
+        for cell in row:
+            page.paste(cell, (left, top))
+            left += cell.width + MARGIN
+        top += height + MARGIN
+    return page

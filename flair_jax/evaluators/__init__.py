@@ -1,0 +1,11 @@
+"""Evaluators: each is built from a model and its data, and its `run(params)` yields (name, value) pairs.
+
+They know a model by its contract alone: `encode_image`, `encode_text`, `score`, and the methods that they name. They
+take their data as plain arrays and sequences: reading files is not their business.
+"""
+
+from flair_jax.evaluators.pointing import Pointing, PointingSet
+from flair_jax.evaluators.retrieval import Retrieval, RetrievalSet
+from flair_jax.evaluators.segmentation import Segmentation, SegmentationSet
+
+__all__ = ["Pointing", "PointingSet", "Retrieval", "RetrievalSet", "Segmentation", "SegmentationSet"]

@@ -1,0 +1,159 @@
+"""Images and texts through a model's towers, in batches of one fixed shape over all devices."""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flair_jax.losses.sigmoid import BATCH_AXES
+from flair_jax.models.text import Text
+
+Item = TypeVar("Item")
+
+
+def evaluation_mesh() -> Mesh:
+    """The mesh of `jax.set_mesh`; where none is set, one axis "data" over all devices."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return mesh
+
+
+def one_behind(items: Iterable[Item]) -> Iterator[Item]:
+    """Hands out each item after the next one was started: the host loads images while the devices work."""
+    waiting = collections.deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
+    """Repeats the last row until there are `rows`."""
+    return np.concatenate([x, np.repeat(x[-1:], rows - len(x), axis=0)])
+
+
+def check_texts(name: str, tokens: np.ndarray, owner: np.ndarray, owners: int) -> None:
+    """Raises ValueError unless N > 0 texts, (N, T), belong to one of `owners` images or classes each, (N,)."""
+    if tokens.ndim != 2 or not len(tokens) or owner.shape != tokens.shape[:1]:
+        raise ValueError(f"{name}: tokens {tokens.shape}, owners of texts {owner.shape}; expected (N, T), (N,), N > 0")
+    if owner.min() < 0 or owner.max() >= owners:
+        raise ValueError(
+            f"{name}: texts belong to numbers from {owner.min()} to {owner.max()}; expected 0 to {owners - 1}"
+        )
+
+
+class Encoder:
+    """The towers of a model, jitted once for batches of a fixed shape.
+
+    Batches are split over the mesh axes that training splits them over; results are whole on every device, so the same
+    code runs in one process and in many.
+
+    Attributes:
+      mesh: devices to run on.
+
+    Args:
+      model: a module with the methods `encode_image` and `encode_text`.
+      preprocess: images as the data set gives them (B, H, W, 3) -> the model's input, float; runs inside jit.
+      image_batch, text_batch: largest batches; they are rounded up to a multiple of the devices.
+      mesh: None: `evaluation_mesh()`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Callable[[jax.Array], jax.Array],
+        *,
+        image_batch: int,
+        text_batch: int,
+        mesh: Mesh | None = None,
+    ):
+        if image_batch < 1 or text_batch < 1:
+            raise ValueError(f"image_batch {image_batch} and text_batch {text_batch} must be at least 1")
+        self.mesh = evaluation_mesh() if mesh is None else mesh
+        self._model, self._image_batch, self._text_batch = model, image_batch, text_batch
+        axes = tuple(axis for axis in BATCH_AXES if axis in self.mesh.axis_names)
+        self._split, self._whole = (NamedSharding(self.mesh, PartitionSpec(*spec)) for spec in ((axes,), ()))
+        self._shards = int(np.prod([self.mesh.shape[axis] for axis in axes], dtype=int))
+
+        def encode_image(params, images):
+            return model.apply({"params": params}, preprocess(images), method="encode_image")
+
+        def encode_text(params, tokens):
+            features = model.apply({"params": params}, Text.padded(tokens), method="encode_text")
+            # Texts are compared by their pooled features; those of all tokens would be T times as large.
+            return features.replace(local=None, mask=None)
+
+        self._encode_image = jax.jit(encode_image, out_shardings=self._split)
+        self._encode_text = jax.jit(encode_text, out_shardings=self._whole)
+        self._take = self.jit(lambda blocks, index: jax.tree.map(lambda *x: jnp.concatenate(x)[index], *blocks))
+
+    def jit(self, function: Callable) -> Callable:
+        """Jits `function(params, …)`; its results are whole on every device, ready for `np.asarray`."""
+        return jax.jit(function, out_shardings=self._whole)
+
+    def method(self, name: str) -> Callable:
+        """The model's method `name` as a function of the parameters and the method's arguments."""
+        return lambda params, *args: self._model.apply({"params": params}, *args, method=name)
+
+    def place(self, params: Any) -> Any:
+        """Parameters on the devices of the mesh; those that are there already keep their sharding."""
+        devices = set(self.mesh.devices.flat)
+
+        def put(x):
+            there = isinstance(x, jax.Array) and x.sharding.device_set == devices
+            return x if there else jax.device_put(x, self._whole)
+
+        return jax.tree.map(put, params)
+
+    def split(self, x: np.ndarray) -> jax.Array:
+        """A host batch as one array over the devices; every process gives the whole batch."""
+        return jax.make_array_from_callback(x.shape, self._split, lambda index: x[index])
+
+    def _rows(self, limit: int, total: int) -> int:
+        return -(-min(limit, total) // self._shards) * self._shards
+
+    def text_rows(self, total: int) -> int:
+        """Rows of a text batch out of `total` texts."""
+        return self._rows(self._text_batch, total)
+
+    def images(self, params: Any, images: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, Any]]:
+        """Encodes images in order.
+
+        Args:
+          params: from `place`.
+          images: arrays (H, W, 3) of one size, by index.
+
+        Yields:
+          The numbers (n,) of a batch's images, and its ImageFeatures, at least n rows: what is behind is padding.
+        """
+        rows = self._rows(self._image_batch, len(images))
+        for start in range(0, len(images), rows):
+            numbers = np.arange(start, min(start + rows, len(images)))
+            batch = np.stack([images[int(number)] for number in numbers])  # (n, H, W, 3)
+            yield numbers, self._encode_image(params, self.split(pad_rows(batch, rows)))
+
+    def texts(self, params: Any, tokens: np.ndarray) -> Any:
+        """Encodes texts, int32 (N, T), each different one once: equal texts have equal features to the bit.
+
+        Returns:
+          TextFeatures whose `pooled` is (N, D) and whose other fields are None, whole on every device.
+        """
+        tokens, inverse = np.unique(tokens, axis=0, return_inverse=True)
+        tokens = tokens[:, : np.argmax(tokens, axis=1).max() + 1]  # nothing is read behind the end of a text
+        rows = self.text_rows(len(tokens))
+        blocks = [
+            self._encode_text(params, self.split(pad_rows(tokens[start : start + rows], rows)))
+            for start in range(0, len(tokens), rows)
+        ]
+        return self.take(blocks, inverse.reshape(-1))
+
+    def take(self, blocks: Sequence[Any], index: np.ndarray) -> Any:
+        """Rows by number out of features that stand one behind the other in `blocks`, whole on every device."""
+        return self._take(blocks, jax.device_put(index, self._whole))

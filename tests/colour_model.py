@@ -1,0 +1,57 @@
+"""A model without weights, to be checked by hand: patches are their mean colour, texts name a channel."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flair_jax.models.flair import ImageFeatures, TextFeatures
+
+
+class ColourModel(nn.Module):
+    """The first token of a text is the channel it asks for: 0 red, 1 green, 2 blue."""
+
+    patch: int
+
+    def encode_image(self, images):
+        batch, height, width, channels = images.shape
+        p = self.patch
+        x = images.reshape(batch, height // p, p, width // p, p, channels).mean((2, 4))
+        local = x.reshape(batch, -1, channels)
+        return ImageFeatures(pooled=local.mean(1), local=local)
+
+    def encode_text(self, text):
+        pooled = jax.nn.one_hot(text.tokens[:, 0], 3)
+        return TextFeatures(pooled=pooled, local=pooled[:, None], mask=text.tokens[:, :1] == text.tokens[:, :1])
+
+    def score(self, image_features, text_features):
+        return jnp.einsum("bld,nd->bnl", image_features.local, text_features.pooled).max(-1)
+
+    def global_score(self, image_features, text_features):
+        return image_features.pooled @ text_features.pooled.T
+
+    def attention_maps(self, image_features, text_features):
+        """Head 0 follows the channel and has a zero mass of 1/4; head 1 is even and has 3/4."""
+        local = image_features.local
+        asked = jnp.einsum("bld,nd->bnl", local, text_features.pooled) + 1e-6
+        asked = 0.75 * asked / asked.sum(-1, keepdims=True)
+        even = jnp.full_like(asked, 0.25 / local.shape[1])
+        weights = jnp.stack([asked, even], axis=2)  # (B, N, 2, L)
+        return weights, 1 - weights.sum(-1)
+
+    def dense_features(self, image_features):
+        """Channels in another order, so that this way and the plain one differ."""
+        return jnp.roll(image_features.local, 1, axis=-1)
+
+
+def texts(*channels: int) -> np.ndarray:
+    """Padded texts (N, 2) that ask for channels."""
+    return np.array([[channel, 9] for channel in channels], np.int32)
+
+
+def canvas(height: int, width: int, **squares) -> np.ndarray:
+    """A black float32 image with pure rectangles: red=(row, column, height, width), green=…, blue=…"""
+    image = np.zeros((height, width, 3), np.float32)
+    for colour, (row, column, rows, columns) in squares.items():
+        image[row : row + rows, column : column + columns, ("red", "green", "blue").index(colour)] = 1
+    return image

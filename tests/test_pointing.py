@@ -1,0 +1,89 @@
+"""Pointing game: geometry and figures by hand, attention against the original's."""
+
+import jax
+import numpy as np
+import pytest
+from colour_model import ColourModel, canvas, texts
+from conftest import load_golden, nhwc
+
+from flair_jax.evaluators import Pointing, PointingSet
+from flair_jax.evaluators.pointing import patches_in_boxes, texts_by_image
+
+IMAGES = nhwc(load_golden("tiny_inputs.npz")["images"])
+TOKENS = load_golden("tiny_inputs.npz")["tokens"]
+OUTPUTS = load_golden("tiny_outputs.npz")
+IMAGE_OF_TEXT = np.array([2, 0, 2, 3, 0, 0, 3, 2, 2, 0, 3, 0])  # image 1 has no phrase
+
+
+def mesh(devices):
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((devices,), ("data",), axis_types=auto, devices=jax.devices()[:devices])
+
+
+def test_patches_in_boxes():
+    """2 x 3 patches of 8 pixels: the centres are at 4 and 12 down, at 4, 12 and 20 across."""
+    boxes = np.array([[0, 0, 24, 16], [4, 4, 12, 12], [4.1, 4, 12.1, 12], [8, 8, 24, 16], [5, 5, 11, 11]])
+    inside = patches_in_boxes(boxes, (2, 3), (16, 24)).reshape(5, 2, 3)
+    assert inside[0].all()
+    assert inside[1].tolist() == [[True, False, False], [False] * 3]  # left and top belong to it, right and bottom not
+    assert inside[2].tolist() == [[False, True, False], [False] * 3]
+    assert inside[3].tolist() == [[False] * 3, [False, True, True]]
+    assert not inside[4].any()
+
+
+def test_texts_by_image():
+    assert texts_by_image(4, np.array([2, 0, 2, 0, 0, 3])).tolist() == [[1, 3, 4], [-1] * 3, [0, 2, -1], [5, -1, -1]]
+
+
+def colour_set(**changes):
+    """Two images of 16 x 24 pixels in patches of 8; of four phrases the first two and the last are right."""
+    images = [
+        canvas(16, 24, red=(0, 16, 8, 8), green=(8, 0, 8, 8)),  # patch (0, 2), patch (1, 0)
+        canvas(16, 24, blue=(8, 8, 8, 8)),
+    ]
+    boxes = [[16, 0, 24, 8], [0, 0, 8, 16], [0, 0, 8, 8], [0, 8, 24, 16]]
+    fields = dict(
+        name="colours",
+        images=images,
+        tokens=texts(0, 1, 2, 2),
+        image_of_text=np.array([0, 0, 1, 1]),
+        boxes=np.array(boxes),
+        objects=np.array([2, 2, 1, 1]),
+    )
+    return PointingSet(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(("image_batch", "devices"), [(1, 1), (64, 8)])
+def test_accuracy_and_chance_by_hand(image_batch, devices):
+    options = {"image_batch": image_batch, "mesh": mesh(devices)}
+    results = dict(Pointing(ColourModel(8), colour_set(), preprocess=lambda x: x, **options).run({}))
+    assert results == {
+        "pointing/colours/accuracy": 0.75,
+        "pointing/colours/chance": pytest.approx((1 + 2 + 1 + 3) / 6 / 4),
+        "pointing/colours/chance_object": 0.75,
+    }
+
+
+def test_broken_attention_is_an_error():
+    with pytest.raises(ValueError, match="pointing/colours: attention is not finite"):
+        dict(Pointing(ColourModel(8), colour_set(), preprocess=lambda x: x * np.nan).run({}))
+
+
+def test_attention_equals_the_reference(tiny_model, tiny_params):
+    """Each phrase with its own image, in the order of the phrases."""
+    boxes = np.tile([0.0, 0.0, 32.0, 64.0], (12, 1))
+    data = PointingSet("tiny", IMAGES, TOKENS, IMAGE_OF_TEXT, boxes, np.ones(12, int))
+    evaluator = Pointing(tiny_model, data, preprocess=lambda x: x, image_batch=3, text_batch=5, mesh=mesh(1))
+    expected = OUTPUTS["pool_attn_avg"][IMAGE_OF_TEXT, np.arange(12), :16]  # key 16 is the zero key
+    np.testing.assert_allclose(evaluator.attention(tiny_params), expected, atol=1e-5)
+    left = expected.reshape(12, 4, 4).max((1,)).argmax(1) < 2
+    assert dict(evaluator.run(tiny_params))["pointing/tiny/accuracy"] == pytest.approx(left.mean())
+
+
+def test_wrong_sets_are_refused():
+    with pytest.raises(ValueError, match=r"colours: boxes \(3, 4\)"):
+        colour_set(boxes=np.ones((3, 4)))
+    with pytest.raises(ValueError, match="colours: a box is empty"):
+        colour_set(boxes=np.tile([4, 4, 4, 8], (4, 1)))
+    with pytest.raises(ValueError, match="colours: texts belong to numbers from 0 to 2"):
+        colour_set(image_of_text=np.array([0, 1, 1, 2]))
