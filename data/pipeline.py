@@ -218,9 +218,8 @@ class Stream:
         if position is not None:
             self._restore(position)
         self._position = self._snapshot()
-        self._groups = [
-            self._start(workers)
-        ]  # in a list, because grain complains where an iterator outlives its modules
+        # In a list that closing empties: grain complains at exit of an iterator that is still there.
+        self._groups = [self._start(workers)]
         self._finalizer = weakref.finalize(self, _close, self._groups)
 
     def _start(self, workers: int) -> grain.DatasetIterator:
@@ -343,6 +342,7 @@ class Stream:
 
     def close(self) -> None:
         """Ends the workers, which finish the batches that they are at. Idempotent."""
+        self._held = None
         self._finalizer()
 
     def __enter__(self) -> "Stream":
