@@ -12,6 +12,7 @@ REQUIRES = [
     "clu>=0.0.12",
     "etils[epath]>=1.9",
     "flax>=0.12",
+    "ftfy>=6.3",
     "grain>=0.2.12",
     "jax>=0.10",
     "matplotlib>=3.8",

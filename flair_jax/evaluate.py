@@ -8,10 +8,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
-from data.images import normalize
 from etils import epath
 
 from data import captions, pipeline, scenes
+from data.images import normalize
 from data.tokenizer import Tokenizer
 from flair_jax import attention_maps, models, pretrained, sharding
 from flair_jax.evaluators import Pointing, PointingSet, Retrieval, RetrievalSet, Segmentation, SegmentationSet
@@ -116,26 +116,37 @@ def pictures(workdir: epath.PathLike) -> epath.Path:
 
 
 def write_report(workdir: epath.PathLike, results: Mapping[str, float]) -> str:
-    """Writes `report.json`, flat, and `report.md`, the same as a table with the chance levels beside; returns it."""
+    """Writes `report.json`, flat, and `report.md`, the same numbers in tables with chance beside; returns the tables.
+
+    A name is `task/set/metric` or `task/set/way/metric`: a set is a table, a metric a row and a way a column.
+    """
     workdir = epath.Path(workdir)
     (workdir / "report.json").write_text(json.dumps(results, indent=2) + "\n")
-    lines = ["| metric | value | chance |", "|---|---:|---:|"]
+    tables: dict[str, dict[str, dict[str, float]]] = {}  # set -> metric -> way -> value
     for name, value in results.items():
-        if "/chance" in name:
-            continue
-        lines.append(f"| {name} | {value:.3f} | {_chance(results, name)} |")
-    table = "\n".join(lines) + "\n"
-    (workdir / "report.md").write_text(table)
-    return table
+        task, data, *way, metric = name.split("/")
+        if metric.startswith("chance"):
+            # `pointing/scenes/chance` belongs to the first metric of the set.
+            way, metric = [metric.replace("_", " ")], next(iter(tables[f"{task}/{data}"]))
+        elif way == ["iou"]:
+            way, metric = [], f"iou of {metric}"
+        rows = tables.setdefault(f"{task}/{data}", {})
+        rows.setdefault(metric, {})[way[0] if way else "value"] = value
+    text = "\n".join(_table(title, rows) for title, rows in tables.items())
+    (workdir / "report.md").write_text(text)
+    return text
 
 
-def _chance(results: Mapping[str, float], name: str) -> str:
-    """The chance level of a metric: `chance` in the place of its last or of its last but one part."""
-    *parts, last = name.split("/")
-    for candidate in ("/".join([*parts, "chance"]), "/".join([*parts[:-1], "chance", last])):
-        if candidate in results:
-            return f"{results[candidate]:.3f}"
-    return ""
+def _table(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
+    ways = list(dict.fromkeys(way for row in rows.values() for way in row))
+    cells = [
+        [title, *ways],
+        *[[name, *[f"{row[w]:.3f}" if w in row else "" for w in ways]] for name, row in rows.items()],
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    rule = " | ".join("-" * (width - 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths))
+    return "".join(f"| {line} |\n" for line in [lines[0], rule, *lines[1:]])
 
 
 def draw_attention(workdir: epath.PathLike, config: Mapping[str, Any], model: nn.Module, params: Any) -> None:

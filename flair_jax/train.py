@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from data.images import normalize
 from etils import epath
 from jax.experimental import multihost_utils
 
 from data import pipeline, scenes
+from data.images import normalize
 from data.tokenizer import VOCAB_SIZE
 from flair_jax import checkpoint, evaluate, metrics, models, optimizer, pretrained, sharding, state
 

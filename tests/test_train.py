@@ -1,0 +1,270 @@
+"""The loop: resume bit for bit after a real kill, signals, faults, many devices, and the commands of the README."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base, flair_cc3m
+from configs import scenes as scenes_config
+from flair_jax import checkpoint, evaluate, metrics, pretrained, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+SIZE = 40
+MODEL = dict(
+    embed_dim=32,
+    vision=dict(image_size=SIZE, patch_size=20, width=32, depth=1, heads=2),
+    text=dict(context_length=16, vocab_size=49408, width=16, depth=1, heads=2),
+    pooling=dict(heads=2),
+)
+
+
+def tiny(**overrides):
+    """A run of some seconds on drawn scenes; overrides by dotted name."""
+    config = scenes_config.get_config()
+    config.model.update(MODEL)
+    config.data.scenes.update(count=48, size=SIZE)
+    config.evaluators.scenes.update(count=8, size=SIZE)
+    config.update(batch_size=16, steps=6, save_every=2, log_every=1)
+    for name, value in overrides.items():
+        config.update_from_flattened_dict({name.replace("__", "."): value})
+    return config.to_dict()
+
+
+def checkpoint_of(workdir, step=None):
+    """Parameters, optimiser and position of a step, as numpy."""
+    saved = checkpoint.Checkpoints(workdir, keep=None)
+    step = saved.latest() if step is None else step
+    restored = saved.manager.restore(
+        step,
+        args=checkpoint.ocp.args.Composite(
+            params=checkpoint.ocp.args.StandardRestore(), optimizer=checkpoint.ocp.args.StandardRestore()
+        ),
+    )
+    arrays = jax.tree.map(np.asarray, (restored["params"], restored["optimizer"]))
+    return step, arrays, saved.positions(step)
+
+
+def assert_same_checkpoint(one, other):
+    (step, arrays, positions), (other_step, other_arrays, other_positions) = checkpoint_of(one), checkpoint_of(other)
+    assert (step, positions) == (other_step, other_positions)
+    jax.tree.map(np.testing.assert_array_equal, arrays, other_arrays)
+
+
+def command(workdir, *arguments):
+    overrides = {f"--config.{key}={value}" for key, value in {
+        "batch_size": 16, "steps": 40, "save_every": 4, "log_every": 1, "data.workers": 2,
+        "data.scenes.count": 48, "data.scenes.size": SIZE, "evaluators.scenes.count": 8, "evaluators.scenes.size": SIZE,
+        "model.embed_dim": 32, "model.pooling.heads": 2,
+        **{f"model.{tower}.{key}": value for tower in ("vision", "text") for key, value in MODEL[tower].items()},
+    }.items()}  # fmt: skip
+    config = ROOT / "configs" / "scenes.py"
+    return [
+        sys.executable,
+        "-m",
+        "flair_jax.main",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *overrides,
+        *arguments,
+    ]
+
+
+def start(workdir, log):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    return subprocess.Popen(command(workdir), stdout=log, stderr=log, cwd=ROOT, env=environment)
+
+
+def interrupt(workdir, steps, number, log):
+    """Starts the run, sends the signal once it has reported some steps of its own, and returns the exit status."""
+    known = [line["step"] for line in metrics.read_json_lines(workdir)]
+    behind = max(known, default=0) + steps
+    process = start(workdir, log)
+    deadline = time.time() + 240
+    while not any(line["step"] >= behind for line in metrics.read_json_lines(workdir)):
+        assert process.poll() is None and time.time() < deadline, pathlib.Path(log.name).read_text()[-3000:]
+        time.sleep(0.02)
+    process.send_signal(number)
+    return process.wait(timeout=120)
+
+
+def test_a_run_killed_and_resumed_equals_an_unbroken_one_bit_for_bit(tmp_path):
+    """2N steps = N steps, kill -9, resume, SIGTERM, resume; with data workers, through the real command."""
+    with (tmp_path / "log").open("w") as log:
+        assert start(tmp_path / "whole", log).wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+        broken = tmp_path / "broken"
+        assert interrupt(broken, 10, signal.SIGKILL, log) == -signal.SIGKILL
+        after_kill = checkpoint_of(broken)[0]
+        assert 0 < after_kill < 40
+        assert interrupt(broken, 3, signal.SIGTERM, log) == 128 + signal.SIGTERM
+        assert after_kill < checkpoint_of(broken)[0] < 40
+        assert start(broken, log).wait(timeout=300) == 0
+    assert_same_checkpoint(tmp_path / "whole", broken)
+    losses = {name: metrics.read_json_lines(tmp_path / name) for name in ("whole", "broken")}
+    whole, resumed = ([(line["step"], line["loss"]) for line in lines] for lines in losses.values())
+    assert [step for step, _ in whole] == list(range(1, 41))
+    assert whole == resumed
+    report = json.loads((broken / "report.json").read_text())
+    assert report == json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert {
+        "retrieval/scenes/flair/text_to_image_R@1",
+        "retrieval/scenes_parts/global/text_to_image_R@1",
+        "retrieval/scenes_parts/chance/text_to_image_R@1",
+        "pointing/scenes/accuracy",
+        "pointing/scenes/chance",
+        "segmentation/scenes_colour/miou",
+        "segmentation/scenes_shape/chance",
+    } <= report.keys()
+    for name in ("report.md", "pictures/loss.png", "pictures/attention_scenes.png"):
+        assert (broken / name).stat().st_size > 100
+    assert list(broken.glob("events.out.tfevents.*"))
+    assert "checkpoints/40" in str(sorted((broken / "checkpoints").iterdir()))
+
+
+def test_devices_and_sharding_do_not_change_a_run(tmp_path, monkeypatch):
+    """One device, eight, and eight with the parameters split four ways."""
+    create_mesh = train.sharding.create_mesh
+    train.train(tiny(mesh__data=8), tmp_path / "data")
+    train.train(tiny(mesh__data=2, mesh__fsdp=4), tmp_path / "fsdp")
+    monkeypatch.setattr(train.sharding, "create_mesh", lambda data, fsdp: create_mesh(1, 1, jax.devices()[:1]))
+    train.train(tiny(), tmp_path / "one")
+    one, data, fsdp = (
+        [line["loss"] for line in metrics.read_json_lines(tmp_path / name)] for name in ("one", "data", "fsdp")
+    )
+    assert len(one) == 6
+    np.testing.assert_allclose(data, one, rtol=2e-5)
+    np.testing.assert_allclose(fsdp, one, rtol=2e-5)
+
+
+def test_a_large_parameter_is_split_over_fsdp():
+    mesh = train.sharding.create_mesh(data=2, fsdp=4)
+    shardings = train.sharding.state_sharding(
+        mesh,
+        {"embedding": jax.ShapeDtypeStruct((4096, 64), np.float32), "bias": jax.ShapeDtypeStruct((64,), np.float32)},
+    )
+    assert shardings["embedding"].shard_shape((4096, 64)) == (1024, 64)
+    assert shardings["bias"].shard_shape((64,)) == (64,)
+    with pytest.raises(ValueError, match="fsdp=3"):
+        train.sharding.create_mesh(data=2, fsdp=3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    train.train(tiny(steps=2), tmp_path)
+    good = checkpoint_of(tmp_path)
+    restore = checkpoint.Checkpoints.restore
+
+    def restore_broken(self, step, like):  # as a fault of the machine might
+        state = restore(self, step, like)
+        return state.replace(params={**state.params, "logit_bias": state.params["logit_bias"] * np.nan})
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore", restore_broken)
+    with pytest.raises(FloatingPointError, match=r"step 3: loss.*not finite.*Checkpoint 2"):
+        train.train(tiny(steps=6), tmp_path)
+    step, arrays, _ = checkpoint_of(tmp_path)
+    assert step == good[0] == 2
+    jax.tree.map(np.testing.assert_array_equal, arrays, good[1])
+
+
+def test_start_from_other_weights_and_use_what_was_trained(tmp_path):
+    """A run's weights start another run, load as an object, and evaluate alone, with the same numbers."""
+    config = tiny(steps=4)
+    report = train.train(config, tmp_path / "first")
+    again = evaluate.evaluate(config, tmp_path / "first")
+    assert again == pytest.approx(report, abs=1e-6)
+    (tmp_path / "elsewhere").mkdir()
+    assert evaluate.evaluate({**config, "init_from": str(tmp_path / "first")}, tmp_path / "elsewhere") == again
+    assert (tmp_path / "elsewhere" / "report.md").read_text() == (tmp_path / "first" / "report.md").read_text()
+
+    loaded = pretrained.load(tmp_path / "first")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded.params), checkpoint_of(tmp_path / "first")[1][0])
+
+    # With a learning rate of zero the second run keeps the first one's parameters.
+    train.train(tiny(steps=1, init_from=str(tmp_path / "first"), optimizer__learning_rate=0.0), tmp_path / "second")
+    first, second = (checkpoint_of(tmp_path / name)[1][0] for name in ("first", "second"))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_evaluating_without_weights_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="checkpoints"):
+        evaluate.evaluate(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (dict(epochs=2.0), ValueError, "one of config.steps and config.epochs"),
+        (dict(model__text__vocab_size=512), ValueError, "vocab_size is 512"),
+        (dict(loss__block_size=5), ValueError, "block_size 5"),
+        (dict(mesh__fsdp=3), ValueError, "fsdp=3"),
+        (dict(model__remat="half"), ValueError, "half"),
+    ],
+)
+def test_contradictions_are_refused_by_name(tmp_path, overrides, error, words):
+    with pytest.raises(error, match=words):
+        train.train(tiny(**overrides), tmp_path)
+
+
+def test_unknown_keys_of_a_config_file_are_refused_by_name(tmp_path):
+    config = tiny()
+    with pytest.raises(ValueError, match="leerning_rate"):
+        train.train({**config, "leerning_rate": 1.0}, tmp_path)
+    with pytest.raises(TypeError, match="leerning_rate"):
+        train.train({**config, "optimizer": {**config["optimizer"], "leerning_rate": 1.0}}, tmp_path)
+    with pytest.raises(TypeError, match="depht"):
+        vision = {**config["model"]["vision"], "depht": 3}
+        train.train({**config, "model": {**config["model"], "vision": vision}}, tmp_path)
+    with pytest.raises(ValueError, match=r"evaluators\.scenes\.kind is 'squares'"):
+        evaluators = {"scenes": {**config["evaluators"]["scenes"], "kind": "squares"}}
+        train.train({**config, "evaluators": evaluators}, tmp_path)
+    with pytest.raises(ValueError, match=r"config\.data\.shards is empty"):
+        train.train({**base.get_config().to_dict(), "steps": 1}, tmp_path / "empty")
+
+
+def test_another_experiment_in_the_same_workdir_is_refused(tmp_path):
+    train.train(tiny(steps=2), tmp_path)
+    with pytest.raises(ValueError, match=r"config\.optimizer is .* was trained with"):
+        train.train(tiny(steps=4, optimizer__weight_decay=0.9), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [("--config.modle.embed_dim=3", "modle"), ("--config.batch_size=many", "batch_size"), ("--config=no.py", "no.py")],
+)
+def test_wrong_arguments_are_refused_by_name(tmp_path, argument, words):
+    done = subprocess.run(command(tmp_path, argument), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0
+    assert words in done.stderr.splitlines()[-1] + done.stdout
+
+
+@pytest.mark.parametrize("get_config", [base.get_config, flair_cc3m.get_config, scenes_config.get_config])
+def test_every_config_builds_and_its_step_compiles_abstractly(get_config):
+    """At the real sizes; nothing is computed."""
+    config = get_config()
+    config.steps = config.steps or 10
+    train.check(config.to_dict())
+    model = train.models.create(config.model, config.loss)
+    optimizer_options = dict(config.optimizer.to_dict(), total_steps=config.steps)
+    tx = train.optimizer.create(**optimizer_options)
+    mesh = train.sharding.create_mesh()
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(lambda: train.state.create(model, tx, mesh, 0))
+        texts = config.batch_size * config.data.captions.count
+        batch = {
+            "images": jax.ShapeDtypeStruct((config.batch_size, *model.image_size, 3), np.uint8),
+            "texts": {
+                "tokens": jax.ShapeDtypeStruct((texts, model.context_length), np.int32),
+                "ends": jax.ShapeDtypeStruct((texts,), np.int32),
+            },
+        }
+        after, numbers = jax.eval_shape(
+            lambda state, batch: train.train_step(state, batch, model=model, tx=tx, seed=0), state, batch
+        )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert numbers["loss"].shape == () and numbers["loss"].dtype == np.float32
