@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flair_jax import sharding
 from flair_jax.losses.sigmoid import BATCH_AXES
 from flair_jax.models.text import Text
 
@@ -17,11 +18,9 @@ Item = TypeVar("Item")
 
 
 def evaluation_mesh() -> Mesh:
-    """The mesh of `jax.set_mesh`; where none is set, one axis "data" over all devices."""
+    """The mesh of `jax.set_mesh`; where none is set, all devices."""
     mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    return mesh
+    return sharding.create_mesh() if mesh.empty else mesh
 
 
 def one_behind(items: Iterable[Item]) -> Iterator[Item]:
