@@ -1,7 +1,8 @@
 """Evaluation: what a config lists, on the weights of a run or a file, as a report and pictures."""
 
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from PIL import Image
 
 from data import captions, pipeline, scenes
 from data.images import normalize
@@ -102,10 +104,18 @@ def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, fl
     with jax.set_mesh(sharding.create_mesh(**config["mesh"])):
         params = jax.device_put(params, sharding.replicated(jax.sharding.get_mesh()))
         results = run(build(config["evaluators"], model), params)
-        if jax.process_index() == 0:
-            write_report(workdir, results)
-            draw_attention(workdir, config["evaluators"], model, params)
+        write(workdir, results, config["evaluators"], model, params)
     return results
+
+
+def write(workdir: epath.PathLike, results: Mapping[str, float], config, model: nn.Module, params: Any) -> None:
+    """Writes the report and the sheets of attention maps; every process takes part, the first one writes."""
+    if jax.process_index() == 0:
+        write_report(workdir, results)
+    for name, sheet in attention_sheets(config, model, params):
+        if jax.process_index() == 0:
+            with (pictures(workdir) / f"attention_{name}.png").open("wb") as file:
+                sheet.save(file, format="PNG")
 
 
 def pictures(workdir: epath.PathLike) -> epath.Path:
@@ -149,10 +159,11 @@ def _table(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
     return "".join(f"| {line} |\n" for line in [lines[0], rule, *lines[1:]])
 
 
-def draw_attention(workdir: epath.PathLike, config: Mapping[str, Any], model: nn.Module, params: Any) -> None:
-    """Draws a sheet of attention maps, `pictures/attention_NAME.png`, for each evaluator that has pictures to show."""
+def attention_sheets(config: Mapping[str, Any], model: nn.Module, params: Any) -> Iterator[tuple[str, Image.Image]]:
+    """Yields a sheet of attention maps for each evaluator that has pictures to show."""
     tokenize = Tokenizer(model.context_length)
     for name, section in config.items():
+        boxes = None
         if section["kind"] == "scenes":
             few = scenes.evaluation_set(SHEET_IMAGES, section["seed"], section["size"])
             images, texts, boxes = list(few.images), [[] for _ in few.images], [[] for _ in few.images]
@@ -161,17 +172,13 @@ def draw_attention(workdir: epath.PathLike, config: Mapping[str, Any], model: nn
                 boxes[image].append(tuple(box))
         elif section["shards"]:
             samples = pipeline.evaluation_samples(section["shards"], model.image_size)
-            chosen = [sample for sample, _ in zip(samples, range(SHEET_IMAGES), strict=False)]
+            chosen = list(itertools.islice(samples, SHEET_IMAGES))
             images, texts = [image for _, image, _ in chosen], [sentences[:4] for _, _, sentences in chosen]
-            boxes = None
         else:
             continue
         maps = [
             attention_maps.heat_maps(model, params, image[None], tokenize(row), preprocess=normalize)
             for image, row in zip(images, texts, strict=True)
         ]
-        sheet = attention_maps.sheet(
-            images, texts, [heat.maps[0] for heat in maps], [heat.zero_mass[0] for heat in maps], boxes
-        )
-        with (pictures(workdir) / f"attention_{name}.png").open("wb") as file:
-            sheet.save(file, format="PNG")
+        heats, zero_mass = [heat.maps[0] for heat in maps], [heat.zero_mass[0] for heat in maps]
+        yield name, attention_maps.sheet(images, texts, heats, zero_mass, boxes)

@@ -111,6 +111,10 @@ class Pretrained:
         """Attention of each head over the patches (B, N, H, L), and the zero key's mass (B, N, H)."""
         return self._pairs("attention_maps", images, texts)
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes parameters and config as one .safetensors file, which `load` and `python -m convert` read."""
+        flax_files.write(path, jax.device_get(self.params), self.config)
+
     def _pairs(self, method, images, texts):
         return _apply(self.model, method, self.params, self.encode_image(images), self.encode_text(texts))
 

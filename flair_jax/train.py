@@ -180,12 +180,11 @@ def _train(config, workdir, mesh, signals):
 
     # 4. What came of it.
     results = evaluate.run(evaluators, current.params)
+    evaluate.write(workdir, results, config["evaluators"], model, current.params)
     if main_process:
         for reason, count in stream.skipped.most_common():
             logging.warning("%d samples were skipped: %s", count, reason)
         metrics.draw_loss_curve(workdir, evaluate.pictures(workdir) / "loss.png")
-        evaluate.write_report(workdir, results)
-        evaluate.draw_attention(workdir, config["evaluators"], model, current.params)
     return results
 
 

@@ -1,6 +1,7 @@
 """Images and texts through a model's towers, in batches of one fixed shape over all devices."""
 
 import collections
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -48,6 +49,23 @@ def check_texts(name: str, tokens: np.ndarray, owner: np.ndarray, owners: int) -
         )
 
 
+@functools.lru_cache(maxsize=8)
+def _towers(
+    model: nn.Module, preprocess: Callable, split: NamedSharding, whole: NamedSharding
+) -> tuple[Callable, Callable]:
+    """The jitted towers; evaluators of one model share them, and their compilation."""
+
+    def encode_image(params, images):
+        return model.apply({"params": params}, preprocess(images), method="encode_image")
+
+    def encode_text(params, tokens):
+        features = model.apply({"params": params}, Text.padded(tokens), method="encode_text")
+        # Texts are compared by their pooled features; those of all tokens would be T times as large.
+        return features.replace(local=None, mask=None)
+
+    return jax.jit(encode_image, out_shardings=split), jax.jit(encode_text, out_shardings=whole)
+
+
 class Encoder:
     """The towers of a model, jitted once for batches of a fixed shape.
 
@@ -81,16 +99,7 @@ class Encoder:
         self._split, self._whole = (NamedSharding(self.mesh, PartitionSpec(*spec)) for spec in ((axes,), ()))
         self._shards = int(np.prod([self.mesh.shape[axis] for axis in axes], dtype=int))
 
-        def encode_image(params, images):
-            return model.apply({"params": params}, preprocess(images), method="encode_image")
-
-        def encode_text(params, tokens):
-            features = model.apply({"params": params}, Text.padded(tokens), method="encode_text")
-            # Texts are compared by their pooled features; those of all tokens would be T times as large.
-            return features.replace(local=None, mask=None)
-
-        self._encode_image = jax.jit(encode_image, out_shardings=self._split)
-        self._encode_text = jax.jit(encode_text, out_shardings=self._whole)
+        self._encode_image, self._encode_text = _towers(model, preprocess, self._split, self._whole)
         self._take = self.jit(lambda blocks, index: jax.tree.map(lambda *x: jnp.concatenate(x)[index], *blocks))
 
     def jit(self, function: Callable) -> Callable:

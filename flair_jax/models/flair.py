@@ -1,5 +1,6 @@
 """FLAIR: image tokens pooled under the eye of each caption (Xiao et al., CVPR 2025)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,8 +49,8 @@ class FLAIR(nn.Module):
     text_options: Mapping[str, Any]
     pooling_options: Mapping[str, Any]
     loss_options: Mapping[str, Any]
-    init_logit_scale: float
-    init_logit_bias: float
+    init_logit_scale: float = math.log(1 / 0.07)
+    init_logit_bias: float = -10.0
     dtype: Any = jnp.float32
     scan_blocks: bool = False
     remat: str = "none"
