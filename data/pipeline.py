@@ -177,8 +177,8 @@ class Stream:
     dies.
 
     Attributes:
-        source: all samples; `len(stream.source)` make an epoch.
-        skipped: samples that could not be used since the very first batch of the run, by reason.
+      source: all samples; `len(stream.source)` make an epoch.
+      skipped: samples that could not be used since the very first batch of the run, by reason.
     """
 
     def __init__(
@@ -242,9 +242,9 @@ class Stream:
     def __next__(self) -> dict[str, Any]:
         """
         Raises:
-            TooManySkipped: more than `max_skipped` of an epoch cannot be used.
-            ShardError: a shard changed during the run.
-            ValueError: the stream is closed.
+          TooManySkipped: more than `max_skipped` of an epoch cannot be used.
+          ShardError: a shard changed during the run.
+          ValueError: the stream is closed.
         """
         if not self._groups:
             raise ValueError("the stream is closed")
@@ -392,26 +392,26 @@ def make_stream(
     """The training batches of some shards, without end.
 
     Args:
-        shards: see `records.expand`.
-        batch_size: images in a batch over all processes. Process p gets rows p * batch_size / process_count onwards.
-        image_size: side in pixels, or (height, width).
-        context_length: tokens a caption.
-        seed: of the order, the crops and the captions.
-        captions: fields of CaptionOptions that differ from their defaults.
-        augmentation: fields of AugmentationOptions that differ from their defaults.
-        shuffle: over all samples, anew each epoch; otherwise in the order of the shards.
-        workers: processes that prepare batches; 0: threads of this process. They import the main module again, so a
-            script needs its `if __name__ == "__main__":`.
-        index_dir: see `records.WebDataset`.
-        position: `Stream.position` of an earlier run, to go on with the very next sample.
-        max_skipped: largest share of an epoch's samples that may be unusable (json that does not parse, no caption, no
-            picture). Over it the run stops; sooner where more than half of the first 200 samples of an epoch are.
+      shards: see `records.expand`.
+      batch_size: images in a batch over all processes. Process p gets rows p * batch_size / process_count onwards.
+      image_size: side in pixels, or (height, width).
+      context_length: tokens a caption.
+      seed: of the order, the crops and the captions.
+      captions: fields of CaptionOptions that differ from their defaults.
+      augmentation: fields of AugmentationOptions that differ from their defaults.
+      shuffle: over all samples, anew each epoch; otherwise in the order of the shards.
+      workers: processes that prepare batches; 0: threads of this process. They import the main module again, so a
+        script needs its `if __name__ == "__main__":`.
+      index_dir: see `records.WebDataset`.
+      position: `Stream.position` of an earlier run, to go on with the very next sample.
+      max_skipped: largest share of an epoch's samples that may be unusable (json that does not parse, no caption, no
+        picture). Over it the run stops; sooner where more than half of the first 200 samples of an epoch are.
 
     Raises:
-        FileNotFoundError, records.ShardError: see `records.WebDataset`.
-        ValueError: batch_size is no multiple of process_count.
-        PositionError: `position` belongs to other data or settings.
-        TypeError: an unknown option of captions or augmentation.
+      FileNotFoundError, records.ShardError: see `records.WebDataset`.
+      ValueError: batch_size is no multiple of process_count.
+      PositionError: `position` belongs to other data or settings.
+      TypeError: an unknown option of captions or augmentation.
     """
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} must be a positive multiple of process_count {process_count}")
@@ -443,8 +443,8 @@ class EvaluationSamples:
     """Iterable over (key, uint8 (H, W, 3), sentences) in the order of the shards; see `evaluation_samples`.
 
     Attributes:
-        source: all samples, the bad ones included.
-        skipped: samples that could not be used, by reason, of the last pass as far as it went.
+      source: all samples, the bad ones included.
+      skipped: samples that could not be used, by reason, of the last pass as far as it went.
     """
 
     def __init__(self, load: LoadEvaluation):
@@ -473,6 +473,6 @@ def evaluation_samples(
     """The samples of some shards, each once, with the evaluation's crop and all sentences of the given fields.
 
     Raises:
-        FileNotFoundError, records.ShardError: see `records.WebDataset`.
+      FileNotFoundError, records.ShardError: see `records.WebDataset`.
     """
     return EvaluationSamples(LoadEvaluation(records.WebDataset(shards, index_dir), image_size, fields))

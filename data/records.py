@@ -62,8 +62,8 @@ def expand(shards: Shards) -> list[str]:
     is named twice is read twice.
 
     Raises:
-        FileNotFoundError: a pattern matches nothing, or a file that it spells out does not exist.
-        TypeError: something else than text, paths and lists of them.
+      FileNotFoundError: a pattern matches nothing, or a file that it spells out does not exist.
+      TypeError: something else than text, paths and lists of them.
     """
     if isinstance(shards, list | tuple):
         if not shards:
@@ -131,7 +131,7 @@ def scan(path: str) -> Index:
     of a key, directories, links, names that are absolute or hold `..`. A tar that was cut keeps its complete members.
 
     Raises:
-        ShardError: the file is no tar (or a compressed one, which has no offsets).
+      ShardError: the file is no tar (or a compressed one, which has no offsets).
     """
     skipped = collections.Counter()
     images, jsons = {}, {}
@@ -329,20 +329,20 @@ class WebDataset:
     may hold open, a cache of files would seldom hit.
 
     Attributes:
-        shards: paths, in the order of the samples.
-        skipped: members and samples of the tars that were left out, by reason (see `scan`).
+      shards: paths, in the order of the samples.
+      skipped: members and samples of the tars that were left out, by reason (see `scan`).
     """
 
     def __init__(self, shards: Shards, index_dir: str | os.PathLike | None = None):
         """
         Args:
-            shards: what `expand` understands.
-            index_dir: folder for the index files; None: beside the shards, or in ~/.cache/flair_jax where that is not
-                possible.
+          shards: what `expand` understands.
+          index_dir: folder for the index files; None: beside the shards, or in ~/.cache/flair_jax where that is not
+            possible.
 
         Raises:
-            FileNotFoundError: see `expand`.
-            ShardError: a file is no tar, or no shard holds a complete sample.
+          FileNotFoundError: see `expand`.
+          ShardError: a file is no tar, or no shard holds a complete sample.
         """
         self.shards = expand(shards)
         indexes = _indexes(self.shards, index_dir)
@@ -368,8 +368,8 @@ class WebDataset:
     def __getitem__(self, index: int) -> Record:
         """
         Raises:
-            IndexError: not 0 <= index < len(self).
-            ShardError: the shard changed since its index was built, or vanished.
+          IndexError: not 0 <= index < len(self).
+          ShardError: the shard changed since its index was built, or vanished.
         """
         shard, key = self.where(index)
         image_offset, image_size, json_offset, json_size = self._spans[index].tolist()

@@ -1,11 +1,13 @@
-"""Speed figures, each beside the code that it replaces and in the same run: `python -m flair_jax.benchmark NAME`.
+"""Figures of speed and memory, each beside what it is to beat and in the same run: `python -m flair_jax.benchmark X`.
 
 * `tokenizer`: captions per second, beside open_clip's Python tokenizer where open_clip is installed.
+* `loss`: temporary memory of FLAIR's loss and its gradient in chunks, beside the same all at once.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import pathlib
 import random
 import statistics
@@ -84,6 +86,93 @@ def _open_clip_tokenizer() -> Callable | None:
     return module.SimpleTokenizer()
 
 
+def loss(
+    images: int = 2048, captions: int = 8, block_size: int = 128, chunk_size: int = 8, devices: int = 1
+) -> dict[str, float]:
+    """Temporary memory of `sigmoid.flair_loss` and its gradient, from the features of FLAIR B/16 on, in float32.
+
+    The compiler's own account of a program that is never run, so sizes that no device here could hold are fine. It is
+    made for the CPU, over several fake devices if asked; JAX_PLATFORMS set to another platform asks that compiler.
+    Neither the towers nor inputs and outputs of the loss are counted.
+
+    Args:
+      images: N, of the global batch.
+      captions: K, captions an image.
+      block_size: B, images within which negatives are drawn.
+      chunk_size: images that the chunked loss works on at a time on a device.
+      devices: over which the batch is split.
+
+    Returns:
+      The arguments, `temp_bytes_dense` and `temp_bytes_chunked`, both of one device, and `ratio` (dense over chunked).
+
+    Raises:
+      ValueError: the batch cannot be split as asked, or jax has fewer devices (only before it starts is their number
+        free to choose).
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if devices > 1:
+        fake = f"--xla_force_host_platform_device_count={devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fake}"
+    import jax
+
+    from flair_jax import sharding
+
+    if len(jax.devices()) < devices:
+        raise ValueError(f"{devices} devices are asked for and jax has {len(jax.devices())}: run this on its own")
+    if images % devices:
+        raise ValueError(f"{devices} devices do not divide the batch of {images} images")
+    figures = dict(images=images, captions=captions, block_size=block_size, chunk_size=chunk_size, devices=devices)
+    mesh = sharding.create_mesh(devices=jax.devices()[:devices])
+    dense = figures["temp_bytes_dense"] = _loss_temporary_bytes(mesh, images, captions, block_size, None)
+    chunked = figures["temp_bytes_chunked"] = _loss_temporary_bytes(mesh, images, captions, block_size, chunk_size)
+    return {**figures, "ratio": dense / chunked}
+
+
+def _loss_temporary_bytes(mesh, images: int, captions: int, block_size: int, chunk_size: int | None) -> int:
+    import jax
+    import jax.numpy as jnp
+
+    from configs import variants
+    from flair_jax import sharding
+    from flair_jax.losses import sigmoid
+    from flair_jax.models.pooling import TextConditionedPooling
+
+    config = variants.flair("B/16")
+    width, heads = config.embed_dim, config.pooling.heads
+    keys = (config.vision.image_size // config.vision.patch_size) ** 2 + 1  # L + 1, with the zero row
+    pooling = TextConditionedPooling(width, heads)
+
+    def split(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(mesh))
+
+    def whole(leaf) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+
+    def value(image, text, params, logit_scale, logit_bias, rng):
+        return sigmoid.flair_loss(
+            image,
+            text,
+            lambda params, *args: pooling.apply({"params": params}, *args, method="attend"),
+            params,
+            logit_scale,
+            logit_bias,
+            rng=rng,
+            block_size=block_size,
+            chunk_size=chunk_size,
+        )[0]
+
+    cells = split(images, keys, heads, width // heads)
+    image = sigmoid.ImageSide(split(images, width), cells, cells)
+    text = sigmoid.TextSide(split(images * captions, width), split(images * captions, heads, width // heads))
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(pooling.init, rng, jnp.zeros((1, width)), jnp.zeros((1, keys - 1, width)))["params"]
+    params, scalar, rng = jax.tree.map(whole, (params, jax.ShapeDtypeStruct((), jnp.float32), rng))
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(value, range(5)))
+        compiled = step.lower(image, text, params, scalar, scalar, rng).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 def _run_tokenizer(arguments: argparse.Namespace) -> dict[str, float]:
     if arguments.captions:
         captions = arguments.captions.read_text(encoding="utf-8").splitlines()
@@ -95,9 +184,14 @@ def _run_tokenizer(arguments: argparse.Namespace) -> dict[str, float]:
     return figures
 
 
+def _run_loss(arguments: argparse.Namespace) -> dict[str, float]:
+    names = ("images", "captions", "block_size", "chunk_size", "devices")
+    return loss(**{name: getattr(arguments, name) for name in names})
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: prints the figures of one benchmark, and writes them as flat JSON with `--json`."""
-    parser = argparse.ArgumentParser(prog="python -m flair_jax.benchmark", description="Speed figures of flair_jax.")
+    parser = argparse.ArgumentParser(prog="python -m flair_jax.benchmark", description="Figures of flair_jax.")
     benchmarks = parser.add_subparsers(required=True, metavar="NAME")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures here")
@@ -105,6 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = benchmarks.add_parser("tokenizer", parents=[common], help="captions tokenised per second")
     command.add_argument("--captions", type=pathlib.Path, metavar="FILE", help="one caption a line; made up if absent")
     command.set_defaults(run=_run_tokenizer)
+
+    command = benchmarks.add_parser("loss", parents=[common], help="temporary memory of the loss and its gradient")
+    command.add_argument("--images", type=int, default=2048, metavar="N", help="global batch (%(default)s)")
+    command.add_argument("--captions", type=int, default=8, metavar="K", help="captions an image (%(default)s)")
+    command.add_argument("--block-size", type=int, default=128, metavar="B", help="images a block (%(default)s)")
+    command.add_argument("--chunk-size", type=int, default=8, metavar="C", help="images at a time (%(default)s)")
+    command.add_argument("--devices", type=int, default=1, metavar="W", help="that share the batch (%(default)s)")
+    command.set_defaults(run=_run_loss)
 
     parsed = parser.parse_args(arguments)
     figures = parsed.run(parsed)
