@@ -62,7 +62,7 @@ def train_step(
     numbers = {
         "loss": loss,
         **parts,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "logit_scale": jnp.exp(state.params["logit_scale"]),
         "logit_bias": state.params["logit_bias"],
     }

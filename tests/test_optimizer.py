@@ -96,4 +96,4 @@ def test_clipping_bounds_the_update():
     params = {"a": np.zeros(4, np.float32)}
     small = tx.update({"a": np.full(4, 1e3, np.float32)}, tx.init(params), params)[0]
     # Clipped to norm 0.1, each of four equal parts is 0.05, and g / (|g| + 1) follows.
-    np.testing.assert_allclose(optax.global_norm(small), 2 * 0.05 / 1.05, rtol=1e-5)
+    np.testing.assert_allclose(optax.tree.norm(small), 2 * 0.05 / 1.05, rtol=1e-5)
