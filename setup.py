@@ -1,4 +1,4 @@
-"""Installation: `pip install -e .` runs FLAIR; the extras add conversion, TensorFlow datasets, accelerators and tests."""
+"""Installation: `pip install -e .` runs FLAIR; extras add conversion, TensorFlow datasets, accelerators and tests."""
 
 import pathlib
 

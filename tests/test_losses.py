@@ -105,9 +105,7 @@ def random_sides(images, captions, width=16, heads=2, keys=5):
     image = sigmoid.ImageSide(
         normal(images, width), normal(images, keys, heads, width // heads), normal(images, keys, heads, width // heads)
     )
-    return image, sigmoid.TextSide(
-        normal(images * captions, width), normal(images * captions, heads, width // heads)
-    )
+    return image, sigmoid.TextSide(normal(images * captions, width), normal(images * captions, heads, width // heads))
 
 
 def attend(params, queries, keys, values):
