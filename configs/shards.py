@@ -19,10 +19,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.epochs = 20.0
     config.save_every = 200
     config.model.update(
-        embed_dim=192,
-        vision=dict(image_size=112, patch_size=16, width=192, depth=6, heads=6),
-        text=dict(context_length=40, width=192, depth=4, heads=6),
-        pooling=dict(heads=6),
+        embed_dim=128,
+        vision=dict(image_size=112, patch_size=16, width=128, depth=4, heads=4),
+        text=dict(context_length=32, width=128, depth=2, heads=4),
+        pooling=dict(heads=4),
         init_logit_bias=-4.0,  # near the prior of a pair in a batch of 64; -10 is for thousands
     )
     config.optimizer.learning_rate = 1e-3

@@ -34,8 +34,10 @@ def main(arguments: list[str]) -> None:
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
     tf.config.set_visible_devices([], "GPU")  # it only writes TensorBoard files
-    logging.info("%d devices of %d processes: %s", jax.device_count(), jax.process_count(), jax.devices()[0])
-    logging.info("config:\n%s", _CONFIG.value)
+    logging.set_verbosity(logging.WARNING)  # orbax tells every file that it writes
+    if jax.process_index() == 0:
+        print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes")
+        print(_CONFIG.value, flush=True)
     config = _CONFIG.value.to_dict()
     try:
         results = (train.train if _MODE.value == "train" else evaluate.evaluate)(config, _WORKDIR.value)

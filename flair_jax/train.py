@@ -114,7 +114,7 @@ def _train(config, workdir, mesh, signals):
     if latest is not None:
         check_same_run(saved.config(latest), config)
         current = saved.restore(latest, current)
-        logging.info("restored step %d from %s", latest, saved.folder)
+        logging.warning("going on from step %d in %s", latest, saved.folder)
     elif config["init_from"]:
         params, _ = pretrained.read(config["init_from"], config["model"])
         current = current.replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, current.params)))

@@ -59,8 +59,7 @@ def test_single_process_loss_and_gradients(case, tiny_params):
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("mps", [True, False])
-@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize(("mps", "chunk_size"), [(True, None), (True, 1), (False, None)])
 def test_loss_of_many_processes_on_any_number_of_devices(world, mps, devices, chunk_size):
     """W processes of the original are W blocks here, on 1, 2, 4 or 8 devices, whole or in chunks."""
     case = f"ws{world}_{'mps' if mps else 'nomps'}"

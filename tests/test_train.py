@@ -26,12 +26,14 @@ MODEL = dict(
 )
 
 
-def tiny(**overrides):
+def tiny(evaluate=False, **overrides):
     """A run of some seconds on drawn scenes; overrides by dotted name."""
     config = scenes_config.get_config()
     config.model.update(MODEL)
     config.data.scenes.update(count=48, size=SIZE)
     config.evaluators.scenes.update(count=8, size=SIZE)
+    if not evaluate:
+        config.evaluators = {}
     config.update(batch_size=16, steps=6, save_every=2, log_every=1)
     for name, value in overrides.items():
         config.update_from_flattened_dict({name.replace("__", "."): value})
@@ -60,7 +62,7 @@ def assert_same_checkpoint(one, other):
 
 def command(workdir, *arguments):
     overrides = {f"--config.{key}={value}" for key, value in {
-        "batch_size": 16, "steps": 40, "save_every": 4, "log_every": 1, "data.workers": 2,
+        "batch_size": 16, "steps": 30, "save_every": 4, "log_every": 1, "data.workers": 2,
         "data.scenes.count": 48, "data.scenes.size": SIZE, "evaluators.scenes.count": 8, "evaluators.scenes.size": SIZE,
         "model.embed_dim": 32, "model.pooling.heads": 2,
         **{f"model.{tower}.{key}": value for tower in ("vision", "text") for key, value in MODEL[tower].items()},
@@ -78,7 +80,7 @@ def command(workdir, *arguments):
 
 
 def start(workdir, log):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return subprocess.Popen(command(workdir), stdout=log, stderr=log, cwd=ROOT, env=environment)
 
 
@@ -102,14 +104,14 @@ def test_a_run_killed_and_resumed_equals_an_unbroken_one_bit_for_bit(tmp_path):
         broken = tmp_path / "broken"
         assert interrupt(broken, 10, signal.SIGKILL, log) == -signal.SIGKILL
         after_kill = checkpoint_of(broken)[0]
-        assert 0 < after_kill < 40
+        assert 0 < after_kill < 30
         assert interrupt(broken, 3, signal.SIGTERM, log) == 128 + signal.SIGTERM
-        assert after_kill < checkpoint_of(broken)[0] < 40
+        assert after_kill < checkpoint_of(broken)[0] < 30
         assert start(broken, log).wait(timeout=300) == 0
     assert_same_checkpoint(tmp_path / "whole", broken)
     losses = {name: metrics.read_json_lines(tmp_path / name) for name in ("whole", "broken")}
     whole, resumed = ([(line["step"], line["loss"]) for line in lines] for lines in losses.values())
-    assert [step for step, _ in whole] == list(range(1, 41))
+    assert [step for step, _ in whole] == list(range(1, 31))
     assert whole == resumed
     report = json.loads((broken / "report.json").read_text())
     assert report == json.loads((tmp_path / "whole" / "report.json").read_text())
@@ -125,7 +127,7 @@ def test_a_run_killed_and_resumed_equals_an_unbroken_one_bit_for_bit(tmp_path):
     for name in ("report.md", "pictures/loss.png", "pictures/attention_scenes.png"):
         assert (broken / name).stat().st_size > 100
     assert list(broken.glob("events.out.tfevents.*"))
-    assert "checkpoints/40" in str(sorted((broken / "checkpoints").iterdir()))
+    assert "checkpoints/30" in str(sorted((broken / "checkpoints").iterdir()))
 
 
 def test_devices_and_sharding_do_not_change_a_run(tmp_path, monkeypatch):
@@ -174,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 def test_start_from_other_weights_and_use_what_was_trained(tmp_path):
     """A run's weights start another run, load as an object, and evaluate alone, with the same numbers."""
-    config = tiny(steps=4)
+    config = tiny(evaluate=True, steps=4)
     report = train.train(config, tmp_path / "first")
     again = evaluate.evaluate(config, tmp_path / "first")
     assert again == pytest.approx(report, abs=1e-6)
@@ -212,7 +214,7 @@ def test_contradictions_are_refused_by_name(tmp_path, overrides, error, words):
 
 
 def test_unknown_keys_of_a_config_file_are_refused_by_name(tmp_path):
-    config = tiny()
+    config = tiny(evaluate=True)
     with pytest.raises(ValueError, match="leerning_rate"):
         train.train({**config, "leerning_rate": 1.0}, tmp_path)
     with pytest.raises(TypeError, match="leerning_rate"):

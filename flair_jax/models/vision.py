@@ -43,6 +43,7 @@ class VisionTower(nn.Module):
       width, depth, heads: of the transformer.
       dtype: of the computation.
       scan, remat: see `layers`.
+      position_std: deviation of the initial position embedding; None: 1 / sqrt(width), as the reference.
     """
 
     image_size: int | tuple[int, int]
@@ -53,6 +54,7 @@ class VisionTower(nn.Module):
     dtype: Any = jnp.float32
     scan: bool = False
     remat: str = "none"
+    position_std: float | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -76,7 +78,8 @@ class VisionTower(nn.Module):
         rows, columns = self.grid
         self.patch_embedding = PatchEmbedding(self.patch_size, self.width, self.dtype)
         self.class_embedding = self.param("class_embedding", normal, (self.width,))
-        self.position_embedding = self.param("position_embedding", normal, (1 + rows * columns, self.width))
+        position = normal if self.position_std is None else nn.initializers.normal(self.position_std)
+        self.position_embedding = self.param("position_embedding", position, (1 + rows * columns, self.width))
         self.ln_pre = layers.LayerNorm(dtype=self.dtype)
         block = layers.block_class(self.remat)
         self.blocks = [block(self.heads, False, init, self.dtype) for _ in range(self.depth)]
