@@ -293,8 +293,9 @@ def evaluation_set(count: int, seed: int, size: int = 64) -> EvaluationSet:
         shape_masks=np.stack([scene.masks["shape"] for scene in scenes]),
         colour_names=tuple(COLOURS),
         shape_names=SHAPES,
-        colour_prompts=[[_a(f"{name} shape")] for name in COLOURS],
-        shape_prompts=[[_a(shape)] for shape in SHAPES],
+        # Whole phrases, as in the captions: a class is all that bears its name.
+        colour_prompts=[[_a(f"{size} {colour} {shape}") for size in SIZES for shape in SHAPES] for colour in COLOURS],
+        shape_prompts=[[_a(f"{size} {colour} {shape}") for size in SIZES for colour in COLOURS] for shape in SHAPES],
     )
 
 
