@@ -6,39 +6,40 @@ from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
 
-# Each lower bound is the oldest release that the test suite was run with.
+# Each lower bound is the oldest release that the test suite was run with; jax 0.10.2 is the last for Python 3.11.
 REQUIRES = [
-    "absl-py>=2.1",
+    "absl-py>=2.5",
     "clu>=0.0.12",
-    "etils[epath]>=1.9",
-    "flax>=0.12",
-    "ftfy>=6.3",
-    "grain>=0.2.12",
-    "jax>=0.10",
-    "matplotlib>=3.8",
-    "ml_collections>=1.0",
-    "numpy>=1.26",
-    "optax>=0.2.4",
-    "orbax-checkpoint>=0.11",
-    "pillow>=10.3",
-    "safetensors>=0.4.3",
-    "tensorboard>=2.17",  # clu.metric_writers needs it and does not name it
-    "tensorflow>=2.17",  # clu.metric_writers writes TensorBoard files through it
-    "tokenizers>=0.20",
-    "tqdm>=4.66",
+    "etils[epath]>=1.15",
+    "flax>=0.12.8",
+    "ftfy>=6.3.1",
+    "grain>=0.2.18",
+    "jax>=0.10.2",
+    "matplotlib>=3.11",
+    "ml_dtypes>=0.6",
+    "ml_collections>=1.1",
+    "numpy>=2.4",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "pillow>=13.0",
+    "safetensors>=0.8",
+    "tensorboard>=2.21",  # clu.metric_writers needs it and does not name it
+    "tensorflow>=2.21",  # clu.metric_writers writes TensorBoard files through it
+    "tokenizers>=0.23",
+    "tqdm>=4.70",
 ]
 EXTRAS = {
-    "torch": ["torch>=2.4"],
-    "tf": ["tensorflow-datasets>=4.9"],
-    "cuda": ["jax[cuda12]>=0.10"],
-    "tpu": ["jax[tpu]>=0.10"],
-    "notebook": ["nbformat>=5.9", "nbclient>=0.10", "ipykernel>=6.29"],
+    "torch": ["torch>=2.13"],
+    "tf": ["tensorflow-datasets>=4.9.10"],
+    "cuda": ["jax[cuda12]>=0.10.2"],
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "notebook": ["nbformat>=5.11", "nbclient>=0.11", "ipykernel>=7.4"],
 }
 EXTRAS["test"] = [
-    "pytest>=8",
-    "pytest-xdist>=3.5",
-    "ruff>=0.6",
-    "transformers>=4.50",
+    "pytest>=9.2",
+    "pytest-xdist>=3.8",
+    "ruff>=0.17",
+    "transformers>=5.23",
     *EXTRAS["torch"],
     *EXTRAS["notebook"],
 ]
@@ -46,7 +47,7 @@ EXTRAS["test"] = [
 setup(
     name="flair_jax",
     version="0.1.0",
-    description="FLAIR: fine-grained image-text models in JAX and Flax, equal to the original and faster",
+    description="FLAIR: fine-grained image-text models in JAX and Flax, equal to the original",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -21,15 +21,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
-FIELDS = (
-    "raw_caption",
-    "shortIB_captions",
-    "longIB_captions",
-    "shortSV_captions",
-    "longSV_captions",
-    "shortLLA_captions",
-    "longLLA_captions",
-)
+from data.captions import FIELDS
+
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = {
     "red": (240, 60, 60),
