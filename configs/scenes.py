@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model.update(
         embed_dim=128,
-        vision=dict(image_size=SIZE, patch_size=16, width=128, depth=3, heads=4, position_std=0.7),
+        vision=dict(image_size=SIZE, patch_size=16, width=128, depth=3, heads=4, position_std=0.25),
         text=dict(context_length=28, width=64, depth=2, heads=2),
         pooling=dict(heads=4),
         init_logit_bias=-3.0,
