@@ -2,7 +2,7 @@
 
     python -m flair_jax.main --config configs/scenes.py --workdir RUN      # or `make demo`
 
-Hardware: 2 CPU cores, about 7 minutes.
+Hardware: 2 CPU cores, about 5 minutes.
 Expected on 512 unseen scenes: parts text→image R@1 0.19 (global 0.15) and R@5 0.60, pointing 0.80, colour mIoU 0.95,
 shape mIoU 0.20 (chance 0.11); other seeds reach more.
 
