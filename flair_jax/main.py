@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {arguments[1:]}")
     import jax
     import tensorflow as tf
+    from etils import epath
 
     from flair_jax import evaluate, train
 
@@ -40,12 +41,12 @@ def main(arguments: list[str]) -> None:
         print(_CONFIG.value, flush=True)
     config = _CONFIG.value.to_dict()
     try:
-        results = (train.train if _MODE.value == "train" else evaluate.evaluate)(config, _WORKDIR.value)
+        (train.train if _MODE.value == "train" else evaluate.evaluate)(config, _WORKDIR.value)
     except train.Interrupted as stop:
         logging.warning("%s", stop)
         sys.exit(128 + stop.number)
     if jax.process_index() == 0:
-        print(evaluate.write_report(_WORKDIR.value, results))
+        print((epath.Path(_WORKDIR.value) / "report.md").read_text())
         print(f"report and pictures: {_WORKDIR.value}")
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base, flair_cc3m
+from configs import base, flair_cc3m, shards
 from configs import scenes as scenes_config
 from flair_jax import checkpoint, evaluate, metrics, pretrained, train
 
@@ -245,14 +245,15 @@ def test_wrong_arguments_are_refused_by_name(tmp_path, argument, words):
     assert words in done.stderr
 
 
-@pytest.mark.parametrize("get_config", [base.get_config, flair_cc3m.get_config, scenes_config.get_config])
+@pytest.mark.parametrize("get_config", [m.get_config for m in (base, flair_cc3m, scenes_config, shards)])
 def test_every_config_builds_and_its_step_compiles_abstractly(get_config):
     """At the real sizes; nothing is computed."""
     config = get_config()
-    config.steps = config.steps or 10
+    if not config.epochs:
+        config.steps = config.steps or 10
     train.check(config.to_dict())
     model = train.models.create(config.model, config.loss)
-    optimizer_options = dict(config.optimizer.to_dict(), total_steps=config.steps)
+    optimizer_options = dict(config.optimizer.to_dict(), total_steps=config.steps or 10)
     tx = train.optimizer.create(**optimizer_options)
     mesh = train.sharding.create_mesh()
     with jax.set_mesh(mesh):
