@@ -4,6 +4,7 @@ Source: FLAIR's diverse caption sampling (Xiao et al. 2024, arXiv:2412.03561) ov
 (Zheng et al. 2024, arXiv:2403.17007).
 """
 
+import dataclasses
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,22 @@ _SENTENCE_ENDS = re.compile(r"\n|</s>|\.")
 
 class CaptionError(ValueError):
     """A record whose captions cannot be used. The message says why, without naming the record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionOptions:
+    """How the captions of an image are drawn. The defaults are FLAIR's."""
+
+    fields: Sequence[str] = FIELDS
+    count: int = 8  # K, captions an image
+    max_merged: int = 3  # sentences a caption, at most
+    reference_windows: bool = True  # the last window of consecutive sentences is never drawn, as in the reference
+
+
+def draw(record: Mapping, rng: random.Random, options: CaptionOptions) -> list[str]:
+    """The captions of one record: `sample` of its `sentences`. Raises CaptionError as they do."""
+    found = sentences(record, options.fields)
+    return sample(found, rng, options.count, options.max_merged, options.reference_windows)
 
 
 def split(text: str) -> list[str]:

@@ -4,6 +4,7 @@ Sizes are an int for a square or a pair (height, width). Pixels are uint8 RGB (H
 that of torchvision's transforms of PIL images, which the reference uses.
 """
 
+import dataclasses
 import io
 import math
 import random
@@ -23,6 +24,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 class ImageError(ValueError):
     """An image that cannot be used. The message says why, without naming the image."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationOptions:
+    """Bounds of the random resized crop; the defaults are FLAIR's."""
+
+    scale: tuple[float, float] = (0.9, 1.0)  # share of the area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
 
 
 def decode(data: bytes) -> Image.Image:

@@ -27,6 +27,8 @@ import numpy as np
 from absl import flags
 
 from data import captions, images, records, tokenizer
+from data.captions import CaptionOptions
+from data.images import AugmentationOptions
 
 logger = logging.getLogger(__name__)
 
@@ -60,24 +62,6 @@ class PositionError(ValueError):
     """A saved position that belongs to another stream."""
 
 
-@dataclasses.dataclass(frozen=True)
-class CaptionOptions:
-    """How the captions of an image are drawn; see `data.captions`."""
-
-    fields: Sequence[str] = captions.FIELDS
-    count: int = 8  # K, captions an image
-    max_merged: int = 3  # sentences a caption, at most
-    reference_windows: bool = True  # the last window of consecutive sentences is never drawn, as in the reference
-
-
-@dataclasses.dataclass(frozen=True)
-class AugmentationOptions:
-    """Bounds of the random resized crop; the defaults are FLAIR's."""
-
-    scale: tuple[float, float] = (0.9, 1.0)  # share of the area
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # One sample
 
@@ -98,14 +82,7 @@ class LoadTraining:
         # Two generators, so that a change of the crop leaves the captions as they are. Text seeds go through SHA-512.
         seed = f"{self.seed}/{place // len(self.source)}/{number}"
         try:
-            sentences = captions.sentences(_parse(record), self.captions.fields)
-            drawn = captions.sample(
-                sentences,
-                random.Random(f"captions/{seed}"),
-                self.captions.count,
-                self.captions.max_merged,
-                self.captions.reference_windows,
-            )
+            drawn = captions.draw(_parse(record), random.Random(f"captions/{seed}"), self.captions)
             image = images.random_resized_crop(
                 images.to_rgb(images.decode(record.image)),
                 self.image_size,
