@@ -21,9 +21,9 @@ SIZE = 48
 def get_config() -> ml_collections.ConfigDict:
     config = base.get_config()
     config.batch_size = 32
-    config.steps = 2000
+    config.steps = 4000
     config.log_every = 20
-    config.save_every = 500
+    config.save_every = 1000
 
     config.model.update(
         embed_dim=128,

@@ -56,7 +56,7 @@ def shards_evaluators(
     A config may name the evaluator and leave `shards` empty for its user to fill in: then there is nothing to evaluate.
     """
     if not shards:
-        logging.info("evaluators.%s.shards is empty: not evaluated", name)
+        logging.warning("evaluators.%s.shards is empty: not evaluated", name)
         return []
     samples = pipeline.evaluation_samples(shards, model.image_size, fields=tuple(fields))
     images, texts, owners = [], [], []

@@ -101,6 +101,7 @@ def _train(config, workdir, mesh, signals):
     latest = saved.latest()
     position = None
     if latest is not None:
+        check_same_run(saved.config(latest), config)
         position = restore_position(saved.positions(latest))
 
     # 2. Data: a position of its own for every process.
@@ -112,7 +113,6 @@ def _train(config, workdir, mesh, signals):
     tx = optimizer.create(total_steps=steps, **config["optimizer"])
     current = state.create(model, tx, mesh, config["seed"])
     if latest is not None:
-        check_same_run(saved.config(latest), config)
         current = saved.restore(latest, current)
         logging.warning("going on from step %d in %s", latest, saved.folder)
     elif config["init_from"]:
