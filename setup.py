@@ -1,4 +1,4 @@
-"""Installation: `pip install -e .` runs FLAIR; extras add conversion, TensorFlow datasets, accelerators and tests."""
+"""Installation: `pip install -e .` runs FLAIR; extras add conversion, TensorFlow datasets, preparation of data, accelerators and tests."""
 
 import pathlib
 
@@ -21,7 +21,7 @@ REQUIRES = [
     "numpy>=2.4",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
-    "pillow>=13.0",
+    "pillow>=12.3",
     "safetensors>=0.8",
     "tensorboard>=2.21",  # clu.metric_writers needs it and does not name it
     "tensorflow>=2.21",  # clu.metric_writers writes TensorBoard files through it
@@ -31,6 +31,7 @@ REQUIRES = [
 EXTRAS = {
     "torch": ["torch>=2.13"],
     "tf": ["tensorflow-datasets>=4.9.10"],
+    "prepare": ["apache-beam>=2.77", "pyarrow>=25.0"],
     "cuda": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "notebook": ["nbformat>=5.11", "nbclient>=0.11", "ipykernel>=7.4"],
@@ -42,6 +43,7 @@ EXTRAS["test"] = [
     "transformers>=5.23",
     *EXTRAS["torch"],
     *EXTRAS["notebook"],
+    *EXTRAS["prepare"],
 ]
 
 setup(
