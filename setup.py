@@ -1,4 +1,4 @@
-"""Installation: `pip install -e .` runs FLAIR; extras add conversion, TensorFlow datasets, preparation of data, accelerators and tests."""
+"""Installation: `pip install -e .` runs FLAIR; extras add conversion, data preparation, accelerators and tests."""
 
 import pathlib
 
