@@ -1,0 +1,165 @@
+"""Training crops at several times the speed of `images.random_resized_crop`, from the same draws and so the same boxes.
+
+JPEG is decoded by simplejpeg, large ones at a half, a quarter or an eighth of their size, and resized by SIMD code with
+Pillow's filter; or the decoded part goes to the accelerator, which resizes it (`flair_jax/augmentation.py`). What is no
+plain JPEG is decoded by Pillow, under the same limits and with the same errors. Pixels differ a little from the
+reference's: the README's data chapter says by how much.
+"""
+
+import math
+import random
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from data import images
+
+try:
+    import cykooz_resizer
+except ImportError:  # there is no wheel for Linux on ARM, where Pillow does its work: the same filter, but slower
+    cykooz_resizer = None
+
+# A picture is decoded smaller as long as its box keeps this many pixels for each one of the result. Below it the
+# coarser picture begins to show: at 1.0 it is 8 dB further from the reference's pixels.
+MIN_DENSITY = 1.25
+# Sides of a canvas over the longer side of the crop. Pictures with a shorter side of 256 pixels and their boxes of at
+# most 4:3 fit in a canvas for crops of 224.
+CANVAS_SHARE, CANVAS_MULTIPLE = 1.5, 32
+
+
+class Part(NamedTuple):
+    """A box with fractional borders, and the whole pixels that it touches."""
+
+    pixels: np.ndarray  # uint8 (h, w, 3)
+    top: float  # of the box in these pixels, in [0, 1)
+    left: float
+    height: float
+    width: float
+
+
+def random_resized_crop(
+    data: bytes,
+    size: int | tuple[int, int],
+    rng: random.Random,
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """As `images.random_resized_crop`, from the file.
+
+    Args:
+      data: the bytes of a file of one of `images.FORMATS`.
+      size, rng, scale, ratio: see there.
+
+    Returns:
+      uint8 (H, W, 3), not writable.
+
+    Raises:
+      images.ImageError: see `images.decode` and `images.to_rgb`.
+    """
+    size = images.pair(size)
+    return _resize(_random_part(data, size, rng, scale, ratio), size)
+
+
+def canvas_side(size: int | tuple[int, int]) -> int:
+    """Side of the canvas for crops of `size`: 352 pixels for 224, 512 for 336."""
+    return math.ceil(CANVAS_SHARE * max(images.pair(size)) / CANVAS_MULTIPLE) * CANVAS_MULTIPLE
+
+
+def canvas(
+    data: bytes,
+    size: int | tuple[int, int],
+    rng: random.Random,
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[np.ndarray, np.ndarray]:
+    """The random part of an image before its resize, in the corner of a canvas that is as large for every image.
+
+    A part that does not fit is resized to `size` here: the accelerator's resize then changes nothing.
+
+    Args: as `random_resized_crop`.
+
+    Returns:
+      uint8 (C, C, 3) with C = `canvas_side(size)`, and the box in it: float32 (4,), top, left, height and width in
+      pixels.
+
+    Raises: as `random_resized_crop`.
+    """
+    size = images.pair(size)
+    side = canvas_side(size)
+    part = _random_part(data, size, rng, scale, ratio)
+    if max(part.pixels.shape) > side:
+        part = Part(_resize(part, size), 0, 0, *size)
+    pixels = np.zeros((side, side, 3), np.uint8)  # (C, C, 3)
+    height, width, _ = part.pixels.shape
+    pixels[:height, :width] = part.pixels
+    return pixels, np.array(part[1:], np.float32)
+
+
+def _random_part(
+    data: bytes,
+    size: tuple[int, int],
+    rng: random.Random,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Part:
+    """A random box of an image, of its full or, where `size` does not need that, of a fraction of its resolution."""
+    jpeg_size = _jpeg_size(data)
+    pixels = _decode(data) if jpeg_size is None else None
+    height, width = jpeg_size or pixels.shape[:2]
+    left, top, right, bottom = images.random_box(width, height, rng, scale, ratio)
+    shrink = 1
+    if jpeg_size is not None:
+        density = min((bottom - top) / size[0], (right - left) / size[1])
+        # libjpeg-turbo has SIMD code for these fractions alone; three quarters take longer than the whole.
+        shrink = max(factor for factor in (1, 2, 4, 8) if factor == 1 or density / factor >= MIN_DENSITY)
+        try:
+            pixels = _decode_jpeg(data, height, width, shrink)
+        except ValueError:
+            pixels, shrink = _decode(data), 1  # Pillow says what is wrong, or takes what is only slightly damaged
+    left, top, right, bottom = left / shrink, top / shrink, right / shrink, bottom / shrink
+    first_row, first_column = math.floor(top), math.floor(left)
+    pixels = pixels[first_row : math.ceil(bottom), first_column : math.ceil(right)]
+    return Part(pixels, top - first_row, left - first_column, bottom - top, right - left)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that simplejpeg turns into RGB, None for anything else."""
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colours in ("CMYK", "YCCK"):
+        return None
+    images.check_pixels((width, height), "the image")
+    return height, width
+
+
+def _decode_jpeg(data: bytes, height: int, width: int, shrink: int) -> np.ndarray:
+    """uint8 (⌈height / shrink⌉, ⌈width / shrink⌉, 3). ValueError for all that libjpeg warns of, as of a missing end."""
+    if shrink == 1:
+        return simplejpeg.decode_jpeg(data)
+    return simplejpeg.decode_jpeg(data, min_height=math.ceil(height / shrink), min_width=math.ceil(width / shrink))
+
+
+def _decode(data: bytes) -> np.ndarray:
+    return np.asarray(images.to_rgb(images.decode(data)))  # (H, W, 3)
+
+
+def _resize(part: Part, size: tuple[int, int]) -> np.ndarray:
+    """The part's box by antialiased bicubic weights (a = -1/2), uint8 (H, W, 3)."""
+    (pixels, top, left, height, width), (out_height, out_width) = part, size
+    if cykooz_resizer is None:
+        box = (left, top, left + width, top + height)
+        return np.asarray(Image.fromarray(pixels).resize((out_width, out_height), Image.Resampling.BICUBIC, box))
+    stored_height, stored_width, _ = pixels.shape
+    kind = cykooz_resizer.PixelType.U8x3
+    source = cykooz_resizer.ImageData(stored_width, stored_height, kind, pixels.tobytes())
+    resized = cykooz_resizer.ImageData(out_width, out_height, kind)
+    options = cykooz_resizer.ResizeOptions(
+        cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom),
+        crop_box=cykooz_resizer.CropBox(left, top, width, height),
+    )
+    cykooz_resizer.Resizer().resize(source, resized, options)
+    return np.frombuffer(resized.get_buffer(), np.uint8).reshape(out_height, out_width, 3)  # (H, W, 3)
