@@ -1,0 +1,144 @@
+"""One preparation from start to end, or from where it was interrupted."""
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import shlex
+import shutil
+import sys
+
+from data.prepare import files, report, runner, shards, stages
+from data.prepare.stages import Job
+
+INFO = "info.json"
+FORMAT = "flair_jax prepared data"
+SCHEMA = 1  # of info.json and of the records
+VERSIONS = ("flair_jax", "apache-beam", "numpy", "pillow")
+STAGES = ("captions", "images", "shards")
+
+
+def prepare(job: Job, options: runner.Options) -> dict:
+    """Does what is left to do of a job, and returns the contents of info.json.
+
+    Raises:
+      PrepareError: the output folder holds something else, the inputs are not what they were, nothing matches, or a
+        file cannot be read or written.
+    """
+    output, work = pathlib.Path(job.output), pathlib.Path(job.work)
+    description = _describe(job)
+    fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+    if (output / INFO).exists():
+        info = files.read_json(output / INFO)
+        if info.get("fingerprint") != fingerprint:
+            raise files.PrepareError(f"{output} holds other prepared data: choose an empty folder, or remove it")
+        shutil.rmtree(work, ignore_errors=True)  # killed while it was removed
+        return info
+    _open_folders(job, description)
+
+    folder = {stage: work / stage for stage in STAGES}
+    run = functools.partial(runner.run, options=options)
+    run(functools.partial(stages.index_captions, job), stages.caption_pieces(job), folder["captions"], "captions", "B")
+    run(functools.partial(stages.match, job), stages.image_pieces(job), folder["images"], "images", "B")
+    tasks, images = stages.plan(job)
+    pieces = stages.shard_pieces(job, tasks)
+    for piece in pieces:
+        if not (
+            output / stages.shard_name(job, piece.value[0][0], len(tasks))
+        ).exists():  # removed after it was written
+            (folder["shards"] / f"{piece.name}.json").unlink(missing_ok=True)
+    run(functools.partial(stages.write_shard, job), pieces, folder["shards"], "shards", " samples")
+
+    info = {
+        "format": FORMAT,
+        "schema": SCHEMA,
+        "release": job.release,
+        **_counts(job, folder, images),
+        "fingerprint": fingerprint,
+        "provenance": {
+            "command": shlex.join(["python", "-m", "data.prepare", *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+            **description,
+        },
+    }
+    files.write_json(output / INFO, info, indent=1)
+    shutil.rmtree(work)
+    return info
+
+
+def _describe(job: Job) -> dict:
+    """All that the bytes of the shards follow from, with the state of every file that is read."""
+    settings = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
+    for place in ("output", "work", "captions", "inputs"):
+        del settings[place]
+    return {
+        "settings": settings,
+        "pillow": importlib.metadata.version("pillow"),  # which decodes and resizes
+        "captions": [files.state(path) for path in job.captions],
+        "images": [job.inputs.state(unit) for unit in range(len(job.inputs))],
+    }
+
+
+def _open_folders(job: Job, description: dict) -> None:
+    """Makes the folders, or goes on in those of an interrupted run of the same job."""
+    output, work = pathlib.Path(job.output), pathlib.Path(job.work)
+    started = work / "job.json"
+    if started.exists():
+        before = files.read_json(started)
+        changed = [name for name in description if before.get(name) != json.loads(json.dumps(description[name]))]
+        if changed:
+            raise files.PrepareError(
+                f"{work} holds the work of another run, which differs in {', '.join(changed)}. Give the same options "
+                f"and files to go on with it; to start again remove {work} and the shards in {output}."
+            )
+        files.remove_partial(work)
+        for path in output.glob(f".*{files.PARTIAL}"):
+            path.unlink(missing_ok=True)
+        return
+    found = [path for path in output.glob("*") if path != work] if output.exists() else []
+    if found:
+        raise files.PrepareError(f"{output} is not empty ({found[0].name}): choose an empty folder for the shards")
+    for folder in (output, *(work / stage for stage in STAGES)):
+        folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(started, description)
+
+
+def _counts(job: Job, folder: dict[str, pathlib.Path], images: report.Tally) -> dict:
+    def reports(stage: str) -> list[dict]:
+        return [files.read_json(path) for path in sorted(folder[stage].glob("*.json"))]
+
+    captions, written = None, reports("shards")
+    if job.captions:
+        store = stages.open_store(folder["captions"])
+        repeated = store.count_repeated()
+        keys = len(store) - repeated
+        numbered = sum(part["matched"] for part in reports("images")) - images.skipped[stages.REPEATED]
+        captions = {
+            **report.Tally.total(reports("captions")).to_json(),
+            "repeated": repeated,
+            "repeated_rule": "all captions are kept" if job.rules.merged else "the first one counts",
+            "keys": keys,
+            "keys_without_image": keys - numbered,
+        }
+    return {
+        "samples": sum(part["samples"] for part in written),
+        "shards": len(written),
+        "shard_size": job.shard_size,
+        "last_shard": written[-1]["samples"],
+        "pattern": pattern(job, len(written)),
+        "converted": sum(part["converted"] for part in written),
+        "captions": captions,
+        "images": {**images.to_json(), "matched": sum(part["matched"] for part in reports("images"))},
+        "left_out": report.Tally.total(part["left_out"] for part in reports("images")).to_json(),
+    }
+
+
+def pattern(job: Job, count: int) -> str:
+    """The shards as one word with braces."""
+    first, last = (stages.shard_name(job, number, count) for number in (0, count - 1))
+    digits = slice(len(job.prefix) + 1, -len(shards.SUFFIXES[job.format]))
+    return f"{job.prefix}-{{{first[digits]}..{last[digits]}}}{shards.SUFFIXES[job.format]}"

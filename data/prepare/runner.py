@@ -1,0 +1,140 @@
+"""One stage of the work on Apache Beam: a function called once for each piece, on any runner.
+
+Beam only hands out the pieces. What a piece produces lies in files, whose last one is its report; so a piece with a
+report is done, whoever did it and whenever, and the progress bar is drawn by looking which reports there are. All
+workers must see the same files: one machine, or a file system that the machines share.
+"""
+
+import contextlib
+import logging
+import pathlib
+import shlex
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.transforms.environments import SubprocessSDKEnvironment
+from tqdm import tqdm
+
+from data.prepare.files import PrepareError
+
+LOCAL = "local"
+FAILED = ".failed"  # ending of a file that says why a piece could not be done
+WORKER = "data.prepare.worker"
+POLL = 0.5  # seconds between two looks at the reports
+
+
+class Options(NamedTuple):
+    """Where a stage runs."""
+
+    runner: str = LOCAL  # or the name of one of Beam's
+    workers: int = 1  # processes of the local runner
+    flags: Sequence[str] = ()  # Beam's own
+
+
+class Piece(NamedTuple):
+    """A part of a stage's work."""
+
+    name: str  # its report, which it writes last, is `NAME.json` in the stage's folder
+    weight: int  # its share of the progress bar
+    value: Any  # what the function is called with
+
+
+def progress_file(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Where long work may say how much of its weight is done, as a number in ASCII."""
+    return folder / f"{name}.progress"
+
+
+def is_done(folder: pathlib.Path, name: str) -> bool:
+    return (folder / f"{name}.json").exists()
+
+
+def run(
+    function: Callable[[Any], None],
+    pieces: Sequence[Piece],
+    folder: pathlib.Path,
+    title: str,
+    unit: str,
+    options: Options,
+) -> None:
+    """Calls `function(piece.value)` for all pieces without a report.
+
+    Raises:
+      PrepareError: the function raised it for some piece. The pieces that were finished stay so.
+    """
+    # Its own name for each run: workers of a killed one may still be at work.
+    failed = f".{uuid.uuid4().hex}{FAILED}"
+    pending = [piece for piece in pieces if not is_done(folder, piece.name)]
+    if not pending:
+        return
+    options = options._replace(workers=min(options.workers, len(pending)))
+    with _progress(pieces, folder, title, unit), _pipeline(options) as pipeline:
+        _ = pipeline | beam.Create(pending) | beam.Reshuffle() | title >> beam.Map(_do, function, folder, failed)
+    for path in sorted(folder.glob(f"*{failed}")):
+        raise PrepareError(path.read_text(encoding="utf-8"))
+
+
+def _do(piece: Piece, function: Callable[[Any], None], folder: pathlib.Path, failed: str) -> None:
+    """A fault that we foresaw is told through a file: Beam would repeat the piece, and print tracebacks by the page."""
+    if any(folder.glob(f"*{failed}")):
+        return
+    try:
+        function(piece.value)
+    except PrepareError as error:
+        (folder / f"{piece.name}{failed}").write_text(str(error), encoding="utf-8", errors="backslashreplace")
+
+
+def _pipeline(options: Options) -> beam.Pipeline:
+    if options.runner != LOCAL:
+        return beam.Pipeline(options=PipelineOptions([f"--runner={options.runner}", *options.flags]))
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    environment = None  # this process
+    if options.workers > 1:
+        environment = SubprocessSDKEnvironment.from_command_string(f"{shlex.quote(sys.executable)} -m {WORKER}")
+    # Not Beam's "DirectRunner", which first tries to download a runner. The workers end with this process.
+    return beam.Pipeline(
+        runner=FnApiRunner(default_environment=environment),
+        options=PipelineOptions([f"--direct_num_workers={options.workers}"]),
+    )
+
+
+@contextlib.contextmanager
+def _progress(pieces: Sequence[Piece], folder: pathlib.Path, title: str, unit: str) -> Iterator[None]:
+    stop = threading.Event()
+    with tqdm(total=sum(piece.weight for piece in pieces), desc=title, unit=unit, unit_scale=True) as bar:
+
+        def look() -> None:
+            remaining, finished = list(pieces), 0
+            while True:
+                still, under_way = [], 0
+                for piece in remaining:
+                    if is_done(folder, piece.name):
+                        finished += piece.weight
+                    else:
+                        still.append(piece)
+                        under_way += _reported(progress_file(folder, piece.name))
+                remaining = still
+                bar.update(finished + under_way - bar.n)
+                if stop.wait(POLL):
+                    return
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+        bar.update(sum(piece.weight for piece in pieces if is_done(folder, piece.name)) - bar.n)
+
+
+def _reported(path: pathlib.Path) -> int:
+    try:
+        return int(path.read_text() or 0)
+    except FileNotFoundError:
+        return 0

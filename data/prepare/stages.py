@@ -1,0 +1,293 @@
+"""The preparation in three stages: index the captions, match the images, write the shards.
+
+Each stage is a function of a job and one piece of the work, and leaves its result in files. Between the second and
+the third the matched samples are numbered through, so that every shard but the last holds the same number of samples
+whoever writes it, and so that the shards' bytes depend neither on the number of workers nor on interruptions.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from data.captions import CaptionError
+from data.images import ImageError
+from data.prepare import files, inputs, pictures, releases, report, rows, runner, shards
+from data.prepare.store import Store, Writer
+
+LOOKUP = 1024  # captions held in memory at a time
+NO_CAPTION = "no captions for this image in the caption files"
+NO_IMAGE = "image that training cannot use"
+HUGE_IMAGE = f"image file of more than {inputs.MAX_IMAGE_BYTES:,} bytes"
+REPEATED = "image whose captions went to an earlier one"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that decides the output, and where the work lies."""
+
+    release: str
+    captions: tuple[str, ...]  # caption files; none if the tars hold the captions
+    inputs: inputs.Inputs
+    output: str
+    work: str
+    prefix: str
+    format: str
+    shard_size: int
+    resize: int | None = None
+    quality: int = 95
+    reader: dict = dataclasses.field(default_factory=dict)  # the release's own options
+
+    def folder(self, stage: str) -> pathlib.Path:
+        return pathlib.Path(self.work) / stage
+
+    @property
+    def rules(self) -> releases.Release:
+        return releases.RELEASES[self.release]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Captions
+
+
+def caption_pieces(job: Job) -> list[runner.Piece]:
+    return [runner.Piece(f"{number:05d}", files.state(path)[1], number) for number, path in enumerate(job.captions)]
+
+
+def index_captions(job: Job, number: int) -> None:
+    """Reads one caption file into the store."""
+    folder, name, path = job.folder("captions"), f"{number:05d}", job.captions[number]
+    before, tally = files.state(path), report.Tally()
+    advance = runner.progress_file(folder, name).write_text
+    read = rows.READERS[job.release](path, lambda done: advance(str(done)), **job.reader)
+    with files.replacing(folder / f"{name}.rows") as temporary, Writer(folder, name, temporary) as writer:
+        for row in files.reading(path, read):
+            tally.read += 1
+            if isinstance(row, str):
+                tally.skip(row, f"{path}, row {tally.read}")
+            else:
+                writer.add(*row)
+    _check_unchanged(before, files.state(path), path)
+    files.write_json(folder / f"{name}.json", {**tally.to_json(), "runs": writer.runs})
+
+
+@functools.lru_cache(maxsize=1)
+def open_store(folder: pathlib.Path) -> Store:
+    """The store of finished captions, opened once a process."""
+    reports = sorted(folder.glob("*.json"))
+    return Store(folder, {path.stem: files.read_json(path)["runs"] for path in reports})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Images
+
+
+def image_pieces(job: Job) -> list[runner.Piece]:
+    return [runner.Piece(f"{unit:05d}", weight, unit) for unit, weight in enumerate(job.inputs.weights())]
+
+
+def match(job: Job, unit: int) -> None:
+    """Finds the images of one unit that have captions and that training can read."""
+    folder, name = job.folder("images"), f"{unit:05d}"
+    before, tally, left_out = job.inputs.state(unit), report.Tally(), report.Tally()
+    members, faults = job.inputs.scan(unit)
+    for reason, count in faults.items():
+        left_out.skip(reason, job.inputs.name(unit), count)
+    tally.read = len(members)
+    matched, numbers = [], []
+    with job.inputs.open(unit) as read:
+        for member, key, number in _with_captions(job, unit, members, read, tally):
+            try:
+                found = pictures.inspect(read(member.name, member.offset, member.size))
+            except ImageError as error:
+                tally.skip(NO_IMAGE, f"{job.inputs.name(unit)} {member.name}: {error}")
+                continue
+            matched.append([member, key, found[1:]])
+            numbers.append(number)
+    _check_unchanged(before, job.inputs.state(unit), job.inputs.name(unit))
+    files.write_json(folder / f"{name}.samples", matched)
+    files.write_array(folder / f"{name}.numbers.npy", np.array(numbers, np.int64))
+    files.write_json(
+        folder / f"{name}.json",
+        {**tally.to_json(), "left_out": left_out.to_json(), "matched": len(matched), "state": before},
+    )
+
+
+def _with_captions(job: Job, unit: int, members: list, read: inputs.Read, tally: report.Tally) -> Iterator[tuple]:
+    """(member, join key, number of the captions) of the members that have captions; "" and -1 for a tar's own."""
+    for batch in _batched(members, LOOKUP):
+        keyed = []
+        for member in batch:
+            example = f"{job.inputs.name(unit)} {member.name}"
+            if member.size > inputs.MAX_IMAGE_BYTES:
+                tally.skip(HUGE_IMAGE, example)
+                continue
+            try:
+                keyed.append((member, _key_of(job, member, read)))
+            except CaptionError as error:
+                tally.skip(str(error), example)
+        if not job.captions:
+            yield from ((member, key, -1) for member, key in keyed)
+            continue
+        found = open_store(job.folder("captions")).find([key for _, key in keyed])
+        for (member, key), captions in zip(keyed, found, strict=True):
+            if captions is None:
+                tally.skip(NO_CAPTION, f"{job.inputs.name(unit)} {member.name}: {key}")
+            else:
+                yield member, key, captions.number
+
+
+def _key_of(job: Job, member: inputs.Member, read: inputs.Read) -> str:
+    """What the member's captions are found by; "" for a tar's own, which are only checked. Raises CaptionError."""
+    if job.rules.images == "folder":
+        return member.name
+    text = read(member.name, member.text_offset, member.text_size)
+    if job.captions:
+        return releases.url_of(text)
+    job.rules.own(text, **job.reader)
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Between: which sample goes where
+
+
+def plan(job: Job) -> tuple[list[tuple[int, list]], report.Tally]:
+    """Numbers the matched samples through: the shards' contents, and the counts of all images.
+
+    Of several images with the same captions the first one is kept.
+
+    Raises:
+      PrepareError: nothing matches.
+    """
+    folder, names = job.folder("images"), [piece.name for piece in image_pieces(job)]
+    used = np.zeros(len(open_store(job.folder("captions"))) if job.captions else 0, bool)
+    tasks, count = [], 0
+    tally = report.Tally.total(files.read_json(folder / f"{name}.json") for name in names)
+    for unit, name in enumerate(names):
+        numbers = np.load(folder / f"{name}.numbers.npy", allow_pickle=False)  # (N,)
+        kept = np.ones(len(numbers), bool)
+        if job.captions:
+            kept[:] = False
+            kept[np.unique(numbers, return_index=True)[1]] = True
+            kept &= ~used[numbers]
+            used[numbers] = True
+        if not kept.all():
+            tally.skip(REPEATED, job.inputs.name(unit), int((~kept).sum()))
+        files.write_array(folder / f"{name}.kept.npy", np.flatnonzero(kept))
+        for start, stop, shard in _cut(count, count + int(kept.sum()), job.shard_size):
+            if shard == len(tasks):
+                tasks.append((shard, []))
+            tasks[shard][1].append((unit, start - count, stop - count))
+        count += int(kept.sum())
+    if not count:
+        raise files.PrepareError(_nothing_matches(job, tally))
+    return tasks, tally
+
+
+def _cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """The range from start to stop in pieces that lie in one shard each: (start, stop, shard)."""
+    while start < stop:
+        end = min(stop, (start // size + 1) * size)
+        yield start, end, start // size
+        start = end
+
+
+def _nothing_matches(job: Job, tally: report.Tally) -> str:
+    reasons = "; ".join(
+        f"{count} x {reason} (e.g. {tally.examples[reason]})" for reason, count in tally.skipped.items()
+    )
+    message = f"no image has captions: {tally.read} images read; {reasons or 'no samples in the tars'}"
+    if job.captions and len(open_store(job.folder("captions"))):
+        message += f". The caption files have keys like {open_store(job.folder('captions')).any_key()!r}"
+    return message + ". Are these the captions of these images?"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Shards
+
+
+def shard_name(job: Job, shard: int, count: int) -> str:
+    """`prefix-00012.tar`; more digits if there are so many shards, so that names sort as numbers do."""
+    return f"{job.prefix}-{shard:0{max(5, len(str(count - 1)))}d}{shards.SUFFIXES[job.format]}"
+
+
+def shard_pieces(job: Job, tasks: list) -> list[runner.Piece]:
+    return [
+        runner.Piece(f"{task[0]:05d}", sum(stop - start for _, start, stop in task[1]), (task, len(tasks)))
+        for task in tasks
+    ]
+
+
+def write_shard(job: Job, piece: tuple) -> None:
+    """Writes one shard."""
+    (shard, slices), count = piece
+    name = shard_name(job, shard, count)
+    written = []  # (bytes, whether the image was changed), of each sample
+    shards.write(pathlib.Path(job.output) / name, job.format, _samples(job, shard, slices, written))
+    files.write_json(
+        job.folder("shards") / f"{shard:05d}.json",
+        {"name": name, "samples": len(written), "converted": sum(written)},
+    )
+
+
+def _samples(job: Job, shard: int, slices: list, written: list) -> Iterator[shards.Sample]:
+    digits = max(4, len(str(job.shard_size - 1)))
+    for unit, start, stop in slices:
+        folder, name = job.folder("images"), f"{unit:05d}"
+        _check_unchanged(
+            files.read_json(folder / f"{name}.json")["state"], job.inputs.state(unit), job.inputs.name(unit)
+        )
+        matched = files.read_json(folder / f"{name}.samples")
+        kept = np.load(folder / f"{name}.kept.npy", allow_pickle=False)[start:stop].tolist()
+        with job.inputs.open(unit) as read:
+            for batch in _batched([matched[place] for place in kept], LOOKUP):
+                members = [inputs.Member(*member) for member, _, _ in batch]
+                captions = _captions(job, members, [key for _, key, _ in batch], read)
+                for member, (_, key, found), fields in zip(members, batch, captions, strict=True):
+                    found = pictures.Picture(b"", *found)
+                    data = read(member.name, member.offset, member.size)
+                    picture = pictures.fit(data, found, job.resize, job.quality)
+                    content = {
+                        **fields,
+                        **({job.rules.key_field: key} if key else {}),
+                        "source": f"{job.inputs.name(unit)}/{member.name}",
+                        "width": picture.width,
+                        "height": picture.height,
+                    }
+                    yield shards.Sample(
+                        f"{shard:05d}{len(written):0{digits}d}",
+                        picture.extension,
+                        picture.data,
+                        json.dumps(content).encode(),
+                    )
+                    written.append(picture.data is not data)
+
+
+def _captions(job: Job, members: list[inputs.Member], keys: list[str], read: inputs.Read) -> Iterator[dict]:
+    if job.captions:
+        for found in open_store(job.folder("captions")).find(keys):
+            yield releases.combined(found.captions, job.rules.merged)
+    else:
+        for member in members:
+            yield job.rules.own(read(member.name, member.text_offset, member.text_size), **job.reader)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _batched(items: list, size: int) -> Iterator[list]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _check_unchanged(before: list, now: list, name: str) -> None:
+    if before != now:
+        raise files.PrepareError(
+            f"{name} changed while it was used: expected {before}, found {now}. Start again in an empty folder."
+        )
