@@ -15,9 +15,8 @@ CANVAS = 96
 
 
 def canvases(count: int, seed: int = 0) -> np.ndarray:
-    """Black-and-white noise, on which any other filter shows."""
-    noise = np.random.default_rng(seed).random((count, CANVAS, CANVAS, 3)) > 0.5
-    return noise.astype(np.uint8) * 255  # (B, C, C, 3)
+    """Noise, on which any other filter shows."""
+    return np.random.default_rng(seed).integers(0, 256, (count, CANVAS, CANVAS, 3), np.uint8)  # (B, C, C, 3)
 
 
 def pillow(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -41,7 +40,7 @@ def test_whole_boxes_are_pillows(size):
         top, left, height, width = box
         expected = pillow(image[top : top + height, left : left + width], size)
         difference = np.abs(resized.astype(int) - expected)
-        assert difference.max() <= 1 and (difference > 0).mean() < 0.03, box  # ties, of which the noise has many
+        assert difference.max() <= 2 and (difference > 0).mean() < 0.02, box  # ties, rounded twice
 
 
 def test_borders_within_a_pixel():
