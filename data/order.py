@@ -1,0 +1,116 @@
+"""In which order the samples of a data set come: place in the endless order -> (epoch, sample number).
+
+Every order here is a pure function of (seed, place), so a run can go on anywhere and any process can ask for any place.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Sequence
+
+import grain
+from grain.experimental import index_shuffle
+
+BLOCKS = 16  # runs of neighbouring samples that make up a window
+# Of grain's index permutation. With its usual 4, places 2 apart correlate by -0.07 in a set of 100,000 (20 standard
+# errors); from 8 on nothing is left to see.
+ROUNDS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffled:
+    """The numbers `first` … `first + count - 1`, all of them once an epoch, each epoch in another order.
+
+    Attributes:
+      first, count: which numbers.
+      seed: of the order.
+      window: None shuffles over the whole epoch. Otherwise this many samples at a time are shuffled among themselves: a
+        window is made of `BLOCKS` runs of neighbours from all over the data set, which other epochs combine anew. So a
+        store that is slow to seek has only a few places to read at a time.
+    """
+
+    first: int
+    count: int
+    seed: int
+    window: int | None = None
+
+    def __call__(self, place: int) -> tuple[int, int]:
+        """Place in the order of these numbers alone -> (epoch, number)."""
+        epoch, place = divmod(place, self.count)
+        if self.window is None:
+            return epoch, self.first + _shuffle(place, self.count, self.seed, "order", epoch)
+        window, offset = divmod(place, self.window)
+        start = window * self.window
+        place = start + _shuffle(offset, min(self.window, self.count - start), self.seed, "window", epoch, window)
+        length = max(1, self.window // BLOCKS)
+        block, offset = divmod(place, length)
+        if block < self.count // length:  # only whole blocks change places; a shorter rest stays the last
+            block = _shuffle(block, self.count // length, self.seed, "blocks", epoch)
+        return epoch, self.first + block * length + offset
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequential:
+    """The numbers 0 … `count - 1` as they are, epoch after epoch."""
+
+    count: int
+
+    def __call__(self, place: int) -> tuple[int, int]:
+        return divmod(place, self.count)
+
+
+def endless(
+    sizes: Sequence[int],
+    seed: int,
+    *,
+    shuffle: bool = True,
+    window: int | None = None,
+    weights: Sequence[float] | None = None,
+) -> grain.MapDataset:
+    """The order of training: a dataset without end of (epoch, sample number).
+
+    Args:
+      sizes: samples of each set; their numbers follow one another.
+      seed: of the order.
+      shuffle: over all sets together, anew each epoch; otherwise the numbers come as they are.
+      window: shuffle only within windows of so many samples, see `Shuffled`.
+      weights: one for each set: how often its samples come, relative to the others'. The sets are then interleaved in
+        these proportions, each in an order and in epochs of its own. None: every sample once an epoch.
+
+    Raises:
+      ValueError: weights that are not positive or not one for each set, or weights or a window without shuffling.
+    """
+    if not shuffle and (weights is not None or window is not None):
+        raise ValueError("weights and shuffle_window are for a shuffled order; set shuffle=True, or leave them out")
+    if window is not None and window < 1:
+        raise ValueError(f"shuffle_window is {window}; expected a number of samples, or None for the whole epoch")
+    if weights is None:
+        total = sum(sizes)
+        return _dataset(Shuffled(0, total, seed, window) if shuffle else Sequential(total))
+    if len(weights) != len(sizes) or not all(weight > 0 for weight in weights):
+        raise ValueError(f"expected a positive weight for each of {len(sizes)} sets of shards, got {tuple(weights)}")
+    firsts = [sum(sizes[:place]) for place in range(len(sizes))]
+    sets = [
+        # Sets of equal size must not take turns in equal order, hence a seed for each.
+        _dataset(Shuffled(first, size, zlib.crc32(f"{seed}/{place}".encode()), window))
+        for place, (first, size) in enumerate(zip(firsts, sizes, strict=True))
+    ]
+    return grain.MapDataset.mix(sets, weights)
+
+
+def _dataset(order: Shuffled | Sequential) -> grain.MapDataset:
+    # The repeated range hands over each place of the endless order as it is.
+    return grain.MapDataset.range(order.count).repeat().map_with_index(functools.partial(_at, order))
+
+
+def _at(order: Shuffled | Sequential, place: int, _: int) -> tuple[int, int]:
+    return order(place)
+
+
+def _shuffle(place: int, count: int, seed: int, *what: object) -> int:
+    """Where a random permutation of 0 … count - 1 puts `place`; what it permutes makes it another one."""
+    if count == 1:
+        return place
+    # Hashed, so that neighbouring seeds and epochs do not share their orders.
+    name = "/".join(map(str, (*what, seed))).encode()
+    return index_shuffle(place, max_index=count - 1, seed=zlib.crc32(name), rounds=ROUNDS)
