@@ -51,7 +51,7 @@ class JSONError(ValueError):
     """A json that does not parse."""
 
 
-UNUSABLE = (JSONError, captions.CaptionError, images.ImageError)
+UNUSABLE = (records.RecordError, JSONError, captions.CaptionError, images.ImageError)
 
 
 class TooManySkipped(RuntimeError):
@@ -70,7 +70,7 @@ class PositionError(ValueError):
 class LoadTraining:
     """(place in the endless order, sample number) -> {"images": uint8 (H, W, 3), "tokens": int32 (K, T)} or Skipped."""
 
-    source: records.WebDataset
+    source: records.Source
     image_size: int | tuple[int, int]
     tokenize: tokenizer.Tokenizer
     seed: int
@@ -78,10 +78,10 @@ class LoadTraining:
     augmentation: AugmentationOptions
 
     def __call__(self, place: int, number: int) -> dict[str, np.ndarray] | Skipped:
-        record = self.source[number]
         # Two generators, so that a change of the crop leaves the captions as they are. Text seeds go through SHA-512.
         seed = f"{self.seed}/{place // len(self.source)}/{number}"
         try:
+            record = self.source[number]
             drawn = captions.draw(_parse(record), random.Random(f"captions/{seed}"), self.captions)
             image = images.random_resized_crop(
                 images.to_rgb(images.decode(record.image)),
@@ -91,7 +91,7 @@ class LoadTraining:
                 self.augmentation.ratio,
             )
         except UNUSABLE as error:
-            return Skipped(record.shard, record.key, str(error), place)
+            return Skipped(*self.source.where(number), str(error), place)
         return {"images": image, "tokens": self.tokenize(drawn)}
 
 
@@ -99,17 +99,17 @@ class LoadTraining:
 class LoadEvaluation:
     """(place, sample number) -> (key, uint8 (H, W, 3), sentences) or Skipped."""
 
-    source: records.WebDataset
+    source: records.Source
     image_size: int | tuple[int, int]
     fields: Sequence[str]
 
     def __call__(self, place: int, number: int) -> tuple[str, np.ndarray, list[str]] | Skipped:
-        record = self.source[number]
         try:
+            record = self.source[number]
             sentences = captions.sentences(_parse(record), self.fields)
             image = images.evaluation_crop(images.to_rgb(images.decode(record.image)), self.image_size)
         except UNUSABLE as error:
-            return Skipped(record.shard, record.key, str(error), place)
+            return Skipped(*self.source.where(number), str(error), place)
         return record.key, image, sentences
 
 
@@ -379,13 +379,13 @@ def make_stream(
       shuffle: over all samples, anew each epoch; otherwise in the order of the shards.
       workers: processes that prepare batches; 0: threads of this process. They import the main module again, so a
         script needs its `if __name__ == "__main__":`.
-      index_dir: see `records.WebDataset`.
+      index_dir: see `records.open_source`.
       position: `Stream.position` of an earlier run, to go on with the very next sample.
       max_skipped: largest share of an epoch's samples that may be unusable (json that does not parse, no caption, no
         picture). Over it the run stops; sooner where more than half of the first 200 samples of an epoch are.
 
     Raises:
-      FileNotFoundError, records.ShardError: see `records.WebDataset`.
+      FileNotFoundError, records.ShardError: see `records.open_source`.
       ValueError: batch_size is no multiple of process_count.
       PositionError: `position` belongs to other data or settings.
       TypeError: an unknown option of captions or augmentation.
@@ -393,7 +393,7 @@ def make_stream(
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} must be a positive multiple of process_count {process_count}")
     load = LoadTraining(
-        source=records.WebDataset(shards, index_dir),
+        source=records.open_source(shards, index_dir),
         image_size=image_size,
         tokenize=tokenizer.Tokenizer(context_length),
         seed=seed,
@@ -450,6 +450,6 @@ def evaluation_samples(
     """The samples of some shards, each once, with the evaluation's crop and all sentences of the given fields.
 
     Raises:
-      FileNotFoundError, records.ShardError: see `records.WebDataset`.
+      FileNotFoundError, records.ShardError: see `records.open_source`.
     """
-    return EvaluationSamples(LoadEvaluation(records.WebDataset(shards, index_dir), image_size, fields))
+    return EvaluationSamples(LoadEvaluation(records.open_source(shards, index_dir), image_size, fields))

@@ -21,6 +21,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -40,6 +41,10 @@ class ShardError(RuntimeError):
     """A shard that cannot be used, or that is not the one the index was built from."""
 
 
+class RecordError(ValueError):
+    """One record that holds no image-caption pair; the others of its shard may be good."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One sample as it lies in its shard; `key` is webdataset's: the path up to the first dot of the file name."""
@@ -48,6 +53,35 @@ class Record:
     shard: str
     image: bytes
     json: bytes
+
+
+class Source(Protocol):
+    """All records of a data set, by number.
+
+    Safe to use from many threads, and cheap to pickle for worker processes.
+
+    Attributes:
+      shards: what it was opened from.
+      skipped: what was left out when it was opened, by reason.
+      checksum: the same data gives the same number on every machine, other data another.
+    """
+
+    shards: list[str]
+    skipped: collections.Counter
+    checksum: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """
+        Raises:
+          IndexError: not 0 <= index < len(self).
+          RecordError: this record cannot be parsed.
+          ShardError: its shard changed since it was opened, or vanished.
+        """
+
+    def where(self, index: int) -> tuple[str, str]:
+        """(shard, key) of a record, without reading it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,3 +459,8 @@ def _indexes(shards: list[str], index_dir: str | os.PathLike | None) -> list[Ind
     if len(faulty) > LOGGED_SHARDS:
         logger.warning("%d more shards leave something out; see the counts in `skipped`", len(faulty) - LOGGED_SHARDS)
     return indexes
+
+
+def open_source(shards: Shards, index_dir: str | os.PathLike | None = None) -> Source:
+    """The data set that some shards make up; see `WebDataset`."""
+    return WebDataset(shards, index_dir)
