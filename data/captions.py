@@ -7,7 +7,9 @@ Source: FLAIR's diverse caption sampling (Xiao et al. 2024, arXiv:2412.03561) ov
 import dataclasses
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import sentencex
 
 # IB: InstructBLIP, SV: ShareGPT4V, LLA: LLaVA-1.5. The order matters: consecutive sentences may cross from one field
 # into the next.
@@ -21,7 +23,8 @@ FIELDS = (
     "longLLA_captions",
 )
 
-_SENTENCE_ENDS = re.compile(r"\n|</s>|\.")
+_LINE_ENDS = re.compile(r"\n|</s>")
+_SENTENCE_ENDS = re.compile(rf"{_LINE_ENDS.pattern}|\.")
 
 
 class CaptionError(ValueError):
@@ -30,18 +33,42 @@ class CaptionError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class CaptionOptions:
-    """How the captions of an image are drawn. The defaults are FLAIR's."""
+    """How the captions of an image are drawn. The defaults are FLAIR's; the others are its ablations and our repairs.
+
+    Captions of one sentence: `max_merged=1`. A fixed number of sentences: `min_merged` and `max_merged` alike. One
+    caption an image: `count=1`. Always the first sentence of the first field: `first=1, max_merged=1`.
+
+    Raises:
+      ValueError: a value that is none of the allowed ones.
+    """
 
     fields: Sequence[str] = FIELDS
+    splitting: str = "every_stop"  # of fields that are one string: a key of SPLITTINGS
+    first: int | None = None  # only the first so many sentences are drawn from; None: all
     count: int = 8  # K, captions an image
-    max_merged: int = 3  # sentences a caption, at most
+    min_merged: int = 1  # sentences a caption, at least
+    max_merged: int = 3  # at most
+    merging: str = "mixed"  # sentences "consecutive" in the record, "scattered" over it, or either by a fair coin
     reference_windows: bool = True  # the last window of consecutive sentences is never drawn, as in the reference
+
+    def __post_init__(self):
+        if isinstance(self.fields, str):
+            raise ValueError(f"captions.fields is {self.fields!r}; give a list of keys, as ({self.fields!r},)")
+        for name, allowed in (("splitting", SPLITTINGS), ("merging", MERGINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"captions.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if self.count < 1 or (self.first is not None and self.first < 1):
+            raise ValueError(f"captions.count is {self.count}, captions.first {self.first}; both must be positive")
+        if not 1 <= self.min_merged <= self.max_merged:
+            raise ValueError(
+                f"captions.min_merged is {self.min_merged}, captions.max_merged {self.max_merged}; "
+                "they must be positive, and the first no larger than the second"
+            )
 
 
 def draw(record: Mapping, rng: random.Random, options: CaptionOptions) -> list[str]:
     """The captions of one record: `sample` of its `sentences`. Raises CaptionError as they do."""
-    found = sentences(record, options.fields)
-    return sample(found, rng, options.count, options.max_merged, options.reference_windows)
+    return sample(sentences(record, options.fields, options.splitting), rng, options)
 
 
 def split(text: str) -> list[str]:
@@ -52,7 +79,23 @@ def split(text: str) -> list[str]:
     return [sentence for piece in _SENTENCE_ENDS.split(text) if (sentence := piece.strip())]
 
 
-def sentences(record: Mapping, fields: Sequence[str] = FIELDS) -> list[str]:
+def split_sentences(text: str) -> list[str]:
+    """The sentences of an English text, for new training: abbreviations, decimals, initials and addresses stay whole.
+
+    Cut at every newline and `</s>` too, without the full stops at their ends, and without pieces that have no letter,
+    such as the numbers of a list. Question and exclamation marks end a sentence and stay. In doubt, as behind a single
+    letter, two sentences stay together.
+    """
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # sentencex takes no lone surrogates
+    pieces = (piece for line in _LINE_ENDS.split(text) for piece in sentencex.segment("en", line))
+    return [piece.strip().strip(" .") for piece in pieces if any(map(str.isalpha, piece))]
+
+
+SPLITTINGS: Mapping[str, Callable[[str], list[str]]] = {"every_stop": split, "sentences": split_sentences}
+MERGINGS = ("mixed", "consecutive", "scattered")
+
+
+def sentences(record: Mapping, fields: Sequence[str] = FIELDS, splitting: str = "every_stop") -> list[str]:
     """All sentences of a record, in the order of the fields.
 
     A field is a list of strings, of which each is a sentence as it stands, or one string, which is split; so a text
@@ -62,6 +105,7 @@ def sentences(record: Mapping, fields: Sequence[str] = FIELDS) -> list[str]:
     Args:
       record: the decoded JSON of one image.
       fields: the keys to read; for PixelProse `("caption",)`.
+      splitting: of strings, a key of `SPLITTINGS`.
 
     Returns:
       At least one sentence.
@@ -71,7 +115,8 @@ def sentences(record: Mapping, fields: Sequence[str] = FIELDS) -> list[str]:
     """
     if not isinstance(record, Mapping):
         raise CaptionError(f"the record must be a JSON object, not {type(record).__name__}")
-    found = [sentence for field in fields for sentence in _field_sentences(field, record.get(field))]
+    splitter = SPLITTINGS[splitting]
+    found = [sentence for field in fields for sentence in _field_sentences(field, record.get(field), splitter)]
     if not found:
         raise CaptionError("no captions")
     return found
@@ -80,24 +125,22 @@ def sentences(record: Mapping, fields: Sequence[str] = FIELDS) -> list[str]:
 def sample(
     sentences: Sequence[str],
     rng: random.Random,
-    count: int = 8,
-    max_merged: int = 3,
-    reference_windows: bool = True,
+    options: CaptionOptions = CaptionOptions(),
 ) -> list[str]:
-    """Draws captions, each made of 1 to `max_merged` sentences.
+    """Draws captions, each made of `min_merged` to `max_merged` sentences.
 
     For every caption independently: the number m of sentences is uniform; m = 1 takes one sentence; for more a fair
     coin decides between m consecutive sentences (all there are, in order, if there are no more than m) and m
-    scattered ones in random order, without replacement where there are enough. The draws from `rng` are the
-    reference's, call by call, so the same seed gives the same captions.
+    scattered ones in random order, without replacement where there are enough. With the default `min_merged` and
+    `merging` the draws from `rng` are the reference's, call by call, so the same seed gives the same captions.
+
+    The reference chooses among n - m windows of consecutive sentences and so never takes the last of the n - m + 1;
+    without `reference_windows` the choice is among all of them.
 
     Args:
       sentences: the n sentences of one image.
       rng: the source of all draws.
-      count: captions to draw, K.
-      max_merged: the largest number of sentences in a caption.
-      reference_windows: True keeps the reference's choice among n - m windows, which never takes the last of the
-        n - m + 1; False chooses among all of them.
+      options: `fields` and `splitting` play no part.
 
     Returns:
       `count` captions; the same one may come twice.
@@ -107,7 +150,8 @@ def sample(
     """
     if not sentences:
         raise CaptionError("no captions")
-    return [_sample_one(sentences, rng, max_merged, reference_windows) for _ in range(count)]
+    sentences = sentences[: options.first]
+    return [_sample_one(sentences, rng, options) for _ in range(options.count)]
 
 
 def join(sentences: Sequence[str]) -> str:
@@ -115,11 +159,11 @@ def join(sentences: Sequence[str]) -> str:
     return ". ".join(sentences)
 
 
-def _field_sentences(field: str, value) -> list[str]:
+def _field_sentences(field: str, value, splitter: Callable[[str], list[str]]) -> list[str]:
     if value is None:
         return []
     if isinstance(value, str):
-        return split(value)
+        return splitter(value)
     if not isinstance(value, list):
         raise CaptionError(f"{field} must be a string or a list of strings, not {type(value).__name__}")
     for position, item in enumerate(value):
@@ -128,15 +172,16 @@ def _field_sentences(field: str, value) -> list[str]:
     return [item for item in value if item.strip()]
 
 
-def _sample_one(sentences: Sequence[str], rng: random.Random, max_merged: int, reference_windows: bool) -> str:
+def _sample_one(sentences: Sequence[str], rng: random.Random, options: CaptionOptions) -> str:
     total = len(sentences)
-    merged = rng.randint(1, max_merged)
+    merged = rng.randint(options.min_merged, options.max_merged)
     if merged == 1:
         return rng.choice(sentences)
-    if rng.random() < 0.5:
+    consecutive = rng.random() < 0.5 if options.merging == "mixed" else options.merging == "consecutive"
+    if consecutive:
         if merged >= total:
             return join(sentences)
-        last_start = total - merged - (1 if reference_windows else 0)
+        last_start = total - merged - (1 if options.reference_windows else 0)
         start = rng.randint(0, last_start)
         return join(sentences[start : start + merged])
     if total < merged:

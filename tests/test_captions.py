@@ -5,11 +5,12 @@ import json
 import math
 import pathlib
 import random
+import time
 
 import pytest
 
 from data import captions
-from data.captions import CaptionError
+from data.captions import CaptionError, CaptionOptions
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden/caption_sampling.json").read_text())
 
@@ -31,7 +32,8 @@ def test_fields_and_joiner():
 @pytest.mark.parametrize("example", GOLDEN["exact_examples_python_random_seeded"], ids=lambda e: f"n{e['n']}_k{e['k']}")
 def test_draws_of_the_reference(example):
     rng = random.Random(example["python_random_seed"])
-    drawn = captions.sample(numbered(example["n"]), rng, example["k"], example["max_merged_num"])
+    options = CaptionOptions(count=example["k"], max_merged=example["max_merged_num"])
+    drawn = captions.sample(numbered(example["n"]), rng, options)
     assert drawn == example["sampled"]
 
 
@@ -40,7 +42,8 @@ DRAWS = 40_000
 
 def _statistics(total: int) -> dict[str, float]:
     """The shares that the golden file lists, under flat names."""
-    drawn = captions.sample(numbered(total), random.Random(total), DRAWS, GOLDEN["max_merged_num"])
+    options = CaptionOptions(count=DRAWS, max_merged=GOLDEN["max_merged_num"])
+    drawn = captions.sample(numbered(total), random.Random(total), options)
     counts = collections.Counter()
     for caption in drawn:
         parts = [int(part[1:]) for part in caption.split(". ")]
@@ -77,7 +80,8 @@ def test_last_window():
     """The reference never takes the last window as a run; the mended law takes all of them equally often."""
 
     def share_of_last_run(reference_windows: bool) -> float:
-        drawn = captions.sample(numbered(5), random.Random(0), 30_000, 3, reference_windows)
+        options = CaptionOptions(count=30_000, reference_windows=reference_windows)
+        drawn = captions.sample(numbered(5), random.Random(0), options)
         runs = collections.Counter(c for c in drawn if c in ("c0. c1", "c1. c2", "c2. c3", "c3. c4"))
         return runs["c3. c4"] / runs.total()
 
@@ -87,8 +91,131 @@ def test_last_window():
 
 
 def test_last_window_of_the_smallest_list():
-    drawn = captions.sample(numbered(4), random.Random(1), 2000, 3, reference_windows=False)
+    drawn = captions.sample(numbered(4), random.Random(1), CaptionOptions(count=2000, reference_windows=False))
     assert {"c0. c1. c2", "c1. c2. c3"} <= set(drawn)
+
+
+# The switches of the ablations
+
+
+def parts_drawn(total: int, **options) -> list[list[int]]:
+    """The numbers of the sentences in each of many captions."""
+    drawn = captions.sample(numbered(total), random.Random(2), CaptionOptions(count=3000, **options))
+    return [[int(part[1:]) for part in caption.split(". ")] for caption in drawn]
+
+
+def is_run(parts: list[int]) -> bool:
+    return parts == list(range(parts[0], parts[0] + len(parts)))
+
+
+def test_consecutive_only():
+    drawn = parts_drawn(6, merging="consecutive", reference_windows=False)
+    assert all(map(is_run, drawn))
+    shares = collections.Counter(tuple(parts) for parts in drawn)
+    assert len(shares) == 6 + 5 + 4
+    for parts, count in shares.items():  # a third for each length, and all its windows alike
+        assert count / len(drawn) == pytest.approx(1 / 3 / (7 - len(parts)), abs=0.02)
+
+
+def test_scattered_only():
+    drawn = parts_drawn(6, merging="scattered")
+    assert all(len(set(parts)) == len(parts) for parts in drawn)
+    pairs = [parts for parts in drawn if len(parts) == 2]
+    assert sum(map(is_run, pairs)) / len(pairs) == pytest.approx(5 / 30, abs=0.04)
+
+
+@pytest.mark.parametrize("merging", captions.MERGINGS)
+@pytest.mark.parametrize("merged", [1, 2, 4])
+def test_fixed_number_of_sentences(merging, merged):
+    drawn = parts_drawn(6, merging=merging, min_merged=merged, max_merged=merged)
+    assert {len(parts) for parts in drawn} == {merged}
+    assert {part for parts in drawn for part in parts} >= set(range(5))
+
+
+def test_range_of_the_number_of_sentences():
+    lengths = collections.Counter(len(parts) for parts in parts_drawn(9, min_merged=2, max_merged=4))
+    assert set(lengths) == {2, 3, 4} and min(lengths.values()) > 800
+
+
+def test_without_merging():
+    shares = collections.Counter(parts[0] for parts in parts_drawn(3, max_merged=1) if len(parts) == 1)
+    assert shares.total() == 3000 and min(shares.values()) > 800
+
+
+def test_first_caption_only():
+    record = {"longSV_captions": "A long one. Its second", "raw_caption": ["The first", "The second"]}
+    options = CaptionOptions(count=2, first=1, max_merged=1)
+    for seed in range(5):
+        assert captions.draw(record, random.Random(seed), options) == ["The first"] * 2
+    options = CaptionOptions(count=2, first=1, fields=("longSV_captions",), max_merged=1)
+    assert captions.draw(record, random.Random(0), options) == ["A long one"] * 2
+    assert {part for parts in parts_drawn(9, first=4) for part in parts} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(merging="both"), "captions.merging is 'both'; choose one of mixed, consecutive, scattered"),
+        (dict(splitting="nltk"), "captions.splitting is 'nltk'; choose one of every_stop, sentences"),
+        (dict(fields="caption"), r"captions.fields is 'caption'; give a list of keys, as \('caption',\)"),
+        (dict(count=0), "captions.count is 0"),
+        (dict(first=0), "captions.first 0"),
+        (dict(min_merged=4), "captions.min_merged is 4, captions.max_merged 3"),
+        (dict(min_merged=0), "captions.min_merged is 0"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        CaptionOptions(**options)
+
+
+# Sentences for new training
+
+SENTENCES = [
+    (
+        "The tower is 3.5 m high. It stands in St. Mary Street.",
+        ["The tower is 3.5 m high", "It stands in St. Mary Street"],
+    ),
+    (
+        "A sign, e.g. a red one, hangs above No. 5. A man waits.",
+        ["A sign, e.g. a red one, hangs above No. 5", "A man waits"],
+    ),
+    ("The U.S. flag flies. Dr. J. R. Smith looks on.", ["The U.S. flag flies", "Dr. J. R. Smith looks on"]),
+    ("It costs $3.50. Mr. and Mrs. Brown pay.", ["It costs $3.50", "Mr. and Mrs. Brown pay"]),
+    ("The page www.example.com/a.jpg is open. The end.", ["The page www.example.com/a.jpg is open", "The end"]),
+    ("He waits... then goes. At 5 p.m. it rains.", ["He waits... then goes", "At 5 p.m. it rains"]),
+    ("a dog runs. a boy walks.", ["a dog runs", "a boy walks"]),
+    ("The dog sits.The cat sleeps .", ["The dog sits", "The cat sleeps"]),
+    ("One cat\nTwo dogs.</s>Three birds", ["One cat", "Two dogs", "Three birds"]),
+    ("1. A cat. 2. A dog.", ["A cat", "A dog"]),
+    ("A cat", ["A cat"]),
+    ("What is it? It is a cat!", ["What is it?", "It is a cat!"]),
+    ("A cat \ud800 sits. A \ud83d\ude00 smiles.", ["A cat \ufffd sits", "A \U0001f600 smiles"]),
+    ("", []),
+    (" . \n ... </s>12.", []),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), SENTENCES, ids=[ascii(text) for text, _ in SENTENCES])
+def test_split_into_sentences(text, expected):
+    assert captions.split_sentences(text) == expected
+
+
+def test_splitting_of_strings_alone():
+    record = {"raw_caption": "A 3.5 m hill. A cow.", "shortIB_captions": ["A 3.5 m hill. A cow."]}
+    options = CaptionOptions(splitting="sentences", max_merged=1, count=200)
+    drawn = captions.draw(record, random.Random(0), options)
+    assert set(drawn) == {"A 3.5 m hill", "A cow", "A 3.5 m hill. A cow."}
+    assert captions.sentences(record)[:3] == ["A 3", "5 m hill", "A cow"]
+
+
+def test_very_long_captions():
+    """Neither rule takes more than a moment for a million characters."""
+    for text in ("A cow. " * 140_000, "a" * 10**6, "." * 10**6, "\n" * 10**6, "(" * 10**6, '"a. B" ' * 140_000):
+        start = time.process_time()
+        for splitting in captions.SPLITTINGS.values():
+            splitting(text)
+        assert time.process_time() - start < 5
 
 
 def test_nothing_to_sample():
@@ -115,7 +242,7 @@ def test_list_items_stay_whole_and_strings_are_split():
 
 def test_unsplit_strings_are_never_sampled_by_letter():
     record = {field: "A brown dog runs. It has a red ball." for field in captions.FIELDS}
-    drawn = captions.sample(captions.sentences(record), random.Random(0), 500)
+    drawn = captions.sample(captions.sentences(record), random.Random(0), CaptionOptions(count=500))
     assert {part for caption in drawn for part in caption.split(". ")} == {"A brown dog runs", "It has a red ball"}
 
 
