@@ -1,23 +1,23 @@
 """Where images come from: webdataset tars as they are, or a folder of image files.
 
-Both are cut into units, each the work of one worker: a tar, or some thousand files of the folder.
+Both are cut into units, each the work of one worker: a tar, or some thousand files of the folder. A unit has a state,
+[weight, …], which changes when something in it is replaced.
 """
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
-import io
 import itertools
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from data import records
-from data.prepare import files
+from data import files, webdataset
+from data.prepare import atomic
+from data.records import ShardError
 
 FOLDER_UNIT = 4096  # files of a folder in one unit
 MAX_IMAGE_BYTES = 1 << 28  # of an image file, as it is stored
@@ -25,16 +25,13 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class Member(NamedTuple):
-    """One image of a unit, and for tars the text that belongs to it; offsets and sizes in bytes."""
+    """One image of a unit, and in tars the text that belongs to it; offsets and sizes in bytes."""
 
     name: str  # the key in a tar, the path in a folder
     offset: int
     size: int
     text_offset: int = 0
     text_size: int = 0
-
-
-Read = Callable[[str, int, int], bytes]  # (name, offset, size) -> bytes; fewer if the file is shorter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,23 +47,31 @@ class Tars:
     def name(self, unit: int) -> str:
         return os.path.basename(self.paths[unit])
 
-    def weights(self) -> list[int]:
-        """Bytes of each unit."""
-        return [os.stat(path).st_size for path in self.paths]
-
     def state(self, unit: int) -> list:
-        """What changes when the unit is replaced."""
-        return files.state(self.paths[unit])
+        """[bytes, stamp, path]."""
+        return [*files.state(self.paths[unit]), self.paths[unit]]
 
-    def scan(self, unit: int) -> tuple[list[Member], collections.Counter]:
-        """The complete samples of a tar, and what was left out, by reason."""
-        index = records.scan(self.paths[unit])
+    def scan(self, unit: int, state: list) -> tuple[list[Member], collections.Counter]:
+        """The complete samples of a tar, and what was left out, by reason. Raises PrepareError."""
+        try:
+            index = webdataset.scan(self.paths[unit], self.partner)
+        except (ShardError, OSError) as error:
+            raise atomic.PrepareError(str(error)) from error
+        _check(self.paths[unit], state, [*index.state, self.paths[unit]])
         return [Member(key, *span) for key, span in zip(_keys(index), index.spans.tolist(), strict=True)], index.skipped
 
-    @contextlib.contextmanager
-    def open(self, unit: int) -> Iterator[Read]:
-        with open(self.paths[unit], "rb", buffering=0) as file:
-            yield lambda name, offset, size: _read(file, offset, size)
+    def image(self, unit: int, state: list, member: Member) -> bytes:
+        return self._read(unit, state, member.offset, member.size)
+
+    def text(self, unit: int, state: list, member: Member) -> bytes:
+        return self._read(unit, state, member.text_offset, member.text_size)
+
+    def _read(self, unit: int, state: list, offset: int, size: int) -> bytes:
+        try:
+            (content,) = files.read(self.paths[unit], [(offset, size)], files.State(*state[:2]))
+        except OSError as error:
+            raise atomic.PrepareError(f"{error}. Start again in an empty folder.") from error
+        return content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,30 +88,29 @@ class Folder:
     def name(self, unit: int) -> str:
         return os.path.basename(os.path.abspath(self.root))
 
-    def weights(self) -> list[int]:
-        """Files of each unit."""
-        return [len(self._names(unit)) for unit in range(self.units)]
-
     def state(self, unit: int) -> list:
-        """What changes when one of the files is replaced, added or removed."""
-        states = [files.state(os.path.join(self.root, name)) for name in self._names(unit)]
+        """[files, digest of their names and states]."""
+        states = [(name, files.state(os.path.join(self.root, name))) for name in self._names(unit)]
         return [len(states), hashlib.sha256(repr(states).encode("utf-8", "surrogatepass")).hexdigest()]
 
-    def scan(self, unit: int) -> tuple[list[Member], collections.Counter]:
-        """The images of a unit; nothing is left out."""
-        sizes = [(name, os.stat(os.path.join(self.root, name)).st_size) for name in self._names(unit)]
+    def scan(self, unit: int, state: list) -> tuple[list[Member], collections.Counter]:
+        """The images of a unit; nothing is left out. Raises PrepareError."""
+        _check(f"{self.root}: a file", state, self.state(unit))
+        sizes = [(name, files.state(os.path.join(self.root, name)).size) for name in self._names(unit)]
         return [Member(name, 0, size) for name, size in sizes], collections.Counter()
 
-    @contextlib.contextmanager
-    def open(self, unit: int) -> Iterator[Read]:
-        def read(name: str, offset: int, size: int) -> bytes:
-            with open(os.path.join(self.root, name), "rb", buffering=0) as file:
-                return _read(file, offset, size)
-
-        yield read
+    def image(self, unit: int, state: list, member: Member) -> bytes:
+        path = os.path.join(self.root, member.name)
+        try:
+            with open(path, "rb") as file:
+                content = file.read(member.size + 1)
+        except OSError as error:
+            raise atomic.PrepareError(f"{path} cannot be read: {error}") from error
+        _check(path, [member.size], [len(content)])
+        return content
 
     def _names(self, unit: int) -> list[str]:
-        return files.read_json(pathlib.Path(self.listing) / f"{unit:05d}.json")
+        return atomic.read_json(pathlib.Path(self.listing) / f"{unit:05d}.json")
 
 
 Inputs = Tars | Folder
@@ -119,15 +123,15 @@ def list_folder(root: str, listing: pathlib.Path) -> Folder:
       PrepareError: there is no such folder, or no image in it.
     """
     if not os.path.isdir(root):
-        raise files.PrepareError(f"--images: {root} is no folder")
+        raise atomic.PrepareError(f"--images: {root} is no folder")
     listing.mkdir(parents=True, exist_ok=True)
     units = 0
     names = _image_files(root)
     while unit_names := list(itertools.islice(names, FOLDER_UNIT)):
-        files.write_json(listing / f"{units:05d}.json", unit_names)
+        atomic.write_json(listing / f"{units:05d}.json", unit_names)
         units += 1
     if not units:
-        raise files.PrepareError(f"--images: {root} and its folders hold no image ({', '.join(EXTENSIONS)})")
+        raise atomic.PrepareError(f"--images: {root} and its folders hold no image ({', '.join(EXTENSIONS)})")
     return Folder(root, str(listing), units)
 
 
@@ -140,14 +144,15 @@ def _image_files(root: str) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
 
 
-def _read(file: io.FileIO, offset: int, size: int) -> bytes:
-    try:
-        return os.pread(file.fileno(), size, offset)
-    except OSError as error:
-        raise files.PrepareError(f"{file.name} cannot be read: {error}") from error
-
-
-def _keys(index: records.Index) -> list[str]:
+def _keys(index) -> list[str]:
     ends = np.cumsum(index.key_lengths).tolist()
     keys = index.keys.tobytes()
-    return [keys[start:end].decode("utf-8", "surrogateescape") for start, end in zip([0, *ends], ends, strict=False)]
+    return [keys[start:end].decode("utf-8", "surrogateescape") for start, end in itertools.pairwise([0, *ends])]
+
+
+def _check(path: str, expected: Sequence, found: Sequence) -> None:
+    if list(expected) != list(found):
+        raise atomic.PrepareError(
+            f"{path} was replaced or changed during the run: expected {list(expected)}, found {list(found)}. "
+            "Start again in an empty folder."
+        )

@@ -1,0 +1,241 @@
+"""Files on this machine and in stores (gs://, s3://, https:// …): which there are, their state, ranges of their bytes.
+
+Stores are reached through fsspec, whose packages for each kind of store are installed apart: gcsfs, s3fs, aiohttp.
+"""
+
+import contextlib
+import glob
+import hashlib
+import io
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+READ_AHEAD = 1 << 23  # bytes that are fetched at once where a file of a store is streamed
+GAP = 1 << 16  # ranges of a file with less between them, in bytes, are fetched as one
+WAITS = (1, 4, 16)  # seconds before another try to read from a store
+RECHECK = 600.0  # seconds between two looks at the state of a file of a store, which cost a request each
+# What stores tell about a file's content or age; each knows other ones.
+MARKS = (
+    *("ETag", "etag", "md5Hash", "crc32c", "generation", "Content-MD5", "Digest"),
+    *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "created"),
+)
+
+_seen: dict[tuple[str, "State"], float] = {}  # when a file of a store was last seen to be in a state
+
+
+class State(NamedTuple):
+    """Which content a file has: another state means another content."""
+
+    size: int  # bytes
+    stamp: int  # time of the last change in ns; in a store a hash of what it tells instead
+
+
+class ChangedError(OSError):
+    """A file is not what it was when its state was taken."""
+
+
+def is_remote(path: str) -> bool:
+    return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
+
+
+def state(path: str) -> State:
+    """
+    Raises:
+      OSError: there is no such file, or its store cannot be asked.
+    """
+    if not is_remote(path):
+        return _local_state(os.stat(path))
+    system, name = _store(path)
+    info = _patiently(lambda: system.info(name), path)
+    if info.get("size") is None:
+        raise OSError(f"{path}: the store does not tell the size, so no part of the file can be read by itself")
+    marks = repr([(mark, str(info[mark])) for mark in MARKS if info.get(mark)])
+    stamp = int.from_bytes(hashlib.sha256(marks.encode()).digest()[:8], "little", signed=True)
+    return State(int(info["size"]), stamp)
+
+
+def check(path: str, expected: State) -> None:
+    """
+    Raises:
+      ChangedError: the file has another state. A file of a store is looked at every ten minutes only.
+      OSError: there is no such file any more, or its store cannot be asked.
+    """
+    if not is_remote(path):
+        _compare(path, state(path), expected)
+        return
+    now = time.monotonic()
+    if now - _seen.get((path, expected), -RECHECK) >= RECHECK:
+        _compare(path, state(path), expected)
+        _seen[path, expected] = now
+
+
+def read(path: str, spans: Sequence[tuple[int, int]], expected: State) -> list[bytes]:
+    """The bytes of each (offset, size); spans that lie close together are one access.
+
+    Raises:
+      ChangedError: the file's state is not the expected one, see `check`, or it has fewer bytes.
+      OSError: it cannot be read.
+    """
+    parts: list[bytes] = [b""] * len(spans)
+    with _ranges(path, expected) as fetch:
+        for numbers in _neighbours(spans):
+            start = spans[numbers[0]][0]
+            stop = max(offset + size for offset, size in (spans[number] for number in numbers))
+            content = fetch(start, stop)
+            if len(content) != stop - start:
+                raise ChangedError(f"{path}: {len(content)} bytes at {start} instead of {stop - start}")
+            for number in numbers:
+                offset, size = spans[number]
+                parts[number] = content[offset - start : offset - start + size]
+    return parts
+
+
+def _neighbours(spans: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Numbers of the spans that hold anything, in the order of the file, grouped into what is fetched at once."""
+    groups, stop = [], -GAP - 1
+    for number in sorted((number for number, span in enumerate(spans) if span[1]), key=lambda number: spans[number][0]):
+        offset, size = spans[number]
+        if offset - stop <= GAP:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+        stop = max(stop, offset + size)
+    return groups
+
+
+@contextlib.contextmanager
+def _ranges(path: str, expected: State) -> Iterator:
+    """A function (start, stop) -> bytes of a file that has the expected state."""
+    if is_remote(path):
+        check(path, expected)
+        system, name = _store(path)
+        yield lambda start, stop: _patiently(lambda: system.cat_file(name, start=start, end=stop), path)
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        _compare(path, _local_state(os.fstat(handle)), expected)
+        yield lambda start, stop: os.pread(handle, stop - start, start)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def stream(path: str) -> Iterator[tuple[BinaryIO, State]]:
+    """A seekable file to read from front to back, and its state. From a store it comes in blocks of some megabytes.
+
+    Raises:
+      OSError: it cannot be opened.
+    """
+    if not is_remote(path):
+        with open(path, "rb", buffering=0) as file:
+            yield file, _local_state(os.fstat(file.fileno()))
+        return
+    found = state(path)
+    with io.BufferedReader(_StoreFile(path, found.size), READ_AHEAD) as file:
+        yield file, found
+
+
+class _StoreFile(io.RawIOBase):
+    """A file of a store; each read is a request."""
+
+    def __init__(self, path: str, size: int):
+        self._path, self._size, self._place = path, size, 0
+        self._system, self._name = _store(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        return self._place
+
+    def readinto(self, target) -> int:
+        start, stop = self._place, min(self._place + len(target), self._size)
+        if start >= stop:
+            return 0
+        content = _patiently(lambda: self._system.cat_file(self._name, start=start, end=stop), self._path)
+        if len(content) != stop - start:
+            raise ChangedError(f"{self._path}: {len(content)} bytes at {start} instead of {stop - start}")
+        target[: len(content)] = content
+        self._place = stop
+        return len(content)
+
+
+def find(pattern: str) -> list[str]:
+    """The files that a name with wildcards matches, sorted; the file or folder itself where it has none."""
+    if not is_remote(pattern):
+        if os.path.exists(pattern):  # before wildcards: a name may hold brackets
+            return [pattern]
+        return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else []
+    system, name = _store(pattern)
+    if glob.has_magic(name):
+        return sorted(system.unstrip_protocol(path) for path in _patiently(lambda: system.glob(name), pattern))
+    return [pattern] if _patiently(lambda: system.exists(name), pattern) else []
+
+
+def folder(path: str) -> list[str] | None:
+    """The paths of what lies in a folder, sorted; None for what is no folder."""
+    if not is_remote(path):
+        return sorted(os.path.join(path, name) for name in os.listdir(path)) if os.path.isdir(path) else None
+    system, name = _store(path)
+    if not _patiently(lambda: system.isdir(name), path):
+        return None
+    listed = _patiently(lambda: system.ls(name, detail=False), path)
+    return sorted(system.unstrip_protocol(entry) for entry in listed)
+
+
+def _local_state(status: os.stat_result) -> State:
+    return State(status.st_size, status.st_mtime_ns)
+
+
+def _compare(path: str, found: State, expected: State) -> None:
+    if found != expected:
+        raise ChangedError(
+            f"{path} was replaced or changed during the run: expected {expected.size} bytes with stamp "
+            f"{expected.stamp}, found {found.size} with {found.stamp}"
+        )
+
+
+def _store(path: str):
+    """(fsspec's file system, the name in it). Listings are not kept: they would hide changes.
+
+    Raises:
+      FileNotFoundError: there is no such kind of store.
+      ImportError: its package is not installed; the message names it.
+    """
+    import fsspec  # of the users of stores alone
+
+    try:
+        return fsspec.core.url_to_fs(path, use_listings_cache=False)
+    except ValueError as error:
+        raise FileNotFoundError(f"{path}: no kind of store is known by this name: {error}") from error
+
+
+def _patiently(action, path: str):
+    """Does something with a store, several times if need be.
+
+    Raises:
+      OSError: nothing helped. Each store has exceptions of its own; here they all become this one.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return action()
+        except (FileNotFoundError, PermissionError, NotImplementedError):
+            raise
+        except Exception as error:
+            if wait is None:
+                raise OSError(f"{path} cannot be read from its store: {type(error).__name__}: {error}") from error
+            logger.warning("%s: %s: %s; again in %d s", path, type(error).__name__, error, wait)
+            time.sleep(wait)
