@@ -1,13 +1,16 @@
 """Public releases as training shards: `python -m data.prepare RELEASE --help`; data/README.md says what and why.
 
-releases  what each release is: how its captions and images are read, and what its records hold
-rows      caption files as rows of (join key, captions)
-store     rows on disk, found again by their join key in little memory
-inputs    images in tars or in a folder
-pictures  images checked, and made smaller
-shards    writing tars and ArrayRecord
-stages    index the captions, match the images, write the shards
-runner    a stage on Apache Beam
-report    what was read, matched, written and skipped
-files     files that appear whole or not at all
+Each module imports from those below it:
+
+    job       all stages of a preparation, or what an interrupted run left to do
+    stages    index the captions, match the images, write the shards
+    releases  what each release is: its images, its captions, its records
+    rows      caption files as rows of (join key, captions)
+    store     rows on disk, found again by their join key in little memory
+    inputs    images in tars or in a folder
+    pictures  images checked, and made smaller
+    shards    writing tars and ArrayRecord
+    report    what was read, matched, written and skipped
+    runner    a stage on Apache Beam; worker: a process of the local runner
+    atomic    files that appear whole or not at all
 """

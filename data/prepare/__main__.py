@@ -7,7 +7,8 @@ import re
 import sys
 
 from data import records
-from data.prepare import files, inputs, job, releases, report, runner, shards
+from data.captions import SPLITTINGS
+from data.prepare import atomic, inputs, job, releases, report, runner, shards
 
 
 def main(arguments: list[str]) -> None:
@@ -17,9 +18,9 @@ def main(arguments: list[str]) -> None:
         own, flags = arguments[:place], arguments[place + 1 :]
     options = _parser().parse_args(own)
     if options.runner != runner.LOCAL and options.workers is not None:
-        raise files.PrepareError("--workers is for the local runner; tell others after `--`, in Beam's own flags")
+        raise atomic.PrepareError("--workers is for the local runner; tell others after `--`, in Beam's own flags")
     if options.runner == runner.LOCAL and flags:
-        raise files.PrepareError(f"flags for Beam ({' '.join(flags)}) need a --runner that they are for")
+        raise atomic.PrepareError(f"flags for Beam ({' '.join(flags)}) need a --runner that they are for")
     workers = options.workers or os.cpu_count() or 1
     info = job.prepare(_job(options), runner.Options(options.runner, workers, flags))
     print(report.table(info))
@@ -28,7 +29,8 @@ def main(arguments: list[str]) -> None:
 
 def _job(options: argparse.Namespace) -> job.Job:
     work = options.work or os.path.join(options.output, ".prepare")
-    captions = tuple(records.expand(options.captions)) if options.captions else ()
+    captions = getattr(options, "captions", None)  # cc3m has none
+    captions = tuple(records.expand(captions)) if captions else ()
     if releases.RELEASES[options.release].images == "folder":
         images = inputs.list_folder(options.images, pathlib.Path(work) / "listing")
     else:
@@ -52,16 +54,15 @@ def _reader(options: argparse.Namespace) -> dict:
     """What the release's reader of captions is told."""
     if options.release == "pixelprose":
         return {"original": options.original_caption}
+    reader = {"splitting": options.splitting}
     if options.release == "cc3m":
-        return {"partner": options.partner}
+        reader |= {"partner": options.partner}
     if options.release == "folder":
-        return {"image_column": options.image_column, "caption_columns": options.caption_columns}
+        reader |= {"image_column": options.image_column, "caption_columns": options.caption_columns}
     if options.release == "flickr30k":
-        names = None
-        if options.images_list:
-            names = sorted(name.removesuffix(".jpg") for name in pathlib.Path(options.images_list).read_text().split())
-        return {"split": options.split, "names": names}
-    return {}
+        names = pathlib.Path(options.images_list).read_text().split() if options.images_list else None
+        reader |= {"part": options.part, "names": names and sorted(name.removesuffix(".jpg") for name in names)}
+    return reader
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,7 +76,6 @@ def _parser() -> argparse.ArgumentParser:
         else:
             add("--images", required=True, metavar="FOLDER", help="folder of the image files")
         if name == "cc3m":
-            add("--captions", default=None, help=argparse.SUPPRESS)
             add("--partner", choices=("json", "txt"), default="json", help="where the caption of an image lies")
         else:
             own = release.own is not None
@@ -87,35 +87,42 @@ def _parser() -> argparse.ArgumentParser:
             add("--image-column", default="file_name", help="holds the path of an image in the folder")
             add("--caption-columns", nargs="+", default=["caption"], help="hold a caption or a list of captions")
         if name == "flickr30k":
-            add("--split", default="train", choices=("train", "val", "test"), help="of dataset_flickr30k.json")
+            add("--part", default="train", choices=("train", "val", "test"), help="of dataset_flickr30k.json")
             add("--images-list", metavar="FILE", help="the images to keep, one a line; needed for .token files")
+        if name != "pixelprose":  # whose captions stay whole
+            add("--splitting", choices=tuple(SPLITTINGS), default="every_stop", help="rule that splits captions")
         add("--output", required=True, metavar="FOLDER", help="for the shards")
-        add("--prefix", type=_prefix, help="of the shards' names; default: the release")
+        add("--prefix", type=file_name, help="of the shards' names; default: the release")
         add("--format", choices=tuple(shards.SUFFIXES), default="tar")
-        add("--shard-size", type=_positive, default=5000, metavar="SAMPLES")
-        add("--resize", type=_positive, metavar="PIXELS", help="shorter side of larger images; default: as they are")
-        add("--quality", type=_quality, default=95, help="of the JPEG of resized images")
+        add("--shard-size", type=positive_number, default=5000, metavar="SAMPLES")
+        add(
+            "--resize",
+            type=positive_number,
+            metavar="PIXELS",
+            help="shorter side of larger images; default: as they are",
+        )
+        add("--quality", type=percentage, default=95, help="of the JPEG of resized images")
         add("--work", metavar="FOLDER", help="for intermediate files, on a fast disk; default: OUTPUT/.prepare")
-        add("--workers", type=_positive, help="processes of the local runner; default: one a core")
+        add("--workers", type=positive_number, help="processes of the local runner; default: one a core")
         add("--runner", default=runner.LOCAL, help="a runner of Apache Beam; its flags follow after `--`")
     return parser
 
 
-def _positive(text: str) -> int:
+def positive_number(text: str) -> int:
     number = int(text)
     if number < 1:
         raise ValueError
     return number
 
 
-def _quality(text: str) -> int:
+def percentage(text: str) -> int:
     number = int(text)
     if not 1 <= number <= 100:
         raise ValueError
     return number
 
 
-def _prefix(text: str) -> str:
+def file_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text):
         raise ValueError
     return text
@@ -124,5 +131,5 @@ def _prefix(text: str) -> str:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (files.PrepareError, FileNotFoundError) as error:
+    except (atomic.PrepareError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -11,7 +11,8 @@ import shlex
 import shutil
 import sys
 
-from data.prepare import files, report, runner, shards, stages
+from data import files
+from data.prepare import atomic, report, runner, shards, stages
 from data.prepare.stages import Job
 
 INFO = "info.json"
@@ -32,17 +33,29 @@ def prepare(job: Job, options: runner.Options) -> dict:
     description = _describe(job)
     fingerprint = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
     if (output / INFO).exists():
-        info = files.read_json(output / INFO)
+        info = atomic.read_json(output / INFO)
         if info.get("fingerprint") != fingerprint:
-            raise files.PrepareError(f"{output} holds other prepared data: choose an empty folder, or remove it")
+            raise atomic.PrepareError(f"{output} holds other prepared data: choose an empty folder, or remove it")
         shutil.rmtree(work, ignore_errors=True)  # killed while it was removed
         return info
     _open_folders(job, description)
 
     folder = {stage: work / stage for stage in STAGES}
     run = functools.partial(runner.run, options=options)
-    run(functools.partial(stages.index_captions, job), stages.caption_pieces(job), folder["captions"], "captions", "B")
-    run(functools.partial(stages.match, job), stages.image_pieces(job), folder["images"], "images", "B")
+    run(
+        functools.partial(stages.index_captions, job),
+        stages.caption_pieces(description["captions"]),
+        folder["captions"],
+        "captions",
+        "B",
+    )
+    run(
+        functools.partial(stages.match, job),
+        stages.image_pieces(description["images"]),
+        folder["images"],
+        "images",
+        "B",
+    )
     tasks, images = stages.plan(job)
     pieces = stages.shard_pieces(job, tasks)
     for piece in pieces:
@@ -65,7 +78,7 @@ def prepare(job: Job, options: runner.Options) -> dict:
             **description,
         },
     }
-    files.write_json(output / INFO, info, indent=1)
+    atomic.write_json(output / INFO, info, indent=1)
     shutil.rmtree(work)
     return info
 
@@ -78,7 +91,7 @@ def _describe(job: Job) -> dict:
     return {
         "settings": settings,
         "pillow": importlib.metadata.version("pillow"),  # which decodes and resizes
-        "captions": [files.state(path) for path in job.captions],
+        "captions": [[*files.state(path), path] for path in job.captions],
         "images": [job.inputs.state(unit) for unit in range(len(job.inputs))],
     }
 
@@ -88,28 +101,28 @@ def _open_folders(job: Job, description: dict) -> None:
     output, work = pathlib.Path(job.output), pathlib.Path(job.work)
     started = work / "job.json"
     if started.exists():
-        before = files.read_json(started)
+        before = atomic.read_json(started)
         changed = [name for name in description if before.get(name) != json.loads(json.dumps(description[name]))]
         if changed:
-            raise files.PrepareError(
+            raise atomic.PrepareError(
                 f"{work} holds the work of another run, which differs in {', '.join(changed)}. Give the same options "
                 f"and files to go on with it; to start again remove {work} and the shards in {output}."
             )
-        files.remove_partial(work)
-        for path in output.glob(f".*{files.PARTIAL}"):
+        atomic.remove_partial(work)
+        for path in output.glob(f".*{atomic.PARTIAL}"):
             path.unlink(missing_ok=True)
         return
     found = [path for path in output.glob("*") if path != work] if output.exists() else []
     if found:
-        raise files.PrepareError(f"{output} is not empty ({found[0].name}): choose an empty folder for the shards")
+        raise atomic.PrepareError(f"{output} is not empty ({found[0].name}): choose an empty folder for the shards")
     for folder in (output, *(work / stage for stage in STAGES)):
         folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(started, description)
+    atomic.write_json(started, description)
 
 
 def _counts(job: Job, folder: dict[str, pathlib.Path], images: report.Tally) -> dict:
     def reports(stage: str) -> list[dict]:
-        return [files.read_json(path) for path in sorted(folder[stage].glob("*.json"))]
+        return [atomic.read_json(path) for path in sorted(folder[stage].glob("*.json"))]
 
     captions, written = None, reports("shards")
     if job.captions:

@@ -32,18 +32,17 @@ class Release:
         return "file" if self.images == "folder" else "url"
 
 
-def _dreamlip(text: bytes) -> dict:
-    return rows.dreamlip_captions(_object(text))
+def _dreamlip(text: bytes, splitting: str) -> dict:
+    return rows.dreamlip_captions(_object(text), splitting)
 
 
-def _pixelprose(text: bytes, original: bool = False) -> dict:
+def _pixelprose(text: bytes, original: bool) -> dict:
     return rows.pixelprose_captions(_object(text), original)
 
 
-def _cc3m(text: bytes, partner: str = "json") -> dict:
-    if partner == "txt":
-        return rows.raw_captions([text.decode("utf-8", "replace")])
-    return rows.raw_captions([_object(text).get("caption")])
+def _cc3m(text: bytes, partner: str, splitting: str) -> dict:
+    caption = text.decode("utf-8", "replace") if partner == "txt" else _object(text).get("caption")
+    return rows.raw_captions([caption], splitting)
 
 
 RELEASES = {

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from data.captions import FIELDS, CaptionError, split
-from data.prepare.files import PrepareError
+from data.captions import FIELDS, SPLITTINGS, CaptionError, split
+from data.prepare.atomic import PrepareError
 
 MAX_CELL = 1 << 24  # characters; what is longer is a quotation mark that was never closed
 MAX_LIST = 1 << 20  # characters of a list written as text
@@ -24,7 +24,7 @@ NO_CAPTIONS = "no captions"
 BAD_CELL = "a caption is neither text nor a list of texts"
 BAD_ROW = "another number of cells than the header has"
 BAD_OBJECT = "not a JSON object"
-NOT_WANTED = "not in the chosen split"
+NOT_WANTED = "not in the chosen part"
 
 
 class Row(NamedTuple):
@@ -38,11 +38,11 @@ Rows = Iterator[Row | str]
 Progress = Callable[[int], None]  # is told how many bytes of the file have been read
 
 
-def sentences(value) -> list[str]:
+def sentences(value, splitting: str = "every_stop") -> list[str]:
     """The sentences of one caption field, split already or not yet.
 
     A list is taken as it stands, blank entries left out, be it a list or the text of one (`["a", "b"]`, `['a', 'b']`);
-    other text is split by `data.captions.split`.
+    other text is split by the rule `splitting`, a key of `data.captions.SPLITTINGS`.
 
     Raises:
       CaptionError: the value is something else.
@@ -52,7 +52,7 @@ def sentences(value) -> list[str]:
     if isinstance(value, str):
         written = _written_list(value.strip())
         if written is None:
-            return split(value)
+            return SPLITTINGS[splitting](value)
         value = written
     if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
         raise CaptionError(BAD_CELL)
@@ -77,18 +77,18 @@ def _written_list(text: str) -> list[str] | None:
 # What a row's captions become
 
 
-def dreamlip_captions(cells: Mapping) -> dict[str, list[str]]:
+def dreamlip_captions(cells: Mapping, splitting: str) -> dict[str, list[str]]:
     """The seven fields as lists of sentences; a missing one is empty. Raises CaptionError, also if all are empty."""
-    captions = {field: sentences(cells.get(field)) for field in FIELDS}
+    captions = {field: sentences(cells.get(field), splitting) for field in FIELDS}
     if not any(captions.values()):
         raise CaptionError(NO_CAPTIONS)
     return captions
 
 
-def raw_captions(texts: Iterable) -> dict[str, list[str]]:
+def raw_captions(texts: Iterable, splitting: str) -> dict[str, list[str]]:
     """All sentences of some captions as `raw_caption`, beside six empty fields, which the reference needs."""
-    found = [sentence for text in texts for sentence in sentences(text)]
-    return dreamlip_captions({"raw_caption": found})
+    found = [sentence for text in texts for sentence in sentences(text, splitting)]
+    return dreamlip_captions({"raw_caption": found}, splitting)
 
 
 def pixelprose_captions(cells: Mapping, original: bool = False) -> dict[str, str]:
@@ -107,12 +107,12 @@ def pixelprose_captions(cells: Mapping, original: bool = False) -> dict[str, str
     return captions
 
 
-def _row(key, captions_of: Callable[[], dict]) -> Row | str:
+def _row(key, captions_of: Callable[..., dict], *arguments) -> Row | str:
     key = str(key).strip() if isinstance(key, str | int) else ""
     if not key:
         return NO_KEY
     try:
-        return Row(key, captions_of())
+        return Row(key, captions_of(*arguments))
     except CaptionError as error:
         return str(error)
 
@@ -121,12 +121,13 @@ def _row(key, captions_of: Callable[[], dict]) -> Row | str:
 # Readers
 
 
-def dreamlip(path: str, progress: Progress) -> Rows:
+def dreamlip(path: str, progress: Progress, splitting: str) -> Rows:
     """DreamLIP's CSV: the URL in "Image Path", and the seven caption columns; cells may hold newlines and lists."""
     for cells in _table(path, progress, needed=("Image Path", *FIELDS)):
-        yield (
-            cells if isinstance(cells, str) else _row(cells["Image Path"], lambda cells=cells: dreamlip_captions(cells))
-        )
+        if isinstance(cells, str):
+            yield cells
+        else:
+            yield _row(cells["Image Path"], dreamlip_captions, cells, splitting)
 
 
 def pixelprose(path: str, progress: Progress, original: bool = False) -> Rows:
@@ -136,10 +137,10 @@ def pixelprose(path: str, progress: Progress, original: bool = False) -> Rows:
         if isinstance(cells, str):
             yield cells
         else:
-            yield _row(cells["url"], lambda cells=cells: pixelprose_captions(cells, original))
+            yield _row(cells["url"], pixelprose_captions, cells, original)
 
 
-def table(path: str, progress: Progress, image_column: str, caption_columns: Sequence[str]) -> Rows:
+def table(path: str, progress: Progress, image_column: str, caption_columns: Sequence[str], splitting: str) -> Rows:
     """A user's own captions: CSV, parquet, JSON lines, or JSON (a list of objects, or {image: caption or captions}).
 
     The file of an image may have several rows and several columns; all captions are gathered as `raw_caption`.
@@ -148,13 +149,11 @@ def table(path: str, progress: Progress, image_column: str, caption_columns: Seq
         if isinstance(cells, str):
             yield cells
         else:
-            yield _row(
-                _relative(cells.get(image_column)),
-                lambda cells=cells: raw_captions(_each(cells.get(column) for column in caption_columns)),
-            )
+            texts = _each(cells.get(column) for column in caption_columns)
+            yield _row(_relative(cells.get(image_column)), raw_captions, texts, splitting)
 
 
-def coco(path: str, progress: Progress) -> Rows:
+def coco(path: str, progress: Progress, splitting: str) -> Rows:
     """COCO's captions_*.json, which is read as a whole (train2017: 92 MB)."""
     content = _json(path)
     try:
@@ -166,17 +165,18 @@ def coco(path: str, progress: Progress) -> Rows:
             f"caption}}]}}, found no {error}"
         ) from error
     for name, caption in pairs:
-        yield _row(name, lambda caption=caption: raw_captions([caption]))
+        yield _row(name, raw_captions, [caption], splitting)
 
 
-def flickr30k(path: str, progress: Progress, split: str = "train", names: Sequence[str] | None = None) -> Rows:
+def flickr30k(path: str, progress: Progress, part: str, names: Sequence[str] | None, splitting: str) -> Rows:
     """Karpathy's dataset_flickr30k.json, or results_20130124.token, whose split a list of `names` must give.
 
     Args:
       path: the file.
       progress: not told: both are small.
-      split: of the JSON, which states it for each image.
-      names: the images to keep, as file names without `.jpg`; None keeps the whole split.
+      part: "train", "val" or "test" of the JSON, which states it for each image.
+      names: the images to keep, as file names without `.jpg`; None keeps the whole part.
+      splitting: of the captions.
     """
     if path.endswith(".json"):
         content = _json(path)
@@ -196,22 +196,22 @@ def flickr30k(path: str, progress: Progress, split: str = "train", names: Sequen
                 f"{path} does not say which images are for training and which for evaluation: name the training "
                 "images with --images-list FILE (one a line), or use dataset_flickr30k.json"
             )
-        items = _tokens(path, split)
+        items = _tokens(path, part)
     wanted = None if names is None else frozenset(names)
     for name, found, texts in items:
-        if found != split or (wanted is not None and name.removesuffix(".jpg") not in wanted):
+        if found != part or (wanted is not None and name.removesuffix(".jpg") not in wanted):
             yield NOT_WANTED
         else:
-            yield _row(name, lambda texts=texts: raw_captions(texts))
+            yield _row(name, raw_captions, texts, splitting)
 
 
-def _tokens(path: str, split: str) -> Iterator[tuple[str, str, list[str]]]:
+def _tokens(path: str, part: str) -> Iterator[tuple[str, str, list[str]]]:
     """Lines of `IMAGE.jpg#NUMBER<tab>caption`; the lines of one image follow each other."""
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             match = re.fullmatch(r"([^#\t]+)#\d+\t(.*)\n?", line)
             if match:
-                yield match[1], split, [match[2]]
+                yield match[1], part, [match[2]]
             elif line.strip():
                 raise PrepareError(f"{path}, line {number}: expected IMAGE.jpg#NUMBER<tab>caption, found {line[:80]!r}")
 

@@ -7,6 +7,7 @@ workers must see the same files: one machine, or a file system that the machines
 
 import contextlib
 import logging
+import os
 import pathlib
 import shlex
 import sys
@@ -21,7 +22,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 from tqdm import tqdm
 
-from data.prepare.files import PrepareError
+from data.prepare.atomic import PrepareError
 
 LOCAL = "local"
 FAILED = ".failed"  # ending of a file that says why a piece could not be done
@@ -95,7 +96,9 @@ def _pipeline(options: Options) -> beam.Pipeline:
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     environment = None  # this process
     if options.workers > 1:
-        environment = SubprocessSDKEnvironment.from_command_string(f"{shlex.quote(sys.executable)} -m {WORKER}")
+        environment = SubprocessSDKEnvironment.from_command_string(
+            f"{shlex.quote(sys.executable)} -m {WORKER} {os.getpid()}"
+        )
     # Not Beam's "DirectRunner", which first tries to download a runner. The workers end with this process.
     return beam.Pipeline(
         runner=FnApiRunner(default_environment=environment),

@@ -9,7 +9,8 @@ import tarfile
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from data.prepare import files
+from data.examples import Example
+from data.prepare import atomic
 
 SUFFIXES = {"tar": ".tar", "array_record": ".array_record"}
 
@@ -27,7 +28,7 @@ def write(path: pathlib.Path, format: str, samples: Iterable[Sample]) -> None:
     Raises:
       PrepareError: the file cannot be written.
     """
-    with files.replacing(path) as temporary:
+    with atomic.replacing(path) as temporary:
         (_write_tar if format == "tar" else _write_array_record)(temporary, samples)
 
 
@@ -54,24 +55,7 @@ def _write_array_record(path: pathlib.Path, samples: Iterable[Sample]) -> None:
 
 
 def _example(sample: Sample) -> bytes:
-    """A serialised tf.train.Example, whose layout is simple enough to do without TensorFlow."""
-    features = {"image": sample.image, "json": sample.json, "key": sample.key.encode()}
-    entries = []
-    for name, value in features.items():
-        feature = _field(1, _field(1, value))  # Feature.bytes_list, BytesList.value
-        entries.append(_field(1, _field(1, name.encode()) + _field(2, feature)))  # Features.feature: name, feature
-    return _field(1, b"".join(entries))  # Example.features
-
-
-def _field(number: int, content: bytes) -> bytes:
-    """A field of protocol buffers' wire format that holds bytes."""
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
-def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the eighth says that more follow."""
-    parts = []
-    while value > 0x7F:
-        parts.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*parts, value])
+    example = Example()
+    for name, value in (("key", sample.key.encode()), ("image", sample.image), ("json", sample.json)):
+        example.features.feature[name].bytes_list.value.append(value)
+    return example.SerializeToString(deterministic=True)

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from data import files
 from data.captions import CaptionError
 from data.images import ImageError
-from data.prepare import files, inputs, pictures, releases, report, rows, runner, shards
+from data.prepare import atomic, inputs, pictures, releases, report, rows, runner, shards
 from data.prepare.store import Store, Writer
 
 LOOKUP = 1024  # captions held in memory at a time
@@ -54,98 +55,99 @@ class Job:
 # 1. Captions
 
 
-def caption_pieces(job: Job) -> list[runner.Piece]:
-    return [runner.Piece(f"{number:05d}", files.state(path)[1], number) for number, path in enumerate(job.captions)]
+def caption_pieces(states: list) -> list[runner.Piece]:
+    """`states`: [bytes, stamp, path] of each caption file."""
+    return [runner.Piece(f"{number:05d}", state[0], (number, state)) for number, state in enumerate(states)]
 
 
-def index_captions(job: Job, number: int) -> None:
+def index_captions(job: Job, piece: tuple[int, list]) -> None:
     """Reads one caption file into the store."""
+    number, state = piece
     folder, name, path = job.folder("captions"), f"{number:05d}", job.captions[number]
-    before, tally = files.state(path), report.Tally()
-    advance = runner.progress_file(folder, name).write_text
+    tally, advance = report.Tally(), runner.progress_file(folder, name).write_text
     read = rows.READERS[job.release](path, lambda done: advance(str(done)), **job.reader)
-    with files.replacing(folder / f"{name}.rows") as temporary, Writer(folder, name, temporary) as writer:
-        for row in files.reading(path, read):
+    with atomic.replacing(folder / f"{name}.rows") as temporary, Writer(folder, name, temporary) as writer:
+        for row in atomic.reading(path, read):
             tally.read += 1
             if isinstance(row, str):
                 tally.skip(row, f"{path}, row {tally.read}")
             else:
                 writer.add(*row)
-    _check_unchanged(before, files.state(path), path)
-    files.write_json(folder / f"{name}.json", {**tally.to_json(), "runs": writer.runs})
+    try:
+        files.check(path, files.State(*state[:2]))
+    except OSError as error:
+        raise atomic.PrepareError(f"{error}. Start again in an empty folder.") from error
+    atomic.write_json(folder / f"{name}.json", {**tally.to_json(), "runs": writer.runs})
 
 
 @functools.lru_cache(maxsize=1)
 def open_store(folder: pathlib.Path) -> Store:
     """The store of finished captions, opened once a process."""
     reports = sorted(folder.glob("*.json"))
-    return Store(folder, {path.stem: files.read_json(path)["runs"] for path in reports})
+    return Store(folder, {path.stem: atomic.read_json(path)["runs"] for path in reports})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Images
 
 
-def image_pieces(job: Job) -> list[runner.Piece]:
-    return [runner.Piece(f"{unit:05d}", weight, unit) for unit, weight in enumerate(job.inputs.weights())]
+def image_pieces(states: list) -> list[runner.Piece]:
+    """`states`: of each unit of the inputs."""
+    return [runner.Piece(f"{unit:05d}", state[0], (unit, state)) for unit, state in enumerate(states)]
 
 
-def match(job: Job, unit: int) -> None:
+def match(job: Job, piece: tuple[int, list]) -> None:
     """Finds the images of one unit that have captions and that training can read."""
-    folder, name = job.folder("images"), f"{unit:05d}"
-    before, tally, left_out = job.inputs.state(unit), report.Tally(), report.Tally()
-    members, faults = job.inputs.scan(unit)
+    unit, state = piece
+    folder, name, source = job.folder("images"), f"{unit:05d}", job.inputs.name(unit)
+    members, faults = job.inputs.scan(unit, state)
+    tally, left_out = report.Tally(read=len(members)), report.Tally()
     for reason, count in faults.items():
-        left_out.skip(reason, job.inputs.name(unit), count)
-    tally.read = len(members)
+        left_out.skip(reason, source, count)
     matched, numbers = [], []
-    with job.inputs.open(unit) as read:
-        for member, key, number in _with_captions(job, unit, members, read, tally):
-            try:
-                found = pictures.inspect(read(member.name, member.offset, member.size))
-            except ImageError as error:
-                tally.skip(NO_IMAGE, f"{job.inputs.name(unit)} {member.name}: {error}")
-                continue
-            matched.append([member, key, found[1:]])
-            numbers.append(number)
-    _check_unchanged(before, job.inputs.state(unit), job.inputs.name(unit))
-    files.write_json(folder / f"{name}.samples", matched)
-    files.write_array(folder / f"{name}.numbers.npy", np.array(numbers, np.int64))
-    files.write_json(
-        folder / f"{name}.json",
-        {**tally.to_json(), "left_out": left_out.to_json(), "matched": len(matched), "state": before},
-    )
+    for member, key, number in _with_captions(job, unit, state, members, tally):
+        try:
+            found = pictures.inspect(job.inputs.image(unit, state, member))
+        except ImageError as error:
+            tally.skip(NO_IMAGE, f"{source} {member.name}: {error}")
+            continue
+        matched.append([member, key, found[1:]])
+        numbers.append(number)
+    atomic.write_json(folder / f"{name}.samples", matched)
+    atomic.write_array(folder / f"{name}.numbers.npy", np.array(numbers, np.int64))
+    counts = {**tally.to_json(), "left_out": left_out.to_json(), "matched": len(matched), "state": state}
+    atomic.write_json(folder / f"{name}.json", counts)
 
 
-def _with_captions(job: Job, unit: int, members: list, read: inputs.Read, tally: report.Tally) -> Iterator[tuple]:
+def _with_captions(job: Job, unit: int, state: list, members: list, tally: report.Tally) -> Iterator[tuple]:
     """(member, join key, number of the captions) of the members that have captions; "" and -1 for a tar's own."""
+    source = job.inputs.name(unit)
     for batch in _batched(members, LOOKUP):
         keyed = []
         for member in batch:
-            example = f"{job.inputs.name(unit)} {member.name}"
             if member.size > inputs.MAX_IMAGE_BYTES:
-                tally.skip(HUGE_IMAGE, example)
+                tally.skip(HUGE_IMAGE, f"{source} {member.name}")
                 continue
             try:
-                keyed.append((member, _key_of(job, member, read)))
+                keyed.append((member, _key_of(job, unit, state, member)))
             except CaptionError as error:
-                tally.skip(str(error), example)
+                tally.skip(str(error), f"{source} {member.name}")
         if not job.captions:
             yield from ((member, key, -1) for member, key in keyed)
             continue
         found = open_store(job.folder("captions")).find([key for _, key in keyed])
         for (member, key), captions in zip(keyed, found, strict=True):
             if captions is None:
-                tally.skip(NO_CAPTION, f"{job.inputs.name(unit)} {member.name}: {key}")
+                tally.skip(NO_CAPTION, f"{source} {member.name}: {key}")
             else:
                 yield member, key, captions.number
 
 
-def _key_of(job: Job, member: inputs.Member, read: inputs.Read) -> str:
+def _key_of(job: Job, unit: int, state: list, member: inputs.Member) -> str:
     """What the member's captions are found by; "" for a tar's own, which are only checked. Raises CaptionError."""
     if job.rules.images == "folder":
         return member.name
-    text = read(member.name, member.text_offset, member.text_size)
+    text = job.inputs.text(unit, state, member)
     if job.captions:
         return releases.url_of(text)
     job.rules.own(text, **job.reader)
@@ -164,10 +166,10 @@ def plan(job: Job) -> tuple[list[tuple[int, list]], report.Tally]:
     Raises:
       PrepareError: nothing matches.
     """
-    folder, names = job.folder("images"), [piece.name for piece in image_pieces(job)]
+    folder, names = job.folder("images"), [f"{unit:05d}" for unit in range(len(job.inputs))]
     used = np.zeros(len(open_store(job.folder("captions"))) if job.captions else 0, bool)
     tasks, count = [], 0
-    tally = report.Tally.total(files.read_json(folder / f"{name}.json") for name in names)
+    tally = report.Tally.total(atomic.read_json(folder / f"{name}.json") for name in names)
     for unit, name in enumerate(names):
         numbers = np.load(folder / f"{name}.numbers.npy", allow_pickle=False)  # (N,)
         kept = np.ones(len(numbers), bool)
@@ -178,14 +180,14 @@ def plan(job: Job) -> tuple[list[tuple[int, list]], report.Tally]:
             used[numbers] = True
         if not kept.all():
             tally.skip(REPEATED, job.inputs.name(unit), int((~kept).sum()))
-        files.write_array(folder / f"{name}.kept.npy", np.flatnonzero(kept))
+        atomic.write_array(folder / f"{name}.kept.npy", np.flatnonzero(kept))
         for start, stop, shard in _cut(count, count + int(kept.sum()), job.shard_size):
             if shard == len(tasks):
                 tasks.append((shard, []))
             tasks[shard][1].append((unit, start - count, stop - count))
         count += int(kept.sum())
     if not count:
-        raise files.PrepareError(_nothing_matches(job, tally))
+        raise atomic.PrepareError(_nothing_matches(job, tally))
     return tasks, tally
 
 
@@ -227,9 +229,9 @@ def write_shard(job: Job, piece: tuple) -> None:
     """Writes one shard."""
     (shard, slices), count = piece
     name = shard_name(job, shard, count)
-    written = []  # (bytes, whether the image was changed), of each sample
+    written = []  # of each sample, whether its image was changed
     shards.write(pathlib.Path(job.output) / name, job.format, _samples(job, shard, slices, written))
-    files.write_json(
+    atomic.write_json(
         job.folder("shards") / f"{shard:05d}.json",
         {"name": name, "samples": len(written), "converted": sum(written)},
     )
@@ -239,42 +241,34 @@ def _samples(job: Job, shard: int, slices: list, written: list) -> Iterator[shar
     digits = max(4, len(str(job.shard_size - 1)))
     for unit, start, stop in slices:
         folder, name = job.folder("images"), f"{unit:05d}"
-        _check_unchanged(
-            files.read_json(folder / f"{name}.json")["state"], job.inputs.state(unit), job.inputs.name(unit)
-        )
-        matched = files.read_json(folder / f"{name}.samples")
+        state = atomic.read_json(folder / f"{name}.json")["state"]
+        matched = atomic.read_json(folder / f"{name}.samples")
         kept = np.load(folder / f"{name}.kept.npy", allow_pickle=False)[start:stop].tolist()
-        with job.inputs.open(unit) as read:
-            for batch in _batched([matched[place] for place in kept], LOOKUP):
-                members = [inputs.Member(*member) for member, _, _ in batch]
-                captions = _captions(job, members, [key for _, key, _ in batch], read)
-                for member, (_, key, found), fields in zip(members, batch, captions, strict=True):
-                    found = pictures.Picture(b"", *found)
-                    data = read(member.name, member.offset, member.size)
-                    picture = pictures.fit(data, found, job.resize, job.quality)
-                    content = {
-                        **fields,
-                        **({job.rules.key_field: key} if key else {}),
-                        "source": f"{job.inputs.name(unit)}/{member.name}",
-                        "width": picture.width,
-                        "height": picture.height,
-                    }
-                    yield shards.Sample(
-                        f"{shard:05d}{len(written):0{digits}d}",
-                        picture.extension,
-                        picture.data,
-                        json.dumps(content).encode(),
-                    )
-                    written.append(picture.data is not data)
+        for batch in _batched([matched[place] for place in kept], LOOKUP):
+            members = [inputs.Member(*member) for member, _, _ in batch]
+            captions = _captions(job, unit, state, members, [key for _, key, _ in batch])
+            for member, (_, key, found), fields in zip(members, batch, captions, strict=True):
+                data = job.inputs.image(unit, state, member)
+                picture = pictures.fit(data, pictures.Picture(b"", *found), job.resize, job.quality)
+                content = {
+                    **fields,
+                    **({job.rules.key_field: key} if key else {}),
+                    "source": f"{job.inputs.name(unit)}/{member.name}",
+                    "width": picture.width,
+                    "height": picture.height,
+                }
+                key = f"{shard:05d}{len(written):0{digits}d}"
+                yield shards.Sample(key, picture.extension, picture.data, json.dumps(content).encode())
+                written.append(picture.data is not data)
 
 
-def _captions(job: Job, members: list[inputs.Member], keys: list[str], read: inputs.Read) -> Iterator[dict]:
+def _captions(job: Job, unit: int, state: list, members: list[inputs.Member], keys: list[str]) -> Iterator[dict]:
     if job.captions:
         for found in open_store(job.folder("captions")).find(keys):
             yield releases.combined(found.captions, job.rules.merged)
     else:
         for member in members:
-            yield job.rules.own(read(member.name, member.text_offset, member.text_size), **job.reader)
+            yield job.rules.own(job.inputs.text(unit, state, member), **job.reader)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,10 +278,3 @@ def _batched(items: list, size: int) -> Iterator[list]:
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
-
-
-def _check_unchanged(before: list, now: list, name: str) -> None:
-    if before != now:
-        raise files.PrepareError(
-            f"{name} changed while it was used: expected {before}, found {now}. Start again in an empty folder."
-        )

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.prepare import files
+from data.prepare import atomic
 
 RUN_ROWS = 1 << 21  # rows sorted at a time: some 150 MB while it is done
 CHUNK_ROWS = 1 << 18  # rows compared at a time where duplicates are counted
@@ -66,7 +66,7 @@ class Writer:
         self._hashes, self._spans = array.array("Q"), array.array("q")
         order = np.argsort(hashes, kind="stable")  # equal keys stay in the order of the file
         for what, column in (("hashes", hashes[order]), ("spans", spans[order])):
-            files.write_array(_run_file(self._folder, self._name, len(self.runs), what), column)
+            atomic.write_array(_run_file(self._folder, self._name, len(self.runs), what), column)
         self.runs.append(len(hashes))
 
 

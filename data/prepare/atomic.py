@@ -66,9 +66,3 @@ def remove_partial(folder: pathlib.Path) -> None:
     """Removes what killed runs left half-written in a folder and below."""
     for path in folder.rglob(f".*{PARTIAL}"):
         path.unlink(missing_ok=True)
-
-
-def state(path: str | os.PathLike) -> list:
-    """[path, bytes, time of modification in ns]: what tells a file from its replacement."""
-    found = os.stat(path)
-    return [os.fspath(path), found.st_size, found.st_mtime_ns]

@@ -1,0 +1,661 @@
+"""Public releases as shards, from end to end: every release, what is skipped and why, interruptions and faults."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import images as pixels
+from data import records
+from data.captions import FIELDS
+from data.prepare import __main__ as command
+from data.prepare import atomic, inputs, job, pictures, report, runner, store
+
+LONG = "A dog runs.\nIt is brown.</s>The sky, too, is blue."
+LONG_SPLIT = ["A dog runs", "It is brown", "The sky, too, is blue"]
+
+
+def picture(width=60, height=40, seed=0, form="JPEG") -> bytes:
+    grid = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    target = io.BytesIO()
+    Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC).save(target, form)
+    return target.getvalue()
+
+
+def write_tar(path, members) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def sample(key, meta, image=None, text="a raw caption") -> list:
+    return [
+        (f"{key}.jpg", image if image is not None else picture(seed=abs(hash(key)) % 1000)),
+        (f"{key}.txt", text.encode()),
+        (f"{key}.json", meta if isinstance(meta, bytes) else json.dumps(meta).encode()),
+    ]
+
+
+def write_csv(path, rows, header=("Image Path", *FIELDS)) -> str:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return str(path)
+
+
+def url(number: int) -> str:
+    return f"http://example.org/a,b/{number}.jpg?x=1"
+
+
+def prepare(capsys, *arguments) -> str:
+    """Runs the command in this process; what it printed."""
+    command.main([*map(str, arguments), "--workers", "1"])
+    return capsys.readouterr().out
+
+
+def read(folder) -> dict[str, dict]:
+    """{image's source: record} of all shards, through the reader that training uses."""
+    info = atomic.read_json(pathlib.Path(folder) / job.INFO)
+    source = records.open_source(str(pathlib.Path(folder) / info["pattern"]))
+    assert not source.skipped and len(source) == info["samples"]
+    found = {}
+    for index in range(len(source)):
+        record = source[index]
+        content = json.loads(record.json)
+        assert content["source"] not in found
+        found[content["source"]] = content | {"key": record.key, "image": record.image}
+    return found
+
+
+@pytest.fixture
+def cc3m(tmp_path):
+    """Two tars in the layout of pixparse's, seven samples each, and a CSV for most of them."""
+    for tar in range(2):
+        members = [
+            member
+            for number in range(7)
+            for member in sample(
+                f"{tar}{number:08d}", {"url": url(10 * tar + number)}, picture(80, 60, 10 * tar + number)
+            )
+        ]
+        write_tar(tmp_path / f"cc3m-train-{tar:04d}.tar", members)
+    rows = [[url(number), "raw", *[LONG] * 6] for number in (*range(6), *range(10, 15), 99)]
+    write_csv(tmp_path / "cc3m.csv", rows)
+    return tmp_path
+
+
+def dreamlip(folder, *more) -> list:
+    """Arguments for the fixture's data."""
+    return [
+        "dreamlip",
+        *("--captions", folder / "cc3m.csv"),
+        *("--images", folder / "cc3m-train-{0000..0001}.tar"),
+        *("--output", folder / "out", "--prefix", "cc3m", "--shard-size", 4),
+        *more,
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Releases
+
+
+def test_dreamlip_joined_by_url(cc3m, capsys):
+    printed = prepare(capsys, *dreamlip(cc3m))
+    found = read(cc3m / "out")
+    assert [content["url"] for content in found.values()] == [url(number) for number in (*range(6), *range(10, 15))]
+    first = found["cc3m-train-0000.tar/000000000"]
+    assert first["raw_caption"] == ["raw"] and all(first[field] == LONG_SPLIT for field in FIELDS[1:])
+    assert (first["width"], first["height"], first["image"]) == (80, 60, picture(80, 60, 0))  # bit for bit
+    assert [len(keys) for keys in _keys_by_shard(cc3m / "out").values()] == [4, 4, 3]
+    assert "cc3m-{00000..00002}.tar" in printed
+
+    info = atomic.read_json(cc3m / "out" / job.INFO)
+    assert (info["schema"], info["samples"], info["shards"], info["last_shard"]) == (1, 11, 3, 3)
+    assert info["images"]["read"] == 14 and info["images"]["matched"] == 11
+    assert list(info["images"]["skipped"].values()) == [3]
+    assert (info["captions"]["keys"], info["captions"]["keys_without_image"]) == (12, 1)
+    assert info["provenance"]["captions"][0][0] == (cc3m / "cc3m.csv").stat().st_size
+    assert not (cc3m / "out" / ".prepare").exists()
+
+
+def _keys_by_shard(folder) -> dict[str, list[str]]:
+    found = {}
+    for path in sorted(pathlib.Path(folder).glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found[path.name] = [name for name in tar.getnames() if name.endswith(".json")]
+    return found
+
+
+def test_keys_and_bytes_do_not_depend_on_the_workers(cc3m, capsys):
+    prepare(capsys, *dreamlip(cc3m))
+    assert [key for keys in _keys_by_shard(cc3m / "out").values() for key in keys][3:5] == [
+        "000000003.json",
+        "000010000.json",
+    ]
+    os.rename(cc3m / "out", cc3m / "one")
+    command.main([*map(str, dreamlip(cc3m)), "--workers", "2"])
+    assert _contents(cc3m / "one") == _contents(cc3m / "out")
+
+
+def _contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir() if path.name != job.INFO}
+
+
+def test_dreamlip_of_yfcc_and_of_split_captions(tmp_path, capsys):
+    write_tar(tmp_path / "yfcc.tar", sample("a", {"downloadurl": url(1)}) + sample("b", {"downloadurl": url(2)}))
+    cells = [json.dumps(LONG_SPLIT), str(LONG_SPLIT), "[]", "", "[A dog]. Not a list.", "['it is', '  ']"]
+    write_csv(tmp_path / "c.csv", [[url(1), "raw", *cells]])
+    prepare(capsys, "dreamlip", "--captions", tmp_path / "c.csv", "--images", tmp_path, "--output", tmp_path / "out")
+    (found,) = read(tmp_path / "out").values()
+    assert [found[field] for field in FIELDS] == [
+        *(["raw"], LONG_SPLIT, LONG_SPLIT, [], []),
+        *(["[A dog]", "Not a list"], ["it is"]),
+    ]
+
+
+def test_dreamlip_of_tars_that_hold_the_captions(tmp_path, capsys):
+    """img2dataset downloaded the CSV with its columns: only the splitting is left to do."""
+    unsplit = {"url": url(1), **dict.fromkeys(FIELDS, LONG)}
+    write_tar(tmp_path / "00000.tar", sample("a", unsplit) + sample("b", {"url": url(2)}))
+    prepare(capsys, "dreamlip", "--images", tmp_path / "00000.tar", "--output", tmp_path / "out")
+    (found,) = read(tmp_path / "out").values()
+    assert all(found[field] == LONG_SPLIT for field in FIELDS)
+    assert atomic.read_json(tmp_path / "out" / job.INFO)["images"]["skipped"] == {"no captions": 1}
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_pixelprose(tmp_path, capsys, original):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {
+        "uid": ["u1", "u2", "u3"],
+        "url": [url(1), url(2), None],
+        "key": ["1", "2", "3"],
+        "status": ["success"] * 3,
+        "original_caption": ["alt", None, "x"],
+        "vlm_model": ["gemini"] * 3,
+        "vlm_caption": [" " + LONG, "", "y"],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    write_tar(tmp_path / "a.tar", sample("a", {"url": url(1)}) + sample("b", {"url": url(2)}))
+    arguments = ["--captions", tmp_path / "p.parquet", "--images", tmp_path / "a.tar", "--output", tmp_path / "out"]
+    prepare(capsys, "pixelprose", *arguments, *(["--original-caption"] if original else []))
+    (found,) = read(tmp_path / "out").values()
+    assert found["caption"] == LONG and found.get("original_caption") == ("alt" if original else None)
+    info = atomic.read_json(tmp_path / "out" / job.INFO)
+    assert info["captions"]["skipped"] == {"no captions": 1, "no join key": 1}
+
+
+@pytest.mark.parametrize("partner", ["json", "txt"])
+def test_cc3m_with_its_raw_captions(tmp_path, capsys, partner):
+    write_tar(tmp_path / "a.tar", sample("a", {"caption": "In the json."}, text="In the txt."))
+    prepare(capsys, "cc3m", "--images", tmp_path / "a.tar", "--partner", partner, "--output", tmp_path / "out")
+    (found,) = read(tmp_path / "out").values()
+    assert found["raw_caption"] == [f"In the {partner}"] and all(found[field] == [] for field in FIELDS[1:])
+
+
+CAPTIONS = [("a.jpg", "One. Two."), ("b/c.png", "Three"), ("a.jpg", "Four"), ("gone.jpg", "Five"), ("../x.jpg", "Six")]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "json", "mapping"])
+def test_folder(tmp_path, capsys, form):
+    (tmp_path / "images" / "b").mkdir(parents=True)
+    (tmp_path / "images" / "a.jpg").write_bytes(picture())
+    (tmp_path / "images" / "b" / "c.png").write_bytes(picture(form="PNG"))
+    (tmp_path / "images" / "uncaptioned.jpg").write_bytes(picture())
+    (tmp_path / "x.jpg").write_bytes(picture())  # outside of the folder
+    path = tmp_path / f"captions.{'json' if form == 'mapping' else form}"
+    objects = [{"image": name, "text": caption} for name, caption in CAPTIONS]
+    if form == "csv":
+        write_csv(path, CAPTIONS, ("image", "text"))
+    elif form == "jsonl":
+        path.write_text("\n".join(map(json.dumps, objects)) + "\n\n[1]\n{broken\n")
+    elif form == "json":
+        path.write_text(json.dumps(objects))
+    else:
+        path.write_text(json.dumps({"a.jpg": ["One. Two.", "Four"], "b/c.png": "Three"}))
+    arguments = ["--captions", path, "--images", tmp_path / "images", "--output", tmp_path / "out"]
+    prepare(capsys, "folder", *arguments, "--image-column", "image", "--caption-columns", "text")
+    found = read(tmp_path / "out")
+    assert {content["file"]: content["raw_caption"] for content in found.values()} == {
+        "a.jpg": ["One", "Two", "Four"],
+        "b/c.png": ["Three"],
+    }
+    assert found["images/b/c.png"]["image"] == picture(form="PNG")
+
+
+def test_coco(tmp_path, capsys):
+    (tmp_path / "train2017").mkdir()
+    for name in ("000000000009.jpg", "000000000025.jpg"):
+        (tmp_path / "train2017" / name).write_bytes(picture())
+    content = {
+        "images": [{"id": 9, "file_name": "000000000009.jpg"}, {"id": 30, "file_name": "000000000030.jpg"}],
+        "annotations": [
+            {"image_id": 9, "caption": "A plate. "},
+            {"image_id": 30, "caption": "A vase."},
+            {"image_id": 9, "caption": "Food on a plate"},
+        ],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    arguments = ["--captions", tmp_path / "captions.json", "--images", tmp_path / "train2017"]
+    prepare(capsys, "coco", *arguments, "--output", tmp_path / "out")
+    assert [content["raw_caption"] for content in read(tmp_path / "out").values()] == [["A plate", "Food on a plate"]]
+
+
+@pytest.mark.parametrize("form", ["json", "token"])
+def test_flickr30k_keeps_evaluation_images_out(tmp_path, capsys, form):
+    (tmp_path / "flickr30k-images").mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / "flickr30k-images" / name).write_bytes(picture())
+    items = [("1.jpg", "train", ["A man .", "A cat ."]), ("2.jpg", "test", ["A dog ."])]
+    more = []
+    if form == "json":
+        path = tmp_path / "dataset_flickr30k.json"
+        images = [
+            {"filename": name, "split": part, "sentences": [{"raw": text} for text in texts]}
+            for name, part, texts in items
+        ]
+        path.write_text(json.dumps({"images": images}))
+    else:
+        path = tmp_path / "results_20130124.token"
+        path.write_text("".join(f"{name}#{n}\t{text}\n" for name, _, texts in items for n, text in enumerate(texts)))
+        (tmp_path / "train.txt").write_text("1\n3\n")
+        more = ["--images-list", tmp_path / "train.txt"]
+    arguments = [
+        "flickr30k",
+        "--captions",
+        path,
+        "--images",
+        tmp_path / "flickr30k-images",
+        "--output",
+        tmp_path / "out",
+    ]
+    if form == "token":
+        with pytest.raises(atomic.PrepareError, match="does not say which images are for training"):
+            prepare(capsys, *arguments)
+        arguments[-1] = tmp_path / "out2"
+    prepare(capsys, *arguments, *more)
+    assert [content["raw_caption"] for content in read(arguments[-1]).values()] == [["A man", "A cat"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
+
+
+def test_resize_makes_larger_images_smaller_and_leaves_the_others(tmp_path, capsys):
+    small, tall = picture(200, 32), picture(90, 300, seed=2)
+    members = sample("small", {"caption": "x"}, small) + sample("tall", {"caption": "x"}, tall)
+    grey = io.BytesIO()
+    Image.fromarray(np.full((64, 64), 40_000, np.uint16)).save(grey, "PNG")
+    members += sample("deep", {"caption": "x"}, grey.getvalue()) + sample("gif", {"caption": "x"}, picture(form="GIF"))
+    write_tar(tmp_path / "a.tar", members)
+    prepare(capsys, "cc3m", "--images", tmp_path / "a.tar", "--resize", 48, "--quality", 90, "--output", tmp_path / "o")
+    found = {name.removeprefix("a.tar/"): content for name, content in read(tmp_path / "o").items()}
+    assert found["small"]["image"] == small
+    assert (found["tall"]["width"], found["tall"]["height"]) == (48, 160)
+    shrunk = Image.open(io.BytesIO(found["tall"]["image"]))
+    expected = Image.open(io.BytesIO(tall)).resize((48, 160), Image.Resampling.BICUBIC)
+    assert shrunk.size == (48, 160) and shrunk.format == "JPEG"
+    assert np.abs(np.asarray(shrunk, float) - np.asarray(expected, float)).mean() < 4
+    assert np.asarray(Image.open(io.BytesIO(found["deep"]["image"]))).mean() == pytest.approx(40_000 >> 8, abs=1)
+    assert Image.open(io.BytesIO(found["gif"]["image"])).format == "JPEG"  # training reads no GIF
+    assert atomic.read_json(tmp_path / "o" / job.INFO)["converted"] == 3
+
+
+def test_array_record_holds_the_same_samples(cc3m, capsys):
+    from array_record.python.array_record_module import ArrayRecordReader
+    from tensorflow.core.example.example_pb2 import Example
+
+    prepare(capsys, *dreamlip(cc3m))
+    tars = read(cc3m / "out")
+    os.rename(cc3m / "out", cc3m / "tars")
+    prepare(capsys, *dreamlip(cc3m, "--format", "array_record"))
+    found = []
+    for path in sorted((cc3m / "out").glob("cc3m-*.array_record")):
+        reader = ArrayRecordReader(str(path))
+        found += [Example.FromString(reader.read([place])[0]).features.feature for place in range(reader.num_records())]
+    assert len(found) == len(tars)
+    for features, content in zip(found, tars.values(), strict=True):
+        values = {name: feature.bytes_list.value[0] for name, feature in features.items()}
+        assert set(values) == {"key", "image", "json"}
+        assert (values["key"].decode(), values["image"]) == (content["key"], content["image"])
+        assert json.loads(values["json"]).items() <= content.items()
+
+
+def test_names_of_members_stay_names(tmp_path, capsys):
+    """Keys of others never become paths: the shards have their own."""
+    write_tar(tmp_path / "a.tar", sample("../../evil", {"url": url(1)}) + sample("a/b/c", {"url": url(2)}))
+    write_csv(tmp_path / "c.csv", [[url(1), *["x"] * 7], [url(2), *["x"] * 7]])
+    prepare(
+        capsys, "dreamlip", "--captions", tmp_path / "c.csv", "--images", tmp_path / "a.tar", "--output", tmp_path / "o"
+    )
+    assert list(_keys_by_shard(tmp_path / "o").values()) == [["000000000.json"]]
+    assert atomic.read_json(tmp_path / "o" / job.INFO)["left_out"]["skipped"] == {"unsafe name": 3}
+    with pytest.raises(SystemExit):
+        prepare(capsys, *dreamlip(tmp_path, "--prefix", "../x"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is skipped
+
+
+def test_everything_skipped_is_counted(tmp_path, capsys):
+    cut = picture(300, 200)[:-2000]
+    members = [
+        *sample("good", {"url": url(1)}),
+        *sample("again", {"url": url(1)}),
+        *sample("cut", {"url": url(2)}, cut),
+        *sample("empty", {"url": url(2)}, b""),
+        *sample("unknown", {"url": url(3)}),
+        *sample("noisy", b"{"),
+        *sample("list", b"[]"),
+        *sample("number", {"url": 7}),
+        ("alone.jpg", picture()),
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[: len(whole) // 2 // 512 * 512])  # cut: its complete samples count
+    (tmp_path / "c.tar").write_bytes(b"")
+    rows = [
+        [url(1), "first", *[""] * 6],
+        [url(1), "second", *[""] * 6],
+        [url(2), "x", *[""] * 6],
+        [url(4), *[""] * 7],
+        ["", *["x"] * 7],
+        [url(5), "too few"],
+        [url(6), *["x"] * 7],
+    ]
+    write_csv(tmp_path / "c.csv", rows)
+    arguments = ["--captions", tmp_path / "c.csv", "--images", tmp_path, "--output", tmp_path / "out"]
+    printed = prepare(capsys, "dreamlip", *arguments)
+    found = read(tmp_path / "out")
+    assert [content["raw_caption"] for content in found.values()] == [["first"]]  # of two rows the first
+    assert list(found) == ["a.tar/good"]  # of several images the first
+    info = atomic.read_json(tmp_path / "out" / job.INFO)
+    captions, images = info["captions"], info["images"]
+    assert captions["skipped"] == {
+        "no captions": 1,
+        "no join key": 1,
+        "another number of cells than the header has": 1,
+    }
+    assert (captions["read"], captions["repeated"], captions["keys"]) == (7, 1, 3)
+    assert captions["keys_without_image"] == 2
+    assert images["read"] == info["samples"] + sum(images["skipped"].values())
+    of_a = {
+        "image that training cannot use": 2,
+        "no captions for this image in the caption files": 1,
+        "json that is no object": 2,
+        "json without url or downloadurl": 1,
+    }
+    assert all(images["skipped"][reason] >= count for reason, count in of_a.items())
+    assert images["skipped"]["image whose captions went to an earlier one"] >= 2
+    assert {"shard cut short", "empty file", "image without json"} <= set(info["left_out"]["skipped"])
+    for reason in (*captions["skipped"], *images["skipped"], *info["left_out"]["skipped"]):
+        assert reason in printed
+    assert "a.tar cut: cannot decode the image" in printed
+
+
+def test_nothing_matches(cc3m, capsys):
+    write_csv(cc3m / "cc3m.csv", [["http://elsewhere/1", *["x"] * 7]])
+    with pytest.raises(
+        atomic.PrepareError, match=r"no image has captions: 14 images read; 14 x no captions.*elsewhere"
+    ):
+        prepare(capsys, *dreamlip(cc3m))
+    assert not list((cc3m / "out").glob("*.tar"))
+
+
+def test_unusable_files_are_named(cc3m, capsys):
+    write_csv(cc3m / "cc3m.csv", [["x"] * 8], ("url", *FIELDS))
+    with pytest.raises(atomic.PrepareError, match=r"cc3m.csv has no column \['Image Path'\]; its columns are \['url'"):
+        prepare(capsys, *dreamlip(cc3m))
+    with pytest.raises(atomic.PrepareError, match="need a --runner that they are for"):
+        command.main([*map(str, dreamlip(cc3m)), "--", "--project=x"])
+    with pytest.raises(FileNotFoundError, match="gone"):
+        prepare(capsys, "cc3m", "--images", cc3m / "gone.tar", "--output", cc3m / "out")
+
+
+def test_a_quotation_mark_that_never_closes(cc3m, capsys, monkeypatch):
+    monkeypatch.setattr("data.prepare.rows.MAX_CELL", 1000)
+    with open(cc3m / "cc3m.csv", "a") as file:
+        file.write('"http://x' + "\n1,2,3,4,5,6,7,8" * 200)
+    with pytest.raises(atomic.PrepareError, match=r"cc3m.csv, before line .* never closed"):
+        prepare(capsys, *dreamlip(cc3m))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interruptions
+
+
+def test_killed_and_gone_on(cc3m, capsys):
+    """kill -9 at several moments: nothing half-written has a final name, and the end is the same."""
+    prepare(capsys, *dreamlip(cc3m))
+    expected = _contents(cc3m / "out")
+    os.rename(cc3m / "out", cc3m / "unbroken")
+    # The process stops itself for good where the n-th file is about to get its name.
+    code = (
+        "import os, signal, sys\n"
+        "from data.prepare import __main__, atomic\n"
+        "left, replace = int(sys.argv.pop(1)), os.replace\n"
+        "def counted(source, target):\n"
+        "    global left\n"
+        "    left -= 1\n"
+        "    if not left:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    replace(source, target)\n"
+        "os.replace = counted\n"
+        "__main__.main(sys.argv[1:])\n"
+    )
+    shards_seen = set()
+    for left in (3, 5, 8, 4, 5):  # while captions are indexed, images matched, numbered, shard 0 and 1 written
+        arguments = [str(left), *map(str, dreamlip(cc3m)), "--workers", "1"]
+        killed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        for name, content in _contents_of_shards(cc3m / "out").items():
+            assert expected[name] == content
+            shards_seen.add(name)
+    assert shards_seen and shards_seen < set(expected)
+    reported = [atomic.read_json(path)["name"] for path in (cc3m / "out" / ".prepare" / "shards").glob("*.json")]
+    assert reported
+    before = {name: (cc3m / "out" / name).stat().st_mtime_ns for name in reported}
+    prepare(capsys, *dreamlip(cc3m))
+    assert _contents(cc3m / "out") == expected
+    for name, written in before.items():
+        assert (cc3m / "out" / name).stat().st_mtime_ns == written  # not done again
+    unbroken, resumed = (atomic.read_json(cc3m / name / job.INFO) for name in ("unbroken", "out"))
+    assert {**unbroken, "provenance": None} == {**resumed, "provenance": None}
+
+
+def _contents_of_shards(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in pathlib.Path(folder).glob("[!.]*.tar")}
+
+
+def test_workers_end_with_a_killed_run(cc3m):
+    """The processes of the local runner do not live on, and do not disturb the next run."""
+    arguments = [*map(str, dreamlip(cc3m)), "--workers", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "data.prepare", *arguments], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (workers := _workers(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert workers
+    process.kill()
+    process.wait()
+    while (living := _workers(1) & workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not living
+
+
+def _workers(parent: int) -> set[int]:
+    """The process ids of all descendants that are workers of the local runner."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+    processes = [line.split(None, 2) for line in listed]
+    family = {parent}
+    for _ in processes:
+        grown = family | {int(pid) for pid, above, _ in processes if int(above) in family}
+        if grown == family:
+            break
+        family = grown
+    return {int(pid) for pid, _, name in processes if int(pid) in family and runner.WORKER in name}
+
+
+def test_finished_work_is_not_done_again_and_other_work_is_refused(cc3m, capsys):
+    first = prepare(capsys, *dreamlip(cc3m))
+    assert prepare(capsys, *dreamlip(cc3m)) == first
+    with pytest.raises(atomic.PrepareError, match="holds other prepared data"):
+        prepare(capsys, *dreamlip(cc3m, "--resize", 32))
+    (cc3m / "full").mkdir()
+    (cc3m / "full" / "photo.jpg").touch()
+    with pytest.raises(atomic.PrepareError, match=r"is not empty \(photo.jpg\)"):
+        prepare(capsys, *dreamlip(cc3m, "--output", cc3m / "full"))
+
+
+def test_interrupted_work_with_other_options_or_inputs_is_refused(cc3m, capsys, monkeypatch):
+    def stop(*arguments):
+        raise atomic.PrepareError("stopped")
+
+    monkeypatch.setattr("data.prepare.stages.plan", stop)
+    with pytest.raises(atomic.PrepareError, match="stopped"):
+        prepare(capsys, *dreamlip(cc3m))
+    with pytest.raises(atomic.PrepareError, match="another run, which differs in settings"):
+        prepare(capsys, *dreamlip(cc3m, "--quality", 80))
+    os.utime(cc3m / "cc3m-train-0001.tar", ns=(1, 1))
+    with pytest.raises(atomic.PrepareError, match="another run, which differs in images"):
+        prepare(capsys, *dreamlip(cc3m))
+
+
+def test_a_tar_that_is_replaced_meanwhile(cc3m, capsys, monkeypatch):
+    inspect = pictures.inspect
+
+    def meddling(data):
+        os.utime(cc3m / "cc3m-train-0001.tar", ns=(1, 1))
+        return inspect(data)
+
+    monkeypatch.setattr(pictures, "inspect", meddling)
+    with pytest.raises(atomic.PrepareError, match=r"cc3m-train-0001.tar was replaced or changed"):
+        prepare(capsys, *dreamlip(cc3m))
+
+
+@pytest.mark.parametrize("form", ["tar", "array_record"])
+def test_full_disk(cc3m, capsys, form):
+    """A limit on the size of files stands for the full disk: writing fails in the middle of a shard."""
+    arguments = dreamlip(cc3m, "--format", form)
+    size = len(picture(80, 60)) * 2
+    signal_before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            # Only while shards are written: the intermediate files are smaller, but not by much here.
+            write = command.job.stages.shards.write
+
+            def limited(*arguments):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+                try:
+                    write(*arguments)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+            patch.setattr(command.job.stages.shards, "write", limited)
+            with pytest.raises(atomic.PrepareError, match=r"cc3m-00000\S* cannot be written: .*make room"):
+                prepare(capsys, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, signal_before)
+    assert [path.name for path in (cc3m / "out").iterdir()] == [".prepare"]  # nothing, not even half a file
+    prepare(capsys, *arguments)
+    assert atomic.read_json(cc3m / "out" / job.INFO)["samples"] == 11
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def test_store_tells_keys_of_one_hash_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "hash_of", lambda key: len(key))
+    monkeypatch.setattr(store, "RUN_ROWS", 3)
+    keys = ["aa", "b", "cc", "aa", "dd", "e", "aa"]
+    with store.Writer(tmp_path, "x", tmp_path / "x.rows") as writer:
+        for number, key in enumerate(keys):
+            writer.add(key, {"n": number})
+    assert writer.runs == [3, 3, 1]
+    found = store.Store(tmp_path, {"x": writer.runs}).find(["dd", "aa", "zz", "b", "aaa"])
+    assert [captions and [row["n"] for row in captions.captions] for captions in found] == [
+        [4],
+        [0, 3, 6],
+        None,
+        [1],
+        None,
+    ]
+    numbers = {captions.number for captions in found if captions}
+    assert len(numbers) == 3 and max(numbers) < len(keys)
+
+
+@pytest.mark.parametrize("run_rows", [4, 1000])
+def test_store_counts_repeated_keys(tmp_path, monkeypatch, run_rows):
+    monkeypatch.setattr(store, "RUN_ROWS", run_rows)
+    monkeypatch.setattr(store, "CHUNK_ROWS", 3)
+    rng = np.random.default_rng(0)
+    runs, keys = {}, []
+    for name in ("a", "b"):
+        with store.Writer(tmp_path, name, tmp_path / f"{name}.rows") as writer:
+            for number in rng.integers(0, 30, 25).tolist():
+                keys.append(f"k{number}")
+                writer.add(keys[-1], {})
+        runs[name] = writer.runs
+    assert store.Store(tmp_path, runs).count_repeated() == len(keys) - len(set(keys))
+
+
+def test_peak_memory_does_not_grow_with_the_captions(tmp_path):
+    """The same few images, and 8,000 or 32,000 rows of 2 kB."""
+    write_tar(tmp_path / "a.tar", sample("a", {"url": url(1)}))
+    peaks = []
+    for rows in (8_000, 32_000):
+        write_csv(tmp_path / "c.csv", ([url(number), *["A dog of 3 years. " * 15] * 7] for number in range(rows)))
+        code = (
+            "import resource, sys; from data.prepare import __main__; __main__.main(sys.argv[1:]);"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        arguments = ["dreamlip", "--captions", "c.csv", "--images", "a.tar", "--output", str(rows), "--workers", "1"]
+        environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+        printed = subprocess.check_output([sys.executable, "-c", code, *arguments], cwd=tmp_path, env=environment)
+        peaks.append(int(printed.split()[-1]) / 1024)  # MiB
+    assert peaks[1] - peaks[0] < 20  # the larger file has 45 MB more
+
+
+def test_folder_is_cut_into_units(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "FOLDER_UNIT", 2)
+    for name in ("b.jpg", "a.jpg", "c/d.JPEG", ".hidden.jpg", ".git/x.jpg", "note.txt"):
+        (tmp_path / "i" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "i" / name).write_bytes(b"x")
+    folder = inputs.list_folder(str(tmp_path / "i"), tmp_path / "listing")
+    members = [[member.name for member in folder.scan(unit, folder.state(unit))[0]] for unit in range(len(folder))]
+    assert members == [["a.jpg", "b.jpg"], ["c/d.JPEG"]]
+    with pytest.raises(atomic.PrepareError, match="hold no image"):
+        inputs.list_folder(str(tmp_path / "listing"), tmp_path / "other")
+
+
+def test_inspection_refuses_what_training_refuses():
+    with pytest.raises(pixels.ImageError, match="float"):
+        target = io.BytesIO()
+        Image.fromarray(np.zeros((8, 8), np.float32)).save(target, "TIFF")
+        pictures.inspect(target.getvalue())
+
+
+def test_totals_add_up():
+    parts = [report.Tally(read=2), report.Tally(read=3)]
+    parts[1].skip("x", "first")
+    parts[1].skip("x", "second", 2)
+    total = report.Tally.total(part.to_json() for part in parts)
+    assert (total.read, total.skipped, total.examples) == (5, {"x": 3}, {"x": "first"})
