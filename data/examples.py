@@ -109,9 +109,7 @@ def _single_bytes(features, name: str) -> bytes:
     values = features[name].bytes_list.value
     if len(values) != 1:
         kind = features[name].WhichOneof("kind") or "nothing"
-        raise RecordError(
-            f"the feature {name!r} of the Example must be one string of bytes, found {kind}, {len(values)}"
-        )
+        raise RecordError(f"feature {name!r} of the Example: expected one string of bytes, not {len(values)} in {kind}")
     return values[0]
 
 
@@ -145,7 +143,10 @@ class TFRecord(index.IndexedShards):
         """
         super().__init__(shards, scan, index_dir)
         if not len(self):
-            raise ShardError(f"no record in {len(self.shards)} shard(s), the first is {self.shards[0]}")
+            raise ShardError(
+                f"no record in {len(self.shards)} shard(s), the first is {self.shards[0]}; left out: "
+                f"{dict(self.skipped) or 'nothing'}"
+            )
 
     def __getitem__(self, index: int) -> Record:
         (content,) = self._parts(index)
@@ -259,7 +260,7 @@ class ArrayRecord:
         try:
             files.check(part.path, part.state)
         except OSError as error:
-            raise ShardError(f"{error}: {shard}: put the file back, or start again.") from error
+            raise ShardError(f"{shard}: {error}: put the file back, or start again.") from error
         try:
             (content,) = self._readers.open(part).read([number])
         except RuntimeError as error:  # the library's only exception
@@ -419,9 +420,8 @@ def _tfds_options(name: str) -> tuple[str, dict[str, str]]:
     options = dict(re.findall(r"([^=&]+)=([^&]*)", query))
     unknown = options.keys() - {"split", "data_dir"}
     if not text or unknown:
-        raise ShardError(
-            f"{name}: expected tfds:NAME?split=…&data_dir=…, unknown: {', '.join(sorted(unknown)) or 'name'}"
-        )
+        wrong = ", ".join(sorted(unknown)) or "no name"
+        raise ShardError(f"{name}: expected tfds:NAME?split=…&data_dir=…, not {wrong}")
     if "data_dir" in options:
         options["data_dir"] = os.path.expanduser(options["data_dir"])
     return os.path.expanduser(text), options

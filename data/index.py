@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from data import files
-from data.records import ShardError
+from data.records import INDEX_ENDING, ShardError
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,8 @@ def _digest(text: str) -> str:
 def _index_files(shard: str, index_dir: IndexDir) -> list[pathlib.Path]:
     """Where the index of a shard may lie, best place first."""
     path = _absolute(shard)
-    cached = _cache(index_dir) / f"{pathlib.Path(path.partition('?')[0]).stem}-{_digest(path)}.index.npz"
-    return [cached] if index_dir is not None or files.is_remote(shard) else [pathlib.Path(path + ".index.npz"), cached]
+    cached = _cache(index_dir) / f"{pathlib.Path(path.partition('?')[0]).stem}-{_digest(path)}{INDEX_ENDING}"
+    return [cached] if index_dir is not None or files.is_remote(shard) else [pathlib.Path(path + INDEX_ENDING), cached]
 
 
 def _is_writable(folder: pathlib.Path) -> bool:

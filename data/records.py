@@ -28,6 +28,7 @@ ENDINGS = {
     ARRAY_RECORD: r"\.array_?record(-\d+-of-\d+)?",
     TFRECORD: r"\.tfrecords?(-\d+-of-\d+)?",
 }
+INDEX_ENDING = ".index.npz"  # of the files beside shards that `data.index` keeps
 TFDS_MARK = "dataset_info.json"  # lies in each folder of a data set of TensorFlow Datasets
 
 Shards = str | os.PathLike | Sequence["Shards"]
@@ -182,12 +183,12 @@ def _find(name: str) -> list[str]:
     """The shards that a name without braces stands for."""
     if files.is_remote(name):
         if glob.has_magic(_without_query(name)):
-            return files.find(name)
+            return _matches(name)
         if _format(name):
             return [name]  # a request for each of thousands of shards would take minutes
     entries = files.folder(name)
     if entries is None:
-        return files.find(name)
+        return _matches(name)
     if any(os.path.basename(path) == TFDS_MARK for path in entries):
         raise ShardError(
             f"{name} is a data set of TensorFlow Datasets, whose splits lie side by side. Name the split: "
@@ -201,6 +202,10 @@ def _find(name: str) -> list[str]:
             f"{os.path.join(name, '*.tar')}"
         )
     return shards
+
+
+def _matches(name: str) -> list[str]:
+    return [path for path in files.find(name) if not path.endswith(INDEX_ENDING)]  # `x.tar*` does not mean those
 
 
 def _format(path: str) -> str | None:

@@ -1,8 +1,13 @@
 """Which shards a pattern names, in which format, and sources that are joined."""
 
+import itertools
+import pickle
+
 import pytest
+from shard_files import samples, write_array_record, write_tar
 
 from data import records
+from data.examples import Example
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Patterns
@@ -75,3 +80,100 @@ def test_shards_of_a_wrong_type(shards):
 def test_no_shards():
     with pytest.raises(FileNotFoundError, match="empty"):
         records.expand([])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("x.array_record", "x.arrayrecord", "x-train.array_record-00003-of-00010"),
+        *("x.tfrecord", "x.tfrecords", "x.tfrecord-00000-of-00010", "x.tfrecords-00000-of-00010"),
+    ],
+)
+def test_folders_hold_shards_of_any_format(tmp_path, name):
+    for file in (name, "info.json", f"{name}.index.npz", "x.tar.gz", "tfrecord"):
+        (tmp_path / file).touch()
+    assert records.expand(tmp_path) == [str(tmp_path / name)]
+    assert records.expand(f"{tmp_path}/{name[:12]}*") == [str(tmp_path / name)]
+
+
+def test_a_folder_of_several_formats_is_refused(tmp_path):
+    for name in ("0.tar", "1.tar", "x.tfrecord"):
+        (tmp_path / name).touch()
+    with pytest.raises(records.ShardError, match=r"several formats \(\{'webdataset': 2, 'TFRecord': 1\}\).*\*\.tar"):
+        records.expand(tmp_path)
+    assert len(records.expand(f"{tmp_path}/*.tar")) == 2
+
+
+def test_a_folder_with_the_splits_of_a_data_set_is_refused(tmp_path):
+    for name in ("a-test.array_record-00000-of-00001", "a-train.array_record-00000-of-00001", "dataset_info.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(records.ShardError, match=rf"tfds:{tmp_path}\?split=train"):
+        records.expand(tmp_path)
+
+
+def test_what_is_not_on_this_machine_is_left_to_those_who_open_it():
+    assert records.expand("gs://b/{0..1}.tar::tfds:a/b:1.0.0?split=train[:5%]+test::https://h/x.tar?key=a*") == [
+        "gs://b/0.tar",
+        "gs://b/1.tar",
+        "tfds:a/b:1.0.0?split=train[:5%]+test",
+        "https://h/x.tar?key=a*",
+    ]
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tfrecord.gz", "x.zip", "x"])
+def test_a_name_of_no_format(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(records.ShardError, match=rf"{name}: the name says no format.*unpack \.gz"):
+        records.open_source(tmp_path / name)
+
+
+def test_no_such_kind_of_store():
+    with pytest.raises(FileNotFoundError, match=r"nowhere://a/0\.tar.*no kind of store"):
+        records.open_source("nowhere://a/0.tar")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Joined sources
+
+
+@pytest.fixture
+def joined(tmp_path):
+    """Tars, ArrayRecord with one damaged record, tars again."""
+    tars = [write_tar(tmp_path / f"{key}.tar", [*samples(key), (f"no{key}.jpg", b"")]) for key in "abc"]
+    records_ = [
+        Example(features={"feature": {name: {"bytes_list": {"value": [value]}} for name, value in fields.items()}})
+        for fields in ({"image": b"I", "json": b"J", "key": b"r0"}, {"json": b"J"}, {"image": b"I", "json": b"J"})
+    ]
+    path = write_array_record(tmp_path / "r.array_record", [record.SerializeToString() for record in records_])
+    return f"{tars[0]}::{tars[1]}::{path}::{tars[2]}", tars, path
+
+
+def test_sources_of_several_formats_are_joined_in_order(joined):
+    shards, tars, path = joined
+    source = records.open_source(shards)
+    assert len(source) == 6
+    assert source.shards == [*tars[:2], path, tars[2]]
+    assert source.skipped == {"image without json": 3}
+    expected = [("a", tars[0]), ("b", tars[1]), ("r0", path), None, ("r.array_record:2", path), ("c", tars[2])]
+    for copy in (source, pickle.loads(pickle.dumps(source))):
+        for index, place in enumerate(expected):
+            if place is None:
+                with pytest.raises(records.RecordError, match="no image"):
+                    copy[index]
+            else:
+                record = copy[index]
+                assert (record.key, record.shard) == place and record.json[:1] == b"J"
+    assert source.where(1) == (tars[1], "b") and source.where(3) == (path, "r.array_record:1")
+    for index in (-1, 6):
+        with pytest.raises(IndexError):
+            source[index]
+        with pytest.raises(IndexError):
+            source.where(index)
+
+
+def test_the_checksum_of_joined_sources_knows_their_order(joined):
+    shards, tars, path = joined
+    checksums = {records.open_source(list(order)).checksum for order in itertools.permutations([tars[0], path])}
+    checksums |= {records.open_source(shards).checksum, records.open_source(tars).checksum}
+    assert len(checksums) == 4
+    assert records.open_source(shards.split("::")).checksum == records.open_source(shards).checksum
