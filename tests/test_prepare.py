@@ -150,6 +150,15 @@ def test_keys_and_bytes_do_not_depend_on_the_workers(cc3m, capsys):
     assert _contents(cc3m / "one") == _contents(cc3m / "out")
 
 
+def test_any_beam_runner(cc3m, capsys):
+    """Through the job service that Flink and Spark are reached by; here it is Beam's own, in this process."""
+    prepare(capsys, *dreamlip(cc3m))
+    os.rename(cc3m / "out", cc3m / "local")
+    flags = ["--runner", "PortableRunner", "--", "--job_endpoint=embed", "--environment_type=LOOPBACK"]
+    command.main([*map(str, dreamlip(cc3m)), *flags])
+    assert _contents(cc3m / "local") == _contents(cc3m / "out")
+
+
 def _contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir() if path.name != job.INFO}
 
@@ -172,7 +181,7 @@ def test_dreamlip_of_tars_that_hold_the_captions(tmp_path, capsys):
     write_tar(tmp_path / "00000.tar", sample("a", unsplit) + sample("b", {"url": url(2)}))
     prepare(capsys, "dreamlip", "--images", tmp_path / "00000.tar", "--output", tmp_path / "out")
     (found,) = read(tmp_path / "out").values()
-    assert all(found[field] == LONG_SPLIT for field in FIELDS)
+    assert found["url"] == url(1) and all(found[field] == LONG_SPLIT for field in FIELDS)
     assert atomic.read_json(tmp_path / "out" / job.INFO)["images"]["skipped"] == {"no captions": 1}
 
 
@@ -317,23 +326,11 @@ def test_resize_makes_larger_images_smaller_and_leaves_the_others(tmp_path, caps
 
 
 def test_array_record_holds_the_same_samples(cc3m, capsys):
-    from array_record.python.array_record_module import ArrayRecordReader
-    from tensorflow.core.example.example_pb2 import Example
-
     prepare(capsys, *dreamlip(cc3m))
-    tars = read(cc3m / "out")
     os.rename(cc3m / "out", cc3m / "tars")
     prepare(capsys, *dreamlip(cc3m, "--format", "array_record"))
-    found = []
-    for path in sorted((cc3m / "out").glob("cc3m-*.array_record")):
-        reader = ArrayRecordReader(str(path))
-        found += [Example.FromString(reader.read([place])[0]).features.feature for place in range(reader.num_records())]
-    assert len(found) == len(tars)
-    for features, content in zip(found, tars.values(), strict=True):
-        values = {name: feature.bytes_list.value[0] for name, feature in features.items()}
-        assert set(values) == {"key", "image", "json"}
-        assert (values["key"].decode(), values["image"]) == (content["key"], content["image"])
-        assert json.loads(values["json"]).items() <= content.items()
+    assert sorted(_contents(cc3m / "out")) == [f"cc3m-{number:05d}.array_record" for number in range(3)]
+    assert read(cc3m / "out") == read(cc3m / "tars")
 
 
 def test_names_of_members_stay_names(tmp_path, capsys):
@@ -460,7 +457,7 @@ def test_killed_and_gone_on(cc3m, capsys):
         "__main__.main(sys.argv[1:])\n"
     )
     shards_seen = set()
-    for left in (3, 5, 8, 4, 5):  # while captions are indexed, images matched, numbered, shard 0 and 1 written
+    for left in (3, 5, 8, 5):  # while captions are indexed, images matched, numbered, and the second shard written
         arguments = [str(left), *map(str, dreamlip(cc3m)), "--workers", "1"]
         killed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
@@ -618,10 +615,10 @@ def test_store_counts_repeated_keys(tmp_path, monkeypatch, run_rows):
 
 
 def test_peak_memory_does_not_grow_with_the_captions(tmp_path):
-    """The same few images, and 8,000 or 32,000 rows of 2 kB."""
+    """The same few images, and 5,000 or 20,000 rows of 2 kB."""
     write_tar(tmp_path / "a.tar", sample("a", {"url": url(1)}))
     peaks = []
-    for rows in (8_000, 32_000):
+    for rows in (5_000, 20_000):
         write_csv(tmp_path / "c.csv", ([url(number), *["A dog of 3 years. " * 15] * 7] for number in range(rows)))
         code = (
             "import resource, sys; from data.prepare import __main__; __main__.main(sys.argv[1:]);"
@@ -631,7 +628,7 @@ def test_peak_memory_does_not_grow_with_the_captions(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
         printed = subprocess.check_output([sys.executable, "-c", code, *arguments], cwd=tmp_path, env=environment)
         peaks.append(int(printed.split()[-1]) / 1024)  # MiB
-    assert peaks[1] - peaks[0] < 20  # the larger file has 45 MB more
+    assert peaks[1] - peaks[0] < 12  # the larger file has 30 MB more
 
 
 def test_folder_is_cut_into_units(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from data.prepare.atomic import PrepareError
 
 LOCAL = "local"
+PROGRESS = ".progress"  # ending of a file that says how much of a piece is done
 FAILED = ".failed"  # ending of a file that says why a piece could not be done
 WORKER = "data.prepare.worker"
 POLL = 0.5  # seconds between two looks at the reports
@@ -46,9 +47,13 @@ class Piece(NamedTuple):
     value: Any  # what the function is called with
 
 
-def progress_file(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Where long work may say how much of its weight is done, as a number in ASCII."""
-    return folder / f"{name}.progress"
+def advance(folder: pathlib.Path, name: str, done: int) -> None:
+    """Tells the progress bar how much of a long piece's weight is done. Raises PrepareError if the disk is full."""
+    path = folder / f"{name}{PROGRESS}"
+    try:
+        path.write_text(str(done))
+    except OSError as error:
+        raise PrepareError(f"{path} cannot be written: {error}") from error
 
 
 def is_done(folder: pathlib.Path, name: str) -> bool:
@@ -120,7 +125,7 @@ def _progress(pieces: Sequence[Piece], folder: pathlib.Path, title: str, unit: s
                         finished += piece.weight
                     else:
                         still.append(piece)
-                        under_way += _reported(progress_file(folder, piece.name))
+                        under_way += _reported(folder / f"{piece.name}{PROGRESS}")
                 remaining = still
                 bar.update(finished + under_way - bar.n)
                 if stop.wait(POLL):

@@ -64,8 +64,9 @@ def index_captions(job: Job, piece: tuple[int, list]) -> None:
     """Reads one caption file into the store."""
     number, state = piece
     folder, name, path = job.folder("captions"), f"{number:05d}", job.captions[number]
-    tally, advance = report.Tally(), runner.progress_file(folder, name).write_text
-    read = rows.READERS[job.release](path, lambda done: advance(str(done)), **job.reader)
+    tally = report.Tally()
+    advance = functools.partial(runner.advance, folder, name)
+    read = rows.READERS[job.release](path, advance, **job.reader)
     with atomic.replacing(folder / f"{name}.rows") as temporary, Writer(folder, name, temporary) as writer:
         for row in atomic.reading(path, read):
             tally.read += 1
@@ -120,7 +121,7 @@ def match(job: Job, piece: tuple[int, list]) -> None:
 
 
 def _with_captions(job: Job, unit: int, state: list, members: list, tally: report.Tally) -> Iterator[tuple]:
-    """(member, join key, number of the captions) of the members that have captions; "" and -1 for a tar's own."""
+    """(member, join key, number of the captions) of the members that have captions; number -1 stands for a tar's own."""
     source = job.inputs.name(unit)
     for batch in _batched(members, LOOKUP):
         keyed = []
@@ -144,14 +145,21 @@ def _with_captions(job: Job, unit: int, state: list, members: list, tally: repor
 
 
 def _key_of(job: Job, unit: int, state: list, member: inputs.Member) -> str:
-    """What the member's captions are found by; "" for a tar's own, which are only checked. Raises CaptionError."""
+    """What the member's captions are found by. A tar's own are only checked, and the URL is "" if it does not tell it.
+
+    Raises:
+      CaptionError: there is no such key, or the tar's own captions cannot be used.
+    """
     if job.rules.images == "folder":
         return member.name
     text = job.inputs.text(unit, state, member)
     if job.captions:
         return releases.url_of(text)
     job.rules.own(text, **job.reader)
-    return ""
+    try:
+        return releases.url_of(text)
+    except CaptionError:
+        return ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
