@@ -232,10 +232,18 @@ def _patiently(action, path: str):
     for wait in (*WAITS, None):
         try:
             return action()
-        except (FileNotFoundError, PermissionError, NotImplementedError):
+        except (PermissionError, NotImplementedError):
             raise
         except Exception as error:
+            if isinstance(error, FileNotFoundError) and _is_missing(error):
+                raise
             if wait is None:
                 raise OSError(f"{path} cannot be read from its store: {type(error).__name__}: {error}") from error
             logger.warning("%s: %s: %s; again in %d s", path, type(error).__name__, error, wait)
             time.sleep(wait)
+
+
+def _is_missing(error: FileNotFoundError) -> bool:
+    """fsspec's HTTP says "not found" of a server that does not answer, too; the cause tells the two apart."""
+    cause = error.__cause__
+    return cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410)

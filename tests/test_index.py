@@ -4,6 +4,10 @@ import hashlib
 import logging
 import os
 import pathlib
+import pickle
+import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -141,3 +145,191 @@ def test_a_full_disk_leaves_no_half_index(tmp_path, cache, caplog, monkeypatch):
     assert caplog.text.count("No space left") == 2  # beside the shard and in the cache
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["0.tar"]
     assert list(cache.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of many shards
+
+
+def shards(folder, *names, size=3):
+    folder.mkdir(exist_ok=True)
+    return [write_tar(folder / f"{name}.tar", samples(*(f"{name}{i}" for i in range(size)))) for name in names]
+
+
+def test_many_shards_are_scanned_by_processes(tmp_path, monkeypatch, cache):
+    paths = shards(tmp_path / "shards", *"abcdefghij")
+    alone = records.open_source(paths, index_dir=tmp_path / "other")
+    monkeypatch.setattr(index, "PROCESS_BYTES", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(webdataset, "_members", None)  # here: nothing can be scanned in this process
+    together = records.open_source(paths)
+    assert list(together) == list(alone) and together.checksum == alone.checksum
+    assert sorted(path.name for path in (tmp_path / "shards").glob("*.npz")) == [
+        f"{n}.tar.index.npz" for n in "abcdefghij"
+    ]
+
+
+def test_a_fault_in_such_a_process_is_told(tmp_path, monkeypatch):
+    paths = shards(tmp_path / "shards", *"abc")
+    pathlib.Path(paths[1]).write_bytes(b"no tar" * 1000)
+    monkeypatch.setattr(index, "PROCESS_BYTES", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    with pytest.raises(records.ShardError, match=r"b\.tar is not a tar file"):
+        records.open_source(paths)
+
+
+def test_what_others_have_scanned_meanwhile_is_not_scanned_again(tmp_path, scans, monkeypatch):
+    paths = shards(tmp_path / "shards", *"abcdef")
+    monkeypatch.setattr(index, "THREADS", 1)
+    scan, busy = webdataset.scan, []
+
+    def scan_while_another_process_does_the_rest(path):
+        if not busy:
+            busy.append(path)
+            for other in paths:
+                records.open_source(other)
+        return scan(path)
+
+    monkeypatch.setattr(webdataset, "scan", scan_while_another_process_does_the_rest)
+    assert len(records.open_source(paths)) == 18
+    assert sorted(scans) == sorted([*(pathlib.Path(path).name for path in paths), pathlib.Path(busy[0]).name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+@pytest.fixture
+def mapped(cache, monkeypatch):
+    """Tables of any size are mapped. Folders of tables in the cache."""
+    monkeypatch.setattr(index, "MAPPED_BYTES", 0)
+    return lambda: sorted(path.parent.name + "/" + path.name for path in cache.glob("*.table/*"))
+
+
+def test_a_mapped_table_reads_the_same(tmp_path, mapped, scans):
+    paths = shards(tmp_path / "shards", *"abc")
+    source = records.open_source(paths)
+    assert len(mapped()) == 1 and len(scans) == 3
+    again = records.open_source(paths)
+    assert len(mapped()) == 1 and len(scans) == 3
+    for copy in (source, again, pickle.loads(pickle.dumps(source))):
+        assert names(copy) == [f"{name}{i}" for name in "abc" for i in range(3)]
+        assert copy.where(5) == (paths[1], "b2")
+        assert copy.checksum == records.open_source(paths, index_dir=tmp_path / "other").checksum
+        assert not copy.skipped
+        assert isinstance(copy._table.spans, np.ndarray) and not copy._table.spans.flags.writeable
+
+
+def test_what_was_left_out_is_kept_with_the_table(tmp_path, mapped):
+    write_tar(tmp_path / "0.tar", [*samples("a"), ("b.jpg", b"")])
+    for _ in range(2):
+        assert records.open_source(tmp_path / "0.tar").skipped == {"image without json": 1}
+    assert len(mapped()) == 1
+
+
+def test_a_mapped_table_is_sent_by_its_name(tmp_path, mapped):
+    (path,) = shards(tmp_path, "a", size=3000)
+    source = records.open_source(path)
+    assert len(pickle.dumps(source)) < 1000
+    # The pages that processes map are the same ones of the same file.
+    code = "import pickle, sys; s = pickle.load(sys.stdin.buffer); print(s[2999].key, open('/proc/self/maps').read())"
+    output = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(source), stdout=subprocess.PIPE
+    ).stdout.decode()
+    assert output.startswith("a2999 ")
+    for name in index.ARRAYS:
+        assert f"{mapped()[0]}/{name}.npy" in output
+        assert f"{mapped()[0]}/{name}.npy" in pathlib.Path("/proc/self/maps").read_text()
+
+
+def test_the_table_follows_the_shards(tmp_path, mapped):
+    paths = shards(tmp_path / "shards", *"ab")
+    source = records.open_source(paths)
+    before = mapped()
+    pickled = pickle.dumps(source)
+    os.utime(write_tar(paths[1], samples("c")), ns=(0, 10**18))
+    assert names(records.open_source(paths)) == ["a0", "a1", "a2", "c"]
+    assert len(mapped()) == 1 and mapped() != before  # the old table is gone
+    assert source[0].key == "a0"  # but not for those who have it
+    with pytest.raises(records.ShardError, match=r"b\.tar was replaced"):
+        source[3]
+    with pytest.raises(FileNotFoundError, match="the shards changed and another run has indexed them anew"):
+        pickle.loads(pickled)
+
+
+def test_tables_of_other_shards_stay_for_some_time(tmp_path, mapped, cache):
+    paths = shards(tmp_path / "shards", *"abc")
+    for path in paths[:2]:
+        records.open_source(path)
+    first, second = sorted(cache.glob("*.table"), key=lambda path: path.stat().st_mtime_ns)
+    for folder in (first, second):
+        os.utime(folder, (0, 0))
+    records.open_source(paths[0])  # in use
+    records.open_source(paths[2])
+    assert len(mapped()) == 2 and first.exists() and not second.exists()
+
+
+def test_remains_of_a_killed_process_are_removed(tmp_path, mapped, cache):
+    (path,) = shards(tmp_path / "shards", "a")
+    records.open_source(path)
+    (home,) = cache.glob("*.table")
+    for name in (".old.tmp", ".new.tmp"):
+        (home / name).mkdir()
+        (home / name / "spans.npy").touch()
+    os.utime(home / ".old.tmp", (0, 0))
+    os.utime(path, ns=(0, 10**18))
+    records.open_source(path)
+    assert {path.name for path in home.glob(".*")} == {".new.tmp"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "text", "inconsistent"])
+def test_a_damaged_table_is_built_again(tmp_path, mapped, cache, caplog, damage):
+    (path,) = shards(tmp_path / "shards", "a", size=200)
+    records.open_source(path)
+    (file,) = cache.glob("*.table/*/spans.npy")
+    if damage == "cut":
+        os.truncate(file, file.stat().st_size - 8)
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "text":
+        (file.parent / "table.json").write_text("{")
+    else:
+        np.save(file, np.load(file)[:-1])
+    assert records.open_source(path)[199].key == "a199"
+    assert "built again" in caplog.text
+    caplog.clear()
+    assert records.open_source(path)[199].key == "a199"
+    assert len(mapped()) == 1 and not caplog.records
+
+
+def test_a_disk_without_space_for_the_table(tmp_path, mapped, cache, caplog):
+    """The system itself refuses to write more than some bytes, as it does when the disk is full."""
+    (path,) = shards(tmp_path / "shards", "a", size=2000)
+    records.open_source(path, index_dir=tmp_path / "other")
+    for file in (tmp_path / "other").glob("*.npz"):
+        file.rename(f"{path}.index.npz")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        source = records.open_source(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "the table of 2000 samples is not kept" in caplog.text and "index_dir" in caplog.text
+    assert source[1999].key == "a1999" and pickle.loads(pickle.dumps(source))[7].key == "a7"
+    assert mapped() == [] and not list(cache.glob("*.table/.*"))
+
+
+def test_processes_that_start_together_share_one_table(tmp_path):
+    paths = shards(tmp_path / "shards", *"abcd", size=50)
+    code = (
+        "import sys; from data import index, records; index.MAPPED_BYTES = 0;"
+        "source = records.open_source(sys.argv[2:], index_dir=sys.argv[1]);"
+        "print(source[199].key, source._table.folder)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "cache"), *paths]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
+    outputs = {process.communicate()[0] for process in processes}
+    assert [process.returncode for process in processes] == [0] * 4
+    (folder,) = (tmp_path / "cache").glob("*.table/*")
+    assert outputs == {f"d49 {folder}\n".encode()}
+    assert not list((tmp_path / "cache").glob("*.table/.*"))
