@@ -10,6 +10,7 @@ HERE = pathlib.Path(__file__).parent
 REQUIRES = [
     "absl-py>=2.5",
     "clu>=0.0.12",
+    'cykooz-resizer>=4.0.1; sys_platform != "linux" or platform_machine == "x86_64"',  # has no other wheels
     "etils[epath]>=1.15",
     "flax>=0.12.8",
     "ftfy>=6.3.1",
@@ -23,6 +24,8 @@ REQUIRES = [
     "orbax-checkpoint>=0.12.8",
     "pillow>=12.3",
     "safetensors>=0.8",
+    "sentencex>=1.0.32",
+    "simplejpeg>=1.9",
     "tensorboard>=2.21",  # clu.metric_writers needs it and does not name it
     "tensorflow>=2.21",  # clu.metric_writers writes TensorBoard files through it
     "tokenizers>=0.23",

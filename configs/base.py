@@ -4,6 +4,16 @@ from ml_collections import ConfigDict, config_dict
 
 from configs import variants
 
+DREAMLIP_FIELDS = (
+    "raw_caption",
+    "shortIB_captions",
+    "longIB_captions",
+    "shortSV_captions",
+    "longSV_captions",
+    "shortLLA_captions",
+    "longLLA_captions",
+)
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -35,9 +45,24 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = config_dict.placeholder(float)
 
     config.data = ConfigDict()
-    config.data.shards = config_dict.placeholder(str)  # webdataset tars: "/data/{00000..00575}.tar", a folder, "a::b"
-    config.data.captions = ConfigDict(dict(count=8, max_merged=3, reference_windows=True))
+    # Tars, ArrayRecord, TFRecord or TFDS: "/data/{00000..00575}.tar", a folder, "gs://…", "tfds:…", "one::another".
+    config.data.shards = config_dict.placeholder(str)
+    config.data.weights = config_dict.placeholder(tuple)  # how often each set of "one::another" comes; None: all once
+    config.data.shuffle_window = config_dict.placeholder(int)  # samples, for slow stores; None: the whole epoch
+    config.data.captions = ConfigDict()  # see CaptionOptions in data/captions.py
+    config.data.captions.fields = DREAMLIP_FIELDS
+    config.data.captions.splitting = "every_stop"  # of a field that is one string; "sentences" knows abbreviations
+    config.data.captions.first = config_dict.placeholder(int)  # sentences to draw from; None: all
+    config.data.captions.count = 8  # K, captions an image
+    config.data.captions.min_merged = 1  # sentences a caption
+    config.data.captions.max_merged = 3
+    config.data.captions.merging = "mixed"  # or "consecutive", "scattered"
+    config.data.captions.reference_windows = True
     config.data.augmentation = ConfigDict(dict(scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)))
+    config.data.pixels = "reference"  # the reference's to the bit; "fast", or "device": cropped inside the step
+    config.data.packing = ConfigDict()  # of captions, side by side
+    config.data.packing.row_length = config_dict.placeholder(int)  # tokens; None: a row for each caption
+    config.data.packing.quantile = 0.95  # share of batches that fit uncut into the rows measured for them
     config.data.workers = 0  # processes that decode; 0: threads
     config.data.index_dir = config_dict.placeholder(str)  # where indexes of shards are kept; None: beside them
     config.data.max_skipped = 0.01  # share of unusable samples at which the run stops

@@ -4,54 +4,37 @@ Order, crops and caption draws are pure functions of (seed, epoch, sample), so n
 restart changes them. grain does the order, the workers and the batching: a *group* is a fixed run of `batch_size`
 places in the endless order, read as a whole by one worker. `Stream` turns groups into batches: samples that cannot be
 used leave gaps in their group, the next group fills them and what is left of it is carried over: nothing is repeated or
-lost.
+lost. Last, the captions of a batch may be packed.
 """
 
 import collections
 import dataclasses
-import json
 import logging
 import multiprocessing
 import os
-import random
 import re
 import signal
 import threading
 import weakref
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from data import captions, images, records, tokenizer
+from data import captions, order, packing, records, tokenizer
 from data.captions import CaptionOptions
 from data.images import AugmentationOptions
+from data.samples import LoadEvaluation, LoadTraining, Pixels, Skipped
 
 logger = logging.getLogger(__name__)
 
 MAX_THREADS = 8  # without workers; each holds a whole batch
 WORKER_BUFFER = 2  # batches that wait in each worker
 LOGGED_SKIPS = 20  # warnings of skipped samples; later ones are only counted
+MEASURED_SAMPLES = 2048  # whose captions say how many packed rows a batch needs
 EARLY_SAMPLES, EARLY_SHARE = 200, 0.5  # where more than half of the first 200 are skipped there is no use in reading on
-
-
-class Skipped(NamedTuple):
-    """Stands where a sample that cannot be used would be."""
-
-    shard: str
-    key: str
-    reason: str
-    place: int  # in the endless order
-
-
-class JSONError(ValueError):
-    """A json that does not parse."""
-
-
-UNUSABLE = (records.RecordError, JSONError, captions.CaptionError, images.ImageError)
 
 
 class TooManySkipped(RuntimeError):
@@ -60,64 +43,6 @@ class TooManySkipped(RuntimeError):
 
 class PositionError(ValueError):
     """A saved position that belongs to another stream."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One sample
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadTraining:
-    """(place in the endless order, sample number) -> {"images": uint8 (H, W, 3), "tokens": int32 (K, T)} or Skipped."""
-
-    source: records.Source
-    image_size: int | tuple[int, int]
-    tokenize: tokenizer.Tokenizer
-    seed: int
-    captions: CaptionOptions
-    augmentation: AugmentationOptions
-
-    def __call__(self, place: int, number: int) -> dict[str, np.ndarray] | Skipped:
-        # Two generators, so that a change of the crop leaves the captions as they are. Text seeds go through SHA-512.
-        seed = f"{self.seed}/{place // len(self.source)}/{number}"
-        try:
-            record = self.source[number]
-            drawn = captions.draw(_parse(record), random.Random(f"captions/{seed}"), self.captions)
-            image = images.random_resized_crop(
-                images.to_rgb(images.decode(record.image)),
-                self.image_size,
-                random.Random(f"crop/{seed}"),
-                self.augmentation.scale,
-                self.augmentation.ratio,
-            )
-        except UNUSABLE as error:
-            return Skipped(*self.source.where(number), str(error), place)
-        return {"images": image, "tokens": self.tokenize(drawn)}
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadEvaluation:
-    """(place, sample number) -> (key, uint8 (H, W, 3), sentences) or Skipped."""
-
-    source: records.Source
-    image_size: int | tuple[int, int]
-    fields: Sequence[str]
-
-    def __call__(self, place: int, number: int) -> tuple[str, np.ndarray, list[str]] | Skipped:
-        try:
-            record = self.source[number]
-            sentences = captions.sentences(_parse(record), self.fields)
-            image = images.evaluation_crop(images.to_rgb(images.decode(record.image)), self.image_size)
-        except UNUSABLE as error:
-            return Skipped(*self.source.where(number), str(error), place)
-        return record.key, image, sentences
-
-
-def _parse(record: records.Record) -> Any:
-    try:
-        return json.loads(record.json)
-    except (ValueError, RecursionError) as error:
-        raise JSONError(f"the json does not parse: {error}") from error
 
 
 def _log_and_count(skipped: Skipped, counts: collections.Counter, logged: int) -> None:
@@ -130,10 +55,7 @@ def _log_and_count(skipped: Skipped, counts: collections.Counter, logged: int) -
 
 
 def collate(samples: Sequence[dict[str, np.ndarray] | Skipped]) -> dict[str, Any]:
-    """A group: {"images": uint8 (G, H, W, 3), "tokens": int32 (G, K, T), "skipped": [Skipped]} with G good samples.
-
-    Without any good sample it has no arrays.
-    """
+    """A group: the arrays of its G good samples, (G, …) each, and "skipped": [Skipped]. Without good ones no arrays."""
     good = [sample for sample in samples if not isinstance(sample, Skipped)]
     arrays = {name: np.stack([sample[name] for sample in good]) for name in (good[0] if good else ())}
     return {**arrays, "skipped": [sample for sample in samples if isinstance(sample, Skipped)]}
@@ -147,8 +69,9 @@ class Stream:
     """Endless iterator over full batches; see `make_stream`.
 
     A batch is {"images": uint8 (B, H, W, 3) RGB, "texts": {"tokens": int32 (B * K, T), "ends": int32 (B * K,)}}:
-    caption c of image i is row i * K + c, and `ends` are indices of the end-of-text ids into the flattened tokens. B is
-    this process's share of the global batch.
+    caption c of image i is row i * K + c, and `ends` are indices of the end-of-text ids into the flattened tokens of
+    all processes. B is this process's share of the global batch. With pixels "device" `images` are canvases and there
+    are `boxes`, float32 (B, 4); with packing `texts` are as `packing.pack` says.
 
     Close it, or use it in a `with` statement, to end its workers. They also end when this process does, however it
     dies.
@@ -156,14 +79,17 @@ class Stream:
     Attributes:
       source: all samples; `len(stream.source)` make an epoch.
       skipped: samples that could not be used since the very first batch of the run, by reason.
+      shortened: captions that packing cut since this stream was opened.
     """
 
     def __init__(
         self,
         load: LoadTraining,
+        places: grain.MapDataset,
+        pack: Callable[[np.ndarray], packing.Packed] | None,
         *,
+        identity: Mapping[str, Any],
         batch_size: int,
-        shuffle: bool,
         workers: int,
         position: Mapping[str, Any] | None,
         max_skipped: float,
@@ -171,40 +97,28 @@ class Stream:
         process_count: int,
     ):
         self.source = load.source
-        self._load = load
+        self._pack = pack
         self._batch_size = batch_size
-        self._shuffle = shuffle
         self._max_skipped = max_skipped
         self._process_index, self._process_count = process_index, process_count
         self._rows = batch_size // process_count  # of this process's batches and groups
-        self._identity = {
-            "samples": len(self.source),
-            "checksum": self.source.checksum,
-            "seed": load.seed,
-            "shuffle": shuffle,
-            "batch_size": batch_size,
-            "process_index": process_index,
-            "process_count": process_count,
-        }
+        self._identity = dict(identity)
         # The next batch begins behind the first `_used` good samples of group `_group`.
         self._group, self._used = 0, 0
         self._held = None  # that group, once it was read
         self.skipped = collections.Counter()
+        self.shortened = 0
         self._epoch, self._epoch_skipped = 0, 0  # the epoch of the last skipped sample, and how many of it were skipped
         self._logged = 0
         if position is not None:
             self._restore(position)
         self._position = self._snapshot()
         # In a list that closing empties: grain complains at exit of an iterator that is still there.
-        self._groups = [self._start(workers)]
+        self._groups = [self._start(places.map_with_index(load), workers)]
         self._finalizer = weakref.finalize(self, _close, self._groups)
 
-    def _start(self, workers: int) -> grain.DatasetIterator:
-        order = grain.MapDataset.range(len(self.source))
-        if self._shuffle:
-            # grain's seed of an epoch is seed + epoch; hashed, so that neighbouring seeds do not share their orders.
-            order = order.shuffle(zlib.crc32(f"order/{self._load.seed}".encode()))
-        groups = order.repeat().map_with_index(self._load).batch(self._rows, drop_remainder=True, batch_fn=collate)
+    def _start(self, samples: grain.MapDataset, workers: int) -> grain.DatasetIterator:
+        groups = samples.batch(self._rows, drop_remainder=True, batch_fn=collate)
         groups = groups[self._group * self._process_count + self._process_index :: self._process_count]
         threads = 1 if workers else min(MAX_THREADS, os.cpu_count() or 1)
         groups = groups.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
@@ -232,15 +146,25 @@ class Stream:
             count = len(self._held.get("images", ()))
             stop = min(self._used + missing, count)
             if stop > self._used:
-                parts.append((self._held["images"][self._used : stop], self._held["tokens"][self._used : stop]))
+                parts.append({name: array[self._used : stop] for name, array in self._held.items()})
                 missing -= stop - self._used
             self._used = stop
             if stop == count:
                 self._group, self._used, self._held = self._group + 1, 0, None
-        images, tokens = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
-        tokens = tokens.reshape(-1, tokens.shape[-1])  # (B * K, T)
         self._position = self._snapshot()
-        return {"images": images, "texts": {"tokens": tokens, "ends": tokenizer.ends(tokens)}}
+        batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
+        return {**batch, "texts": self._texts(batch.pop("tokens"))}
+
+    def _texts(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """Tokens (B, K, T) -> the fields of `flair_jax.models.text.Text`."""
+        tokens = tokens.reshape(-1, tokens.shape[-1])  # (B * K, T)
+        if self._pack is None:
+            texts = {"tokens": tokens, "ends": tokenizer.ends(tokens)}
+        else:
+            texts, shortened = self._pack(tokens)
+            self.shortened += shortened
+        before = self._process_index * texts["tokens"].size  # tokens of the processes whose rows come first
+        return {**texts, "ends": texts["ends"] + np.int32(before)}
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -349,6 +273,38 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+@dataclasses.dataclass(frozen=True)
+class PackingOptions:
+    """How captions share rows; see `data.packing`."""
+
+    row_length: int | None = None  # tokens; None: every caption has a row of its own
+    quantile: float = 0.95  # share of batches that must fit uncut into the rows, whose number is measured on the data
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """Packs the captions of a batch, those of each device's images into rows of its own; see `packing.pack`.
+
+    Attributes:
+      row_length, rows: of the packed captions of one device.
+      parts: devices of this process.
+    """
+
+    row_length: int
+    rows: int
+    parts: int
+
+    def __call__(self, tokens: np.ndarray) -> packing.Packed:
+        """Tokens (B * K, T) -> `parts` times `rows` rows."""
+        packed = [
+            packing.pack(part, row_length=self.row_length, rows=self.rows) for part in np.split(tokens, self.parts)
+        ]
+        size = self.rows * self.row_length
+        ends = [part.texts["ends"] + np.int32(number * size) for number, part in enumerate(packed)]
+        texts = {name: np.concatenate([part.texts[name] for part in packed]) for name in packed[0].texts}
+        return packing.Packed({**texts, "ends": np.concatenate(ends)}, sum(part.shortened for part in packed))
+
+
 def make_stream(
     shards: records.Shards,
     *,
@@ -358,13 +314,18 @@ def make_stream(
     seed: int,
     captions: Mapping[str, Any] | None = None,
     augmentation: Mapping[str, Any] | None = None,
+    pixels: Pixels = "reference",
+    packing: Mapping[str, Any] | None = None,
     shuffle: bool = True,
+    shuffle_window: int | None = None,
+    weights: Sequence[float] | None = None,
     workers: int = 0,
     index_dir: str | os.PathLike | None = None,
     position: Mapping[str, Any] | None = None,
     max_skipped: float = 0.01,
     process_index: int = 0,
     process_count: int = 1,
+    device_count: int = 1,
 ) -> Stream:
     """The training batches of some shards, without end.
 
@@ -376,40 +337,96 @@ def make_stream(
       seed: of the order, the crops and the captions.
       captions: fields of CaptionOptions that differ from their defaults.
       augmentation: fields of AugmentationOptions that differ from their defaults.
+      pixels: how images are made, see `LoadTraining`.
+      packing: fields of PackingOptions that differ from their defaults.
       shuffle: over all samples, anew each epoch; otherwise in the order of the shards.
+      shuffle_window: samples within which to shuffle, for stores that are slow to seek; None: the whole epoch.
+      weights: how often the sets that `::` joins (or a list holds) come, relative to one another; None: every sample
+        once an epoch.
       workers: processes that prepare batches; 0: threads of this process. They import the main module again, so a
         script needs its `if __name__ == "__main__":`.
       index_dir: see `records.open_source`.
       position: `Stream.position` of an earlier run, to go on with the very next sample.
       max_skipped: largest share of an epoch's samples that may be unusable (json that does not parse, no caption, no
         picture). Over it the run stops; sooner where more than half of the first 200 samples of an epoch are.
+      process_index, process_count: which share of every batch this process reads.
+      device_count: devices of this process, over which its share is split; each gets the packed rows of its own images.
 
     Raises:
       FileNotFoundError, records.ShardError: see `records.open_source`.
-      ValueError: batch_size is no multiple of process_count.
+      ValueError: batch_size is no multiple of the processes and their devices, or an option has no meaning.
       PositionError: `position` belongs to other data or settings.
-      TypeError: an unknown option of captions or augmentation.
+      TypeError: an unknown option of captions, augmentation or packing.
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size {batch_size} must be a positive multiple of process_count {process_count}")
+    if batch_size < 1 or batch_size % (process_count * device_count):
+        raise ValueError(
+            f"batch_size {batch_size} must be a positive multiple of {process_count * device_count}: process_count "
+            f"{process_count} times device_count {device_count}"
+        )
+    if weights is None:
+        source = records.open_source(shards, index_dir)
+        sizes = [len(source)]
+    else:
+        sets = [records.open_source(part, index_dir) for part in records.sets(shards)]
+        source = records.Concatenation(sets)
+        sizes = [len(part) for part in sets]
     load = LoadTraining(
-        source=records.open_source(shards, index_dir),
+        source=source,
         image_size=image_size,
         tokenize=tokenizer.Tokenizer(context_length),
         seed=seed,
         captions=CaptionOptions(**(captions or {})),
         augmentation=AugmentationOptions(**(augmentation or {})),
+        pixels=pixels,
     )
+    places = order.endless(sizes, seed, shuffle=shuffle, window=shuffle_window, weights=weights)
+    images = batch_size // process_count // device_count
     return Stream(
         load,
+        places,
+        measured_pack(load, places, images, device_count, PackingOptions(**(packing or {}))),
+        identity={
+            "samples": len(source),
+            "checksum": source.checksum,
+            "seed": seed,
+            "shuffle": shuffle,
+            "shuffle_window": shuffle_window,
+            "weights": None if weights is None else list(weights),
+            "batch_size": batch_size,
+            "process_index": process_index,
+            "process_count": process_count,
+        },
         batch_size=batch_size,
-        shuffle=shuffle,
         workers=workers,
         position=position,
         max_skipped=max_skipped,
         process_index=process_index,
         process_count=process_count,
     )
+
+
+def measured_pack(
+    load: LoadTraining, places: Sequence[tuple[int, int]], images: int, parts: int, options: PackingOptions
+) -> Pack | None:
+    """A packing that fits the data: the same for every process and every restart, as its samples are.
+
+    Args:
+      load, places: the training samples and their order, of which the first are measured.
+      images: in a batch of one device.
+      parts: devices of this process.
+      options: the wanted rows.
+
+    Raises:
+      TooManySkipped: no sample that is measured has captions.
+    """
+    if options.row_length is None:
+        return None
+    drawn = (load.tokens(places[place]) for place in range(min(MEASURED_SAMPLES, len(load.source))))
+    measured = [tokens for tokens in drawn if tokens is not None]
+    if not measured:
+        raise TooManySkipped(f"none of the first {MEASURED_SAMPLES:,} samples has captions; check the caption fields")
+    rows = packing.measure_rows(measured, batch_size=images, row_length=options.row_length, quantile=options.quantile)
+    return Pack(options.row_length, rows, parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

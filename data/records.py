@@ -154,13 +154,23 @@ def expand(shards: Shards) -> list[str]:
       ShardError: a folder that holds shards of several formats, or several splits of a data set.
       TypeError: something else than text, paths and lists of them.
     """
+    return [path for pattern in sets(shards) for path in _expand_pattern(pattern)]
+
+
+def sets(shards: Shards) -> list[str]:
+    """The patterns that a list or `::` holds apart.
+
+    Raises:
+      FileNotFoundError: there is none.
+      TypeError: something else than text, paths and lists of them.
+    """
     if isinstance(shards, list | tuple):
         if not shards:
             raise FileNotFoundError("the list of shards is empty: name at least one shard, folder or pattern")
-        return [path for pattern in shards for path in expand(pattern)]
+        return [pattern for part in shards for pattern in sets(part)]
     if not isinstance(shards, str | os.PathLike):
         raise TypeError(f"shards must be text, a path, or a list of these, got {type(shards).__name__}: {shards!r}")
-    return [path for pattern in os.fspath(shards).split("::") for path in _expand_pattern(pattern.strip())]
+    return [pattern.strip() for pattern in os.fspath(shards).split("::")]
 
 
 def _expand_pattern(pattern: str) -> list[str]:

@@ -20,6 +20,7 @@ from data import pipeline, scenes
 from data.images import normalize
 from data.tokenizer import VOCAB_SIZE
 from flair_jax import checkpoint, evaluate, metrics, models, optimizer, pretrained, sharding, state
+from flair_jax.augmentation import crop_and_resize
 
 SECTIONS = {
     "seed", "batch_size", "steps", "epochs", "init_from", "log_every", "save_every", "keep", "eval_every",
@@ -42,7 +43,8 @@ def train_step(
 
     Args:
       state: before the step.
-      batch: `images` (N, H, W, 3), uint8 pixels or normalised floats, and `texts`, see the model's `loss`.
+      batch: `images` (N, H, W, 3), uint8 pixels or normalised floats, and `texts`, see the model's `loss`. Where there
+        are `boxes` (N, 4), `images` are canvases (N, C, C, 3), see `augmentation.crop_and_resize`.
       model, tx: what to train and how.
       seed: with the number of the step, the only source of chance.
 
@@ -50,6 +52,8 @@ def train_step(
       The state after the step, and the loss, its parts and what helps to judge them, float32 scalars.
     """
     images = batch["images"]
+    if "boxes" in batch:
+        images = crop_and_resize(images, batch["boxes"], model.image_size)
     images = normalize(images) if images.dtype == jnp.uint8 else images
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -137,7 +141,7 @@ def _train(config, workdir, mesh, signals):
             )
         if step % config["log_every"] == 0 and writer is not None:
             numbers |= progress.speed() | {"learning_rate": float(rate(step - 1)), "epoch": stream.epoch}
-            numbers["skipped"] = stream.skipped.total()
+            numbers |= {"skipped": stream.skipped.total(), "shortened": stream.shortened}
             writer.write_scalars(step, numbers)
             progress.show(numbers)
             progress.start()
@@ -201,7 +205,7 @@ def open_stream(config: Mapping[str, Any], model: nn.Module, workdir: epath.Path
         multihost_utils.sync_global_devices("scenes are drawn")
         options["shards"] = str(folder)
     if not options["shards"]:
-        raise ValueError("config.data.shards is empty; expected webdataset tars, such as '/data/{00000..00575}.tar'")
+        raise ValueError("config.data.shards is empty; expected shards, such as '/data/{00000..00575}.tar'")
     return pipeline.make_stream(
         batch_size=config["batch_size"],
         image_size=model.image_size,
@@ -210,6 +214,7 @@ def open_stream(config: Mapping[str, Any], model: nn.Module, workdir: epath.Path
         position=position,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        device_count=jax.local_device_count(),
         **options,
     )
 
