@@ -121,7 +121,7 @@ def match(job: Job, piece: tuple[int, list]) -> None:
 
 
 def _with_captions(job: Job, unit: int, state: list, members: list, tally: report.Tally) -> Iterator[tuple]:
-    """(member, join key, number of the captions) of the members that have captions; number -1 stands for a tar's own."""
+    """(member, join key, number of its captions) of the members that have captions; -1 stands for the tar's own."""
     source = job.inputs.name(unit)
     for batch in _batched(members, LOOKUP):
         keyed = []
