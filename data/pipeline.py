@@ -153,7 +153,8 @@ class Stream:
                 self._group, self._used, self._held = self._group + 1, 0, None
         self._position = self._snapshot()
         batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
-        return {**batch, "texts": self._texts(batch.pop("tokens"))}
+        texts = self._texts(batch.pop("tokens"))
+        return {**batch, "texts": texts}
 
     def _texts(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Tokens (B, K, T) -> the fields of `flair_jax.models.text.Text`."""

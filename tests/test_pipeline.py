@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import logging
 import os
 import pathlib
 import signal
@@ -15,8 +14,10 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from processes import alive, wait_for, worker_processes
 
 from data import pipeline, records, tokenizer
+from flair_jax.augmentation import crop_and_resize
 
 LENGTH = 16  # tokens a caption
 FIELDS = ("raw_caption", "longSV_captions")
@@ -209,10 +210,120 @@ def test_processes_never_share_a_sample(flawed):
     assert sorted(seen) == sorted([*good, *good])
 
 
+@pytest.mark.parametrize("count, workers", [(1, 0), (2, 0), (3, 2), (4, 0)])
+def test_the_union_of_all_processes_is_the_epoch(tmp_path, count, workers):
+    """Seven shards of unequal size: whatever the processes and workers, every epoch holds each sample once."""
+    shards = write_shards(tmp_path / "shards", (7, 1, 5, 6, 2, 3, 9))
+    parts = []
+    for index in range(count):
+        options = dict(batch_size=2 * count, process_index=index, process_count=count, workers=workers)
+        with stream(shards, **options) as batches:
+            parts.append([numbers(next(batches)) for _ in range(33)])
+    order = [number for step in zip(*parts, strict=True) for part in step for number in part]
+    for start in range(0, len(order), 33):
+        assert sorted(order[start : start + 33]) == list(range(33))
+
+
 def test_the_batch_must_divide_by_the_processes(clean):
     for size, count in ((5, 2), (0, 1)):
         with pytest.raises(ValueError, match=f"batch_size {size}"):
             stream(clean, batch_size=size, process_count=count)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def test_a_mixture(tmp_path):
+    """Weights are shares; resuming and the draws of captions are as ever."""
+    first, second = write_shards(tmp_path / "first", (4,)), write_shards(tmp_path / "second", (7, 5, 8))
+    options = dict(weights=(3, 1), image_size=20, augmentation=dict(scale=(0.1, 1.0)))
+    with stream(f"{first}::{second}", **options) as batches:
+        assert len(batches.source) == 24
+        seen = take(batches, 6)
+        position = batches.position
+        rest = digests(batches, 5)
+    # Both folders count from 0, and only the second goes on behind 3.
+    assert 4 <= sum(number > 3 for number in seen) <= 6  # a quarter of 24, less those below 4
+    with stream([first, second], **options, position=json.loads(json.dumps(position))) as batches:
+        assert digests(batches, 5) == rest
+    with pytest.raises(pipeline.PositionError, match=r"weights was \[3, 1\], is \[1, 1\]"):
+        stream([first, second], **{**options, "weights": (1, 1)}, position=position)
+    with pytest.raises(ValueError, match="each of 1 sets"):
+        stream(first, weights=(1, 2))
+
+
+def test_a_window(clean):
+    with stream(clean, shuffle_window=6) as batches:
+        seen = take(batches, 19)
+    for start in range(0, 76, 19):
+        assert sorted(seen[start : start + 19]) == list(range(19))
+    assert seen != take(stream(clean), 19)
+
+
+def photograph(number: int) -> bytes:
+    """A smooth JPEG, each another one."""
+    y, x = np.mgrid[:90, :120]
+    waves = [np.sin((x * (c + 1) + y * (3 - c)) / (17 + number % 5)) for c in range(3)]
+    file = io.BytesIO()
+    Image.fromarray((128 + 100 * np.stack(waves, -1)).astype(np.uint8)).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def test_three_ways_to_the_same_pixels(tmp_path):
+    shards = write_shards(tmp_path / "shards", (8,), {number: {"image": photograph(number)} for number in range(8)})
+    batch = {}
+    for pixels in ("reference", "fast", "device"):
+        with stream(shards, pixels=pixels, image_size=(48, 32), batch_size=8) as batches:
+            batch[pixels] = next(batches)
+    device = batch["device"]
+    assert device["boxes"].shape == (8, 4) and device["boxes"].dtype == np.float32
+    batch["device"]["images"] = crop_and_resize(device["images"], device["boxes"], (48, 32))
+    expected = batch["reference"]["images"].astype(int)
+    assert expected.shape == (8, 48, 32, 3)
+    for pixels in ("fast", "device"):
+        assert (batch[pixels]["texts"]["tokens"] == batch["reference"]["texts"]["tokens"]).all()
+        assert np.abs(np.asarray(batch[pixels]["images"]) - expected).max() <= 4
+    assert set(batch["fast"]) == {"images", "texts"}
+    with pytest.raises(ValueError, match="'quick'; expected one of reference, fast, device"):
+        stream(shards, pixels="quick")
+
+
+def test_packed_captions(clean):
+    """The rows of a device hold the captions of its images; `ends` count over all processes."""
+    options = dict(batch_size=8, captions={"count": 3, "max_merged": 3})
+    with stream(clean, **options) as batches:
+        padded = [next(batches)["texts"] for _ in range(4)]
+    parts = []
+    for index in range(2):
+        more = dict(process_index=index, process_count=2, device_count=2, packing=dict(row_length=24, quantile=1.0))
+        with stream(clean, **options, **more) as batches:
+            parts.append([next(batches)["texts"] for _ in range(4)])
+        assert batches.shortened == 0
+    rows = parts[0][0]["tokens"].shape[0]
+    assert rows < 12 and rows % 2 == 0
+    for plain, *halves in zip(padded, *parts, strict=True):
+        packed = {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
+        assert packed["tokens"].shape == (2 * rows, 24)
+        tokens, segments = packed["tokens"].reshape(-1), packed["segments"].reshape(-1)
+        for caption, (row, end) in enumerate(zip(plain["tokens"], packed["ends"], strict=True)):
+            assert end // 24 // (rows // 2) == caption // 6  # 2 images of 3 captions a device
+            place = np.flatnonzero(segments[end // 24 * 24 : end + 1] == segments[end]) + end // 24 * 24
+            length = row.argmax() + 1
+            assert (tokens[place] == row[:length]).all() and place[-1] == end
+            assert (packed["positions"].reshape(-1)[place] == np.arange(length)).all()
+
+
+def test_captions_that_do_not_fit_are_shortened_and_counted(tmp_path):
+    """Measured on the median, half of the batches are too long."""
+    long = {"json": json.dumps({"raw_caption": ["one two three four five six seven eight nine"]}).encode()}
+    shards = write_shards(tmp_path / "shards", (40,), dict.fromkeys(range(0, 40, 2), long))
+    options = dict(captions={"count": 1, "max_merged": 1}, packing=dict(row_length=LENGTH, quantile=0.5))
+    with stream(shards, **options) as batches:
+        texts = [next(batches)["texts"] for _ in range(20)]
+    assert 0 < batches.shortened < 40
+    for text in texts:
+        assert (text["tokens"].reshape(-1)[text["ends"]] == tokenizer.EOT).all() and len(text["ends"]) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,65 +389,11 @@ def test_a_position_of_other_data_is_refused(clean, flawed, tmp_path):
 # Faults
 
 
-def document(**fields) -> dict[str, bytes]:
-    return {"json": json.dumps(fields).encode()}
-
-
-@pytest.mark.parametrize(
-    "content, reason",
-    [
-        ({"json": b"{not json"}, "the json does not parse"),
-        ({"json": b""}, "the json does not parse"),
-        ({"json": b"\xff\xfe\x00"}, "the json does not parse"),
-        ({"json": b"[" * 100_000}, "the json does not parse"),
-        ({"json": b"null"}, "must be a JSON object, not NoneType"),
-        ({"json": b'["a list"]'}, "must be a JSON object, not list"),
-        ({"json": b'"text"'}, "must be a JSON object, not str"),
-        (document(), "no captions"),
-        (document(raw_caption=None, longSV_captions=None), "no captions"),
-        (document(raw_caption=[], longSV_captions=" . "), "no captions"),
-        (document(raw_caption=["a cat", None]), "raw_caption[#] must be a string, not NoneType"),
-        (document(raw_caption={"text": "a cat"}), "raw_caption must be a string or a list"),
-        (document(raw_caption=5), "raw_caption must be a string or a list"),
-        ({"image": b""}, "image"),
-        ({"image": b"no image"}, "image"),
-        ({"image": picture(1)[:60]}, "image"),
-    ],
-)
-def test_samples_that_cannot_be_used(tmp_path, caplog, content, reason):
-    shards = write_shards(tmp_path / "shards", (3, 3), {4: content})
-    with stream(shards, batch_size=5) as batches:
-        assert sorted(take(batches, 2)) == [0, 0, 1, 1, 2, 2, 3, 3, 5, 5]
-        ((counted, count),) = batches.skipped.items()
-    assert reason in counted and count == 2
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 2
-    for warning in warnings:
-        assert "00001.tar" in warning and "000000004" in warning and reason.split("[#]")[-1] in warning
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        document(raw_caption="picture 4"),
-        document(raw_caption="picture 4. picture 4.\npicture 4</s>"),
-        document(raw_caption=None, longSV_captions=["picture 4"]),
-        document(longSV_captions="picture 4"),
-        document(raw_caption=["", " ", "picture 4"], longSV_captions=[]),
-    ],
-)
-def test_captions_in_other_forms_are_used(tmp_path, content):
-    """Unsplit text, null, missing and empty fields, as long as there is a sentence; letters are never drawn."""
-    shards = write_shards(tmp_path / "shards", (6,), {4: content})
-    with stream(shards, batch_size=6, captions={"count": 20, "max_merged": 1}) as batches:
-        batch = next(batches)
-        assert not batches.skipped
-    tokens = batch["texts"]["tokens"][20 * numbers(batch).index(4) :][:20]
-    assert (tokens == tokenizer.Tokenizer(LENGTH)(["picture 4"])).all()
-
-
 def test_faults_that_differ_in_a_number_are_counted_together(tmp_path):
-    bad = {1: document(raw_caption=[None]), 3: document(raw_caption=["a cat", None])}
+    bad = {
+        1: {"json": json.dumps({"raw_caption": [None]}).encode()},
+        3: {"json": json.dumps({"raw_caption": ["a cat", None]}).encode()},
+    }
     with stream(write_shards(tmp_path / "shards", (6,), bad), batch_size=2, shuffle=False) as batches:
         next(batches)
         assert dict(batches.skipped) == {"raw_caption[#] must be a string, not NoneType": 2}
@@ -435,40 +492,22 @@ if __name__ == "__main__":
 """
 
 
-def alive(pid: int) -> bool:
-    try:
-        return "Z" not in pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def worker_processes(pid: int) -> list[int]:
-    """Children of all its threads, for grain starts its workers in one of its own; less multiprocessing's tracker."""
-    tasks = pathlib.Path(f"/proc/{pid}/task").iterdir()
-    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    return [child for child in children if "spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_text()]
-
-
-def wait_for(condition, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
+def maps(pid: int) -> list[str]:
+    return pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines()
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="reads /proc")
 def test_workers_end_when_their_parent_is_killed(clean, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(shards=str(clean)))
-    blocks = set(os.listdir("/dev/shm"))
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert parent.stdout.readline() == "ready\n"
         workers = worker_processes(parent.pid)
         assert len(workers) == 2 and all(map(alive, workers))
+        blocks = {line.split()[5] for pid in (parent.pid, *workers) for line in maps(pid) if "/dev/shm/psm_" in line}
+        assert blocks  # batches wait in shared memory
         # A scheduler's SIGTERM to all, or Ctrl-C: the workers leave it to their parent.
         for pid in workers:
             os.kill(pid, signal.SIGINT)
@@ -479,18 +518,7 @@ def test_workers_end_when_their_parent_is_killed(clean, tmp_path):
         parent.kill()
         parent.wait()
     assert wait_for(lambda: not any(map(alive, workers)), 10)
-    assert wait_for(lambda: not [name for name in set(os.listdir("/dev/shm")) - blocks if name.startswith("psm_")], 10)
-
-
-@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="reads /proc")
-def test_a_worker_that_is_killed_stops_the_run(clean):
-    with stream(clean, workers=1) as batches:
-        next(batches)
-        (worker,) = worker_processes(os.getpid())
-        os.kill(worker, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="exit code -9") as raised:
-            take(batches, 10)
-    assert any("want of memory" in note for note in raised.value.__notes__)
+    assert wait_for(lambda: not any(map(os.path.exists, blocks)), 10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
