@@ -44,7 +44,7 @@ def write_tar(path, members) -> str:
 
 def sample(key, meta, image=None, text="a raw caption") -> list:
     return [
-        (f"{key}.jpg", image if image is not None else picture(seed=abs(hash(key)) % 1000)),
+        (f"{key}.jpg", image if image is not None else picture(seed=len(key))),
         (f"{key}.txt", text.encode()),
         (f"{key}.json", meta if isinstance(meta, bytes) else json.dumps(meta).encode()),
     ]
