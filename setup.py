@@ -9,10 +9,12 @@ HERE = pathlib.Path(__file__).parent
 # Each lower bound is the oldest release that the test suite was run with; jax 0.10.2 is the last for Python 3.11.
 REQUIRES = [
     "absl-py>=2.5",
+    "array_record>=0.8.6",
     "clu>=0.0.12",
     'cykooz-resizer>=4.0.1; sys_platform != "linux" or platform_machine == "x86_64"',  # has no other wheels
     "etils[epath]>=1.15",
     "flax>=0.12.8",
+    "fsspec>=2026.9",
     "ftfy>=6.3.1",
     "grain>=0.2.18",
     "jax>=0.10.2",
@@ -23,6 +25,7 @@ REQUIRES = [
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "pillow>=12.3",
+    "protobuf>=6.33",
     "safetensors>=0.8",
     "sentencex>=1.0.32",
     "simplejpeg>=1.9",
@@ -33,13 +36,15 @@ REQUIRES = [
 ]
 EXTRAS = {
     "torch": ["torch>=2.13"],
-    "tf": ["tensorflow-datasets>=4.9.10"],
+    "tf": ["importlib_resources>=7.1", "tensorflow-datasets>=4.9.10"],  # which uses the former and does not name it
+    "remote": ["aiohttp>=3.14", "gcsfs>=2026.9", "s3fs>=2026.9"],  # shards in gs://, s3:// and behind https://
     "prepare": ["apache-beam>=2.77", "pyarrow>=25.0"],
     "cuda": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "notebook": ["nbformat>=5.11", "nbclient>=0.11", "ipykernel>=7.4"],
 }
 EXTRAS["test"] = [
+    "aiohttp>=3.14",
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff>=0.17",
