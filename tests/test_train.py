@@ -145,6 +145,18 @@ def test_devices_and_sharding_do_not_change_a_run(tmp_path, monkeypatch):
     np.testing.assert_allclose(fsdp, one, rtol=2e-5)
 
 
+def test_packed_captions_and_crops_on_the_device_do_not_change_a_run(tmp_path):
+    """Rows of several captions, on eight devices; pixels to within a grey level."""
+    train.train(tiny(), tmp_path / "plain")
+    train.train(tiny(data__packing__row_length=20, data__packing__quantile=1.0), tmp_path / "packed")
+    train.train(tiny(data__pixels="device"), tmp_path / "device")
+    lines = {name: metrics.read_json_lines(tmp_path / name) for name in ("plain", "packed", "device")}
+    plain, packed, device = ([line["loss"] for line in lines[name]] for name in lines)
+    assert len(plain) == 6 and lines["packed"][-1]["shortened"] == 0
+    np.testing.assert_allclose(packed, plain, rtol=2e-5)
+    np.testing.assert_allclose(device, plain, rtol=1e-3)
+
+
 def test_a_large_parameter_is_split_over_fsdp():
     mesh = train.sharding.create_mesh(data=2, fsdp=4)
     shardings = train.sharding.state_sharding(
