@@ -1,0 +1,104 @@
+"""The command line: prints the figures of one benchmark, and writes them as flat JSON with `--json`."""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from data import records
+from flair_jax.benchmark import data, loss, soak, tokenizer
+
+WITHOUT_OPEN_CLIP = "open_clip is not installed, so {}: pip install --no-deps open_clip_torch"
+
+
+def _tokenizer(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.captions:
+        captions = arguments.captions.read_text(encoding="utf-8").splitlines()
+    else:
+        captions = tokenizer.made_up_captions(20_000)
+    figures = tokenizer.measure(captions)
+    if "ratio" not in figures:
+        print(WITHOUT_OPEN_CLIP.format("there is nothing to compare with"))
+    return figures
+
+
+def _loss(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("images", "captions", "block_size", "chunk_size", "devices")
+    return loss.measure(**{name: getattr(arguments, name) for name in names})
+
+
+def _data(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("workers", "batch_size", "image_size", "captions")
+    if arguments.workers < 1:
+        raise SystemExit("--workers: at least 1; without workers the two loaders do not do the same")
+    settings = data.Settings(
+        shards=records.expand(arguments.shards), **{name: getattr(arguments, name) for name in names}
+    )
+    names = ("pixels", "reference", "batches", "turns")
+    figures = data.measure(settings, **{name: getattr(arguments, name) for name in names})
+    if figures.get("reference_loader_tokenizer") == "python":
+        print(WITHOUT_OPEN_CLIP.format("the reference's loader has another Python tokenizer, a bit faster"))
+    return figures
+
+
+def _soak(arguments: argparse.Namespace) -> dict[str, Any]:
+    return soak.measure(arguments.batches, arguments.workers)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m flair_jax.benchmark", description="Figures of flair_jax.")
+    benchmarks = parser.add_subparsers(required=True, metavar="NAME")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures here")
+
+    command = benchmarks.add_parser("tokenizer", parents=[common], help="captions tokenised per second")
+    command.add_argument("--captions", type=pathlib.Path, metavar="FILE", help="one caption a line; made up if absent")
+    command.set_defaults(run=_tokenizer)
+
+    command = benchmarks.add_parser("loss", parents=[common], help="temporary memory of the loss and its gradient")
+    command.add_argument("--images", type=int, default=2048, metavar="N", help="global batch (%(default)s)")
+    command.add_argument("--captions", type=int, default=8, metavar="K", help="captions an image (%(default)s)")
+    command.add_argument("--block-size", type=int, default=128, metavar="B", help="images a block (%(default)s)")
+    command.add_argument("--chunk-size", type=int, default=8, metavar="C", help="images at a time (%(default)s)")
+    command.add_argument("--devices", type=int, default=1, metavar="W", help="that share the batch (%(default)s)")
+    command.set_defaults(run=_loss)
+
+    command = benchmarks.add_parser("data", parents=[common], help="images per second of the training stream")
+    command.add_argument("--shards", required=True, help="webdataset tars: a folder, a pattern, or several with ::")
+    command.add_argument("--workers", type=int, required=True, metavar="W", help="processes of each loader")
+    command.add_argument("--batch-size", type=int, default=64, metavar="B", help="images (%(default)s)")
+    command.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="side (%(default)s)")
+    command.add_argument("--captions", type=int, default=8, metavar="K", help="captions an image (%(default)s)")
+    command.add_argument("--batches", type=int, default=30, metavar="N", help="counted in a turn (%(default)s)")
+    command.add_argument("--turns", type=int, default=5, metavar="N", help="of each loader (%(default)s)")
+    command.add_argument(
+        "--pixels",
+        nargs="+",
+        choices=data.WAYS,
+        default=["reference", "fast"],
+        help="ways of data.pixels (%(default)s)",
+    )
+    command.add_argument(
+        "--no-reference", dest="reference", action="store_false", help="without the reference's kind of loader"
+    )
+    command.set_defaults(run=_data)
+
+    command = benchmarks.add_parser("soak", parents=[common], help="memory of the training stream over many batches")
+    command.add_argument("--batches", type=int, default=20_000, metavar="N", help="tiny ones (%(default)s)")
+    command.add_argument("--workers", type=int, default=2, metavar="W", help="processes (%(default)s)")
+    command.set_defaults(run=_soak)
+
+    parsed = parser.parse_args(arguments)
+    figures = parsed.run(parsed)
+    for name, value in figures.items():
+        if isinstance(value, float):
+            print(f"{name:32} {value:,.3f}" if abs(value) < 10 else f"{name:32} {value:,.1f}")
+        else:
+            print(f"{name:32} {value:,}" if isinstance(value, int) else f"{name:32} {value}")
+    if parsed.json:
+        parsed.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Temporary memory of FLAIR's loss and its gradient in chunks, beside the same all at once."""
+
+import os
+
+
+def measure(
+    images: int = 2048, captions: int = 8, block_size: int = 128, chunk_size: int = 8, devices: int = 1
+) -> dict[str, float]:
+    """Temporary memory of `sigmoid.flair_loss` and its gradient, from the features of FLAIR B/16 on, in float32.
+
+    The compiler's own account of a program that is never run, so sizes that no device here could hold are fine. It is
+    made for the CPU, over several fake devices if asked; JAX_PLATFORMS set to another platform asks that compiler.
+    Neither the towers nor inputs and outputs of the loss are counted.
+
+    Args:
+      images: N, of the global batch.
+      captions: K, captions an image.
+      block_size: B, images within which negatives are drawn.
+      chunk_size: images that the chunked loss works on at a time on a device.
+      devices: over which the batch is split.
+
+    Returns:
+      The arguments, `temp_bytes_dense` and `temp_bytes_chunked`, both of one device, and `ratio` (dense over chunked).
+
+    Raises:
+      ValueError: the batch cannot be split as asked, or jax has fewer devices (only before it starts is their number
+        free to choose).
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if devices > 1:
+        fake = f"--xla_force_host_platform_device_count={devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fake}"
+    import jax
+
+    from flair_jax import sharding
+
+    if len(jax.devices()) < devices:
+        raise ValueError(f"{devices} devices are asked for and jax has {len(jax.devices())}: run this on its own")
+    if images % devices:
+        raise ValueError(f"{devices} devices do not divide the batch of {images} images")
+    figures = dict(images=images, captions=captions, block_size=block_size, chunk_size=chunk_size, devices=devices)
+    mesh = sharding.create_mesh(devices=jax.devices()[:devices])
+    dense = figures["temp_bytes_dense"] = _temporary_bytes(mesh, images, captions, block_size, None)
+    chunked = figures["temp_bytes_chunked"] = _temporary_bytes(mesh, images, captions, block_size, chunk_size)
+    return {**figures, "ratio": dense / chunked}
+
+
+def _temporary_bytes(mesh, images: int, captions: int, block_size: int, chunk_size: int | None) -> int:
+    import jax
+    import jax.numpy as jnp
+
+    from configs import variants
+    from flair_jax import sharding
+    from flair_jax.losses import sigmoid
+    from flair_jax.models.pooling import TextConditionedPooling
+
+    config = variants.flair("B/16")
+    width, heads = config.embed_dim, config.pooling.heads
+    keys = (config.vision.image_size // config.vision.patch_size) ** 2 + 1  # L + 1, with the zero row
+    pooling = TextConditionedPooling(width, heads)
+
+    def split(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(mesh))
+
+    def whole(leaf) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+
+    def value(image, text, params, logit_scale, logit_bias, rng):
+        return sigmoid.flair_loss(
+            image,
+            text,
+            lambda params, *args: pooling.apply({"params": params}, *args, method="attend"),
+            params,
+            logit_scale,
+            logit_bias,
+            rng=rng,
+            block_size=block_size,
+            chunk_size=chunk_size,
+        )[0]
+
+    cells = split(images, keys, heads, width // heads)
+    image = sigmoid.ImageSide(split(images, width), cells, cells)
+    text = sigmoid.TextSide(split(images * captions, width), split(images * captions, heads, width // heads))
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(pooling.init, rng, jnp.zeros((1, width)), jnp.zeros((1, keys - 1, width)))["params"]
+    params, scalar, rng = jax.tree.map(whole, (params, jax.ShapeDtypeStruct((), jnp.float32), rng))
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(value, range(5)))
+        compiled = step.lower(image, text, params, scalar, scalar, rng).compile()
+    return compiled.memory_analysis().temp_size_in_bytes

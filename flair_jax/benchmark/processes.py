@@ -1,0 +1,27 @@
+"""What a process and its workers use."""
+
+import psutil
+
+MIB = 2**20
+
+
+def tree(pid: int | None = None) -> list[psutil.Process]:
+    """A process, by default this one, and behind it all that it started."""
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
+
+
+def resident_mib(pid: int | None = None) -> list[float]:
+    """Resident memory of each process of `tree`, with all that it shares."""
+    return [process.memory_info().rss / MIB for process in tree(pid)]
+
+
+def total_mib(pid: int | None = None) -> float:
+    """Resident memory of `tree` together; what processes share, those outside too, is divided among them."""
+    return sum(process.memory_full_info().pss for process in tree(pid)) / MIB
+
+
+def cpu_seconds(pid: int | None = None) -> float:
+    """CPU time that the processes of `tree` have used so far, together."""
+    times = [process.cpu_times() for process in tree(pid)]
+    return sum(time.user + time.system for time in times)
