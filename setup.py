@@ -41,6 +41,8 @@ EXTRAS = {
     "prepare": ["apache-beam>=2.77", "pyarrow>=25.0"],
     "cuda": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
+    # The reference's kind of loader, to measure beside: the newest webdataset with its way of reading.
+    "bench": ["psutil>=7.2", "regex>=2026.9", "torch>=2.13", "webdataset==0.2.86"],
     "notebook": ["nbformat>=5.11", "nbclient>=0.11", "ipykernel>=7.4"],
 }
 EXTRAS["test"] = [
@@ -49,6 +51,7 @@ EXTRAS["test"] = [
     "pytest-xdist>=3.8",
     "ruff>=0.17",
     "transformers>=5.23",
+    *EXTRAS["bench"],
     *EXTRAS["torch"],
     *EXTRAS["notebook"],
     *EXTRAS["prepare"],

@@ -15,7 +15,6 @@ import pytest
 
 from data import tokenizer
 from data.tokenizer import EOT, SOT, Tokenizer, ends
-from flair_jax import benchmark
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden/tokenizer.json").read_text())["items"]
 TEXTS = [item["text"] for item in GOLDEN]
@@ -151,49 +150,3 @@ def test_another_process():
     assert len(pickle.dumps(Tokenizer())) < 200
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         np.testing.assert_array_equal(pool.submit(Tokenizer(), TEXTS).result(), IDS)
-
-
-STAND_IN = """
-import torch
-
-class SimpleTokenizer:
-    def __call__(self, texts):
-        rows = torch.zeros(len(texts), 77, dtype=torch.long)
-        rows[:, 0], rows[:, 1] = 49406, 49407
-        return rows
-"""
-
-
-@pytest.fixture
-def without_open_clip(monkeypatch):
-    find_spec = benchmark.importlib.util.find_spec
-    hide = lambda name: None if name == "open_clip" else find_spec(name)  # noqa: E731
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", hide)
-
-
-def test_benchmark_without_open_clip(tmp_path, capsys, without_open_clip):
-    (tmp_path / "captions.txt").write_text("a cat\na dog\n" * 10)
-    benchmark.main(["tokenizer", "--captions", f"{tmp_path}/captions.txt", "--json", f"{tmp_path}/figures.json"])
-    assert "open_clip is not installed" in capsys.readouterr().out
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures.keys() == {"captions", "captions_per_second"}
-    assert figures["captions"] == 20 and figures["captions_per_second"] > 0
-
-
-def test_benchmark_beside_open_clip(tmp_path, monkeypatch):
-    """With a stand-in for open_clip that knows the empty text only."""
-    package = tmp_path / "open_clip"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise ImportError('the package itself must not be imported')")
-    (package / "tokenizer.py").write_text(STAND_IN)
-    monkeypatch.syspath_prepend(tmp_path)
-    figures = benchmark.tokenizer(["", " ", "a cat"] * 5, repeats=1)
-    assert figures["different_rows"] == 5
-    assert figures["ratio"] == figures["captions_per_second"] / figures["open_clip_captions_per_second"]
-
-
-def test_made_up_captions():
-    captions = benchmark.made_up_captions(200)
-    assert captions == benchmark.made_up_captions(200) and len(captions) == 200
-    lengths = (Tokenizer()(captions) > 0).sum(1)
-    assert 15 < lengths.mean() < 77
