@@ -8,6 +8,7 @@ reference's: the README's data chapter says by how much.
 
 import math
 import random
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,9 @@ MIN_DENSITY = 1.25
 # Sides of a canvas over the longer side of the crop. Pictures with a shorter side of 256 pixels and their boxes of at
 # most 4:3 fit in a canvas for crops of 224.
 CANVAS_SHARE, CANVAS_MULTIPLE = 1.5, 32
+
+
+_own = threading.local()
 
 
 class Part(NamedTuple):
@@ -147,6 +151,13 @@ def _decode(data: bytes) -> np.ndarray:
     return np.asarray(images.to_rgb(images.decode(data)))  # (H, W, 3)
 
 
+def _resizer() -> "cykooz_resizer.Resizer":
+    """One for each thread: it keeps its scratch memory."""
+    if not hasattr(_own, "resizer"):
+        _own.resizer = cykooz_resizer.Resizer()
+    return _own.resizer
+
+
 def _resize(part: Part, size: tuple[int, int]) -> np.ndarray:
     """The part's box by antialiased bicubic weights (a = -1/2), uint8 (H, W, 3)."""
     (pixels, top, left, height, width), (out_height, out_width) = part, size
@@ -161,5 +172,5 @@ def _resize(part: Part, size: tuple[int, int]) -> np.ndarray:
         cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom),
         crop_box=cykooz_resizer.CropBox(left, top, width, height),
     )
-    cykooz_resizer.Resizer().resize(source, resized, options)
+    _resizer().resize(source, resized, options)
     return np.frombuffer(resized.get_buffer(), np.uint8).reshape(out_height, out_width, 3)  # (H, W, 3)

@@ -11,6 +11,7 @@ open_clip's own do from one version of its regular-expression library to the nex
 import functools
 import gzip
 import html
+import itertools
 import pathlib
 import re
 from collections.abc import Sequence
@@ -98,7 +99,7 @@ def encode(text: str) -> list[int]:
         words = _ASCII_WORDS.findall(text)  # in ASCII a word and its bytes in the alphabet of `_bpe` are the same
     else:
         words = [word for word, _ in _bpe().pre_tokenizer.pre_tokenize_str(text)]
-    return [index for word in words for index in _merge(word)]
+    return list(itertools.chain.from_iterable(map(_merge, words)))
 
 
 def clean(text: str) -> str:

@@ -13,9 +13,12 @@ def take(dataset, count, start=0):
     return list(epochs), list(numbers)
 
 
+@pytest.mark.parametrize("small", [0, order.SMALL])
 @pytest.mark.parametrize("window", [None, 1, 7, 16, 50, 333, 1000, 5000])
 @pytest.mark.parametrize("count", [1, 2, 333, 1000])
-def test_every_epoch_holds_every_sample_once(count, window):
+def test_every_epoch_holds_every_sample_once(monkeypatch, count, window, small):
+    """By tables for small sets, by grain's permutation for large ones."""
+    monkeypatch.setattr(order, "SMALL", small)
     dataset = order.endless([count], 3, window=window)
     seen = set()
     for epoch in range(3):
@@ -35,7 +38,9 @@ def test_seeds_do_not_share_their_orders():
     assert len(orders) == 25
 
 
-def test_the_whole_epoch_is_mixed_well():
+@pytest.mark.parametrize("small", [0, order.SMALL])
+def test_the_whole_epoch_is_mixed_well(monkeypatch, small):
+    monkeypatch.setattr(order, "SMALL", small)
     count = 50_000
     numbers = np.array(take(order.endless([count], 0), count)[1])
     assert abs(np.corrcoef(np.arange(count), numbers)[0, 1]) < 3.5 * count**-0.5  # standard errors
