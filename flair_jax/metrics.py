@@ -85,12 +85,14 @@ class Progress:
         self.bar.update()
 
     def speed(self) -> dict[str, float]:
-        """Figures of the interval."""
+        """Figures of the interval. The next one begins here, so that writing them is not left out of both."""
         seconds = max(time.perf_counter() - self.began, 1e-9)
-        return {
+        figures = {
             "images_per_second": self.steps * self.batch_size / seconds,
             "data_wait_share": self.waited / seconds,
         }
+        self.start()
+        return figures
 
     def show(self, scalars: Mapping[str, float]) -> None:
         self.bar.set_postfix_str(

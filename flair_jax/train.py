@@ -144,7 +144,6 @@ def _train(config, workdir, mesh, signals):
             numbers |= {"skipped": stream.skipped.total(), "shortened": stream.shortened}
             writer.write_scalars(step, numbers)
             progress.show(numbers)
-            progress.start()
 
     # The order is fixed: save and evaluate the state as it is, draw the batch, step, report the step before. So a
     # checkpoint holds the position of the very batch that comes next, and the host never waits for the device.
