@@ -1,4 +1,4 @@
-"""A small FLAIR on webdataset shards of your own, to see that data and training fit together.
+"""A small FLAIR on shards of your own, to see that data and training fit together.
 
     python -m flair_jax.main --config configs/shards.py --workdir RUN \
         --config.data.shards='/data/mine/{00000..00099}.tar' --config.evaluators.val.shards=/data/mine_val
