@@ -9,6 +9,7 @@ lost. Last, the captions of a batch may be packed.
 
 import collections
 import dataclasses
+import functools
 import logging
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from data import captions, order, packing, records, tokenizer
+from data import captions, order, packing, positions, records, tokenizer
 from data.captions import CaptionOptions
 from data.images import AugmentationOptions
 from data.samples import LoadEvaluation, LoadTraining, Pixels, Skipped
@@ -41,10 +42,6 @@ class TooManySkipped(RuntimeError):
     """More samples than allowed cannot be used."""
 
 
-class PositionError(ValueError):
-    """A saved position that belongs to another stream."""
-
-
 def _log_and_count(skipped: Skipped, counts: collections.Counter, logged: int) -> None:
     """Counts without the numbers in the reason, so that like faults are counted together. Warns of the first ones."""
     counts[re.sub(r"\d+", "#", skipped.reason)] += 1
@@ -55,10 +52,20 @@ def _log_and_count(skipped: Skipped, counts: collections.Counter, logged: int) -
 
 
 def collate(samples: Sequence[dict[str, np.ndarray] | Skipped]) -> dict[str, Any]:
-    """A group: the arrays of its G good samples, (G, …) each, and "skipped": [Skipped]. Without good ones no arrays."""
-    good = [sample for sample in samples if not isinstance(sample, Skipped)]
-    arrays = {name: np.stack([sample[name] for sample in good]) for name in (good[0] if good else ())}
-    return {**arrays, "skipped": [sample for sample in samples if isinstance(sample, Skipped)]}
+    """A group of samples.
+
+    Returns:
+      The arrays of the G good ones, (G, …) each; "offsets": their places in the group, (G,); and "skipped": (offset,
+      Skipped) of the others. Without good ones there are no other arrays.
+    """
+    offsets = [offset for offset, sample in enumerate(samples) if not isinstance(sample, Skipped)]
+    arrays = (
+        {name: np.stack([samples[offset][name] for offset in offsets]) for name in samples[offsets[0]]}
+        if offsets
+        else {}
+    )
+    skipped = [(offset, sample) for offset, sample in enumerate(samples) if isinstance(sample, Skipped)]
+    return {**arrays, "offsets": np.array(offsets, np.int64), "skipped": skipped}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +98,7 @@ class Stream:
         identity: Mapping[str, Any],
         batch_size: int,
         workers: int,
-        position: Mapping[str, Any] | None,
+        start: positions.Position,
         max_skipped: float,
         process_index: int,
         process_count: int,
@@ -103,21 +110,26 @@ class Stream:
         self._process_index, self._process_count = process_index, process_count
         self._rows = batch_size // process_count  # of this process's batches and groups
         self._identity = dict(identity)
-        # The next batch begins behind the first `_used` good samples of group `_group`.
-        self._group, self._used = 0, 0
+        self._check(start)
+        self._layout = positions.Layout(start["start"], tuple(map(tuple, start["leftover"])))
+        # The next batch begins at place `_offset` of group `_group`.
+        self._group, self._offset = start["group"], start["offset"]
         self._held = None  # that group, once it was read
-        self.skipped = collections.Counter()
+        self.skipped = collections.Counter(start["skipped"])
         self.shortened = 0
-        self._epoch, self._epoch_skipped = 0, 0  # the epoch of the last skipped sample, and how many of it were skipped
+        # The epoch of the last skipped sample, and how many of it were skipped.
+        self._epoch, self._epoch_skipped = start["epoch"], start["epoch_skipped"]
         self._logged = 0
-        if position is not None:
-            self._restore(position)
         self._position = self._snapshot()
         # In a list that closing empties: grain complains at exit of an iterator that is still there.
-        self._groups = [self._start(places.map_with_index(load), workers)]
+        self._groups = [self._start(places, load, workers)]
         self._finalizer = weakref.finalize(self, _close, self._groups)
 
-    def _start(self, samples: grain.MapDataset, workers: int) -> grain.DatasetIterator:
+    def _start(self, places: grain.MapDataset, load: LoadTraining, workers: int) -> grain.DatasetIterator:
+        if self._layout.leftover:
+            relaid = functools.partial(_relaid, places, self._layout)
+            places = grain.MapDataset.range(1).repeat().map_with_index(relaid)
+        samples = places.map_with_index(load)[self._layout.start :]
         groups = samples.batch(self._rows, drop_remainder=True, batch_fn=collate)
         groups = groups[self._group * self._process_count + self._process_index :: self._process_count]
         threads = 1 if workers else min(MAX_THREADS, os.cpu_count() or 1)
@@ -143,16 +155,16 @@ class Stream:
         while missing:
             if self._held is None:
                 self._held = self._read()
-            count = len(self._held.get("images", ()))
-            stop = min(self._used + missing, count)
-            if stop > self._used:
-                parts.append({name: array[self._used : stop] for name, array in self._held.items()})
-                missing -= stop - self._used
-            self._used = stop
-            if stop == count:
-                self._group, self._used, self._held = self._group + 1, 0, None
+            part, end = self._take(self._held, missing)
+            if len(part["offsets"]):
+                parts.append(part)
+                missing -= len(part["offsets"])
+            self._offset = end
+            if end == self._rows:
+                self._group, self._offset, self._held = self._group + 1, 0, None
         self._position = self._snapshot()
         batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
+        del batch["offsets"]
         texts = self._texts(batch.pop("tokens"))
         return {**batch, "texts": texts}
 
@@ -177,11 +189,22 @@ class Stream:
                     "Exit code -7 means that /dev/shm is full: enlarge it (docker run --shm-size=8g)."
                 )
             raise
-        if not self._used:  # otherwise its gaps were counted before the run was interrupted
-            for skipped in group["skipped"]:
-                self._count(skipped)
         # Workers hand over a subclass that lives in shared memory and that cannot be pickled: plain views of it.
-        return {name: np.asarray(value) for name, value in group.items() if name != "skipped"}
+        return {name: value if name == "skipped" else np.asarray(value) for name, value in group.items()}
+
+    def _take(self, group: Mapping[str, Any], count: int) -> tuple[dict[str, np.ndarray], int]:
+        """At most `count` good samples of a group from the present offset on, and the offset behind them.
+
+        What is passed on the way and cannot be used is counted.
+        """
+        offsets = group["offsets"]  # (G,)
+        first = int(np.searchsorted(offsets, self._offset))
+        stop = min(first + count, len(offsets))
+        end = self._rows if stop == len(offsets) else int(offsets[stop - 1]) + 1
+        for offset, skipped in group["skipped"]:
+            if self._offset <= offset < end:
+                self._count(skipped)
+        return {name: array[first:stop] for name, array in group.items() if name != "skipped"}, end
 
     def _count(self, skipped: Skipped) -> None:
         _log_and_count(skipped, self.skipped, self._logged)
@@ -208,39 +231,39 @@ class Stream:
     def position(self) -> dict[str, Any]:
         """Behind the last batch that was given out, for `make_stream(position=…)`. Small, and fit for JSON.
 
-        Every process of a run has its own and must get its own back. The number of workers may change, the rest of
-        `stream` may not.
+        Every process of a run has its own and must get its own back; for another number of processes see
+        `positions.redistribute`. The number of workers may change, the rest of `stream` may not.
         """
         return self._position
 
     def _snapshot(self) -> dict[str, Any]:
         return {
+            "start": self._layout.start,
+            "leftover": [list(interval) for interval in self._layout.leftover],
             "group": self._group,
-            "used": self._used,
+            "offset": self._offset,
             "skipped": dict(self.skipped),
             "epoch": self._epoch,
             "epoch_skipped": self._epoch_skipped,
             "stream": self._identity,
         }
 
-    def _restore(self, position: Mapping[str, Any]) -> None:
-        saved = position["stream"]
+    def _check(self, start: positions.Position) -> None:
+        saved = start["stream"]
         differences = [
             f"{name} was {saved.get(name)}, is {now}" for name, now in self._identity.items() if saved.get(name) != now
         ]
         if differences:
-            raise PositionError(
+            raise positions.PositionError(
                 f"the saved position belongs to another stream ({'; '.join(differences)}): to go on from it would "
                 "repeat and lose samples. Restore the same data and settings, or start without a position."
             )
-        self._group, self._used = position["group"], position["used"]
-        self.skipped.update(position["skipped"])
-        self._epoch, self._epoch_skipped = position["epoch"], position["epoch_skipped"]
 
     @property
     def epoch(self) -> float:
         """Epochs that were given out, to within a batch."""
-        return (self._group * self._batch_size + self._used * self._process_count) / len(self.source)
+        behind = self._group * self._batch_size + self._offset * self._process_count
+        return (self._layout.start + behind) / len(self.source)
 
     def close(self) -> None:
         """Ends the workers, which finish the batches that they are at. Idempotent."""
@@ -252,6 +275,10 @@ class Stream:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def _relaid(places: grain.MapDataset, layout: positions.Layout, place: int, _: int) -> tuple[int, int]:
+    return places[layout(place)]
 
 
 def _close(groups: list[grain.DatasetIterator]) -> None:
@@ -322,7 +349,7 @@ def make_stream(
     weights: Sequence[float] | None = None,
     workers: int = 0,
     index_dir: str | os.PathLike | None = None,
-    position: Mapping[str, Any] | None = None,
+    position: positions.Position | None = None,
     max_skipped: float = 0.01,
     process_index: int = 0,
     process_count: int = 1,
@@ -356,7 +383,7 @@ def make_stream(
     Raises:
       FileNotFoundError, records.ShardError: see `records.open_source`.
       ValueError: batch_size is no multiple of the processes and their devices, or an option has no meaning.
-      PositionError: `position` belongs to other data or settings.
+      positions.PositionError: `position` belongs to other data or settings.
       TypeError: an unknown option of captions, augmentation or packing.
     """
     if batch_size < 1 or batch_size % (process_count * device_count):
@@ -380,26 +407,27 @@ def make_stream(
         augmentation=AugmentationOptions(**(augmentation or {})),
         pixels=pixels,
     )
+    identity = {
+        "samples": len(source),
+        "checksum": source.checksum,
+        "seed": seed,
+        "shuffle": shuffle,
+        "shuffle_window": shuffle_window,
+        "weights": None if weights is None else list(weights),
+        "batch_size": batch_size,
+        "process_index": process_index,
+        "process_count": process_count,
+    }
     places = order.endless(sizes, seed, shuffle=shuffle, window=shuffle_window, weights=weights)
     images = batch_size // process_count // device_count
     return Stream(
         load,
         places,
         measured_pack(load, places, images, device_count, PackingOptions(**(packing or {}))),
-        identity={
-            "samples": len(source),
-            "checksum": source.checksum,
-            "seed": seed,
-            "shuffle": shuffle,
-            "shuffle_window": shuffle_window,
-            "weights": None if weights is None else list(weights),
-            "batch_size": batch_size,
-            "process_index": process_index,
-            "process_count": process_count,
-        },
+        identity=identity,
         batch_size=batch_size,
         workers=workers,
-        position=position,
+        start=positions.first(identity) if position is None else position,
         max_skipped=max_skipped,
         process_index=process_index,
         process_count=process_count,

@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from data import pipeline, scenes
+from data import pipeline, positions, scenes
 from data.images import normalize
 from data.tokenizer import VOCAB_SIZE
 from flair_jax import checkpoint, evaluate, metrics, models, optimizer, pretrained, sharding, state
@@ -106,7 +106,7 @@ def _train(config, workdir, mesh, signals):
     position = None
     if latest is not None:
         check_same_run(saved.config(latest), config)
-        position = restore_position(saved.positions(latest))
+        position = positions.redistribute(saved.positions(latest), jax.process_count())[jax.process_index()]
 
     # 2. Data: a position of its own for every process.
     stream = open_stream(config, model, workdir, position)
@@ -250,16 +250,6 @@ def gather_positions(position: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
     padded = np.frombuffer(text.ljust(longest), np.uint8)
     return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
-
-
-def restore_position(positions: list[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """This process's own out of those that `gather_positions` gave."""
-    if len(positions) != jax.process_count():
-        raise ValueError(
-            f"the checkpoint was written by {len(positions)} processes and {jax.process_count()} want to go on: each "
-            "reads a part of its own; start as many, or begin a new run from its weights with --config.init_from"
-        )
-    return positions[jax.process_index()]
 
 
 class _Signals:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from processes import alive, wait_for, worker_processes
 
-from data import pipeline, records, tokenizer
+from data import pipeline, positions, records, tokenizer
 from flair_jax.augmentation import crop_and_resize
 
 LENGTH = 16  # tokens a caption
@@ -247,7 +247,7 @@ def test_a_mixture(tmp_path):
     assert 4 <= sum(number > 3 for number in seen) <= 6  # a quarter of 24, less those below 4
     with stream([first, second], **options, position=json.loads(json.dumps(position))) as batches:
         assert digests(batches, 5) == rest
-    with pytest.raises(pipeline.PositionError, match=r"weights was \[3, 1\], is \[1, 1\]"):
+    with pytest.raises(positions.PositionError, match=r"weights was \[3, 1\], is \[1, 1\]"):
         stream([first, second], **{**options, "weights": (1, 1)}, position=position)
     with pytest.raises(ValueError, match="each of 1 sets"):
         stream(first, weights=(1, 2))
@@ -370,16 +370,16 @@ def test_resume_with_other_workers(flawed, expected):
 def test_a_position_of_other_settings_is_refused(clean, change, name):
     with stream(clean) as batches:
         next(batches)
-    with pytest.raises(pipeline.PositionError, match=name):
+    with pytest.raises(positions.PositionError, match=name):
         stream(clean, position=batches.position, **change)
 
 
 def test_a_position_of_other_data_is_refused(clean, flawed, tmp_path):
     with stream(clean) as batches:
         next(batches)
-    with pytest.raises(pipeline.PositionError, match="checksum was"):
+    with pytest.raises(positions.PositionError, match="checksum was"):
         stream(flawed, position=batches.position)
-    with pytest.raises(pipeline.PositionError, match="samples was 19, is 18"):
+    with pytest.raises(positions.PositionError, match="samples was 19, is 18"):
         stream(write_shards(tmp_path / "fewer", (18,)), position=batches.position)
     moved = write_shards(tmp_path / "same", (10, 9))  # the same samples in other files
     assert take(stream(moved, position=batches.position), 3) == take(stream(clean, position=batches.position), 3)
