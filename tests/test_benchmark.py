@@ -138,7 +138,7 @@ def shards(tmp_path_factory):
 def test_data(shards, tmp_path, hide):
     hide("open_clip")
     file = tmp_path / "figures.json"
-    sizes = ["--batch-size", "4", "--image-size", "48", "--captions", "3", "--batches", "2", "--turns", "1"]
+    sizes = ["--batch-size", "4", "--image-size", "48", "--captions", "3", "--batches", "20", "--turns", "1"]
     command = ["data", "--shards", str(shards[0].parent), "--workers", "1", *sizes, "--json", str(file)]
     command_line.main(command)
     figures = json.loads(file.read_text())

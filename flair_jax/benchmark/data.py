@@ -184,6 +184,7 @@ def _serve(connection, loader: Callable[..., Iterator[Any]], settings: Settings,
             cpu, start = processes.cpu_seconds(), time.perf_counter()
             _skip(batches, count)
             seconds, cpu = time.perf_counter() - start, processes.cpu_seconds() - cpu
+            cpu = max(cpu, processes.TICK)  # of a very short turn the system may not have counted any
             images = count * settings.batch_size
             connection.send(
                 {

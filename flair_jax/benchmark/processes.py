@@ -1,8 +1,11 @@
 """What a process and its workers use."""
 
+import os
+
 import psutil
 
 MIB = 2**20
+TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds; CPU time is counted in these
 
 
 def tree(pid: int | None = None) -> list[psutil.Process]:
