@@ -109,7 +109,7 @@ def evaluation_crop(image: Image.Image, size: int | tuple[int, int]) -> np.ndarr
     else:
         covering = (height * image.width // image.height, height)
     check_pixels(covering, f"the image of {image.width} x {image.height} pixels, resized for a crop,")
-    image = _resize(image, *covering)
+    image = resize(image, *covering)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return _pixels(image.crop((left, top, left + width, top + height)))
 
@@ -137,7 +137,7 @@ def random_resized_crop(
     """
     height, width = pair(size)
     part = image.crop(random_box(image.width, image.height, rng, scale, ratio))
-    return _pixels(_resize(part, width, height))
+    return _pixels(resize(part, width, height))
 
 
 def normalize(pixels):
@@ -173,14 +173,14 @@ def random_box(
     return left, top, left + part_width, top + part_height
 
 
-def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     """By Pillow's antialiased bicubic weights, along the rows first.
 
     The reference's Pillow knows that order alone; Pillow 13 starts with the columns where that is less work, and at
     hard edges, where the first pass is clipped to 8 bits, gives other pixels.
     """
     if image.mode in ("LA", "RGBA"):  # as Pillow does it: multiplied by alpha meanwhile, and once for both passes
-        return _resize(image.convert(image.mode[:-1] + "a"), width, height).convert(image.mode)
+        return resize(image.convert(image.mode[:-1] + "a"), width, height).convert(image.mode)
     rows = image.resize((width, image.height), Image.Resampling.BICUBIC)
     return rows.resize((width, height), Image.Resampling.BICUBIC)
 

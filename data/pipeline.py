@@ -8,6 +8,7 @@ lost. Last, the captions of a batch may be packed.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import logging
@@ -59,11 +60,8 @@ def collate(samples: Sequence[dict[str, np.ndarray] | Skipped]) -> dict[str, Any
       Skipped) of the others. Without good ones there are no other arrays.
     """
     offsets = [offset for offset, sample in enumerate(samples) if not isinstance(sample, Skipped)]
-    arrays = (
-        {name: np.stack([samples[offset][name] for offset in offsets]) for name in samples[offsets[0]]}
-        if offsets
-        else {}
-    )
+    good = [samples[offset] for offset in offsets]
+    arrays = {name: np.stack([sample[name] for sample in good]) for name in (good[0] if good else ())}
     skipped = [(offset, sample) for offset, sample in enumerate(samples) if isinstance(sample, Skipped)]
     return {**arrays, "offsets": np.array(offsets, np.int64), "skipped": skipped}
 
@@ -96,21 +94,18 @@ class Stream:
         pack: Callable[[np.ndarray], packing.Packed] | None,
         *,
         identity: Mapping[str, Any],
-        batch_size: int,
         workers: int,
         start: positions.Position,
         max_skipped: float,
-        process_index: int,
-        process_count: int,
     ):
         self.source = load.source
         self._pack = pack
-        self._batch_size = batch_size
         self._max_skipped = max_skipped
-        self._process_index, self._process_count = process_index, process_count
-        self._rows = batch_size // process_count  # of this process's batches and groups
-        self._identity = dict(identity)
-        self._check(start)
+        self._batch_size = identity["batch_size"]
+        self._process_index, self._process_count = identity["process_index"], identity["process_count"]
+        self._rows = self._batch_size // self._process_count  # of this process's batches and groups
+        _check_same_stream(start["stream"], identity)
+        self._base = {name: start[name] for name in ("start", "leftover", "stream")}  # what stays of the position
         self._layout = positions.Layout(start["start"], tuple(map(tuple, start["leftover"])))
         # The next batch begins at place `_offset` of group `_group`.
         self._group, self._offset = start["group"], start["offset"]
@@ -238,26 +233,13 @@ class Stream:
 
     def _snapshot(self) -> dict[str, Any]:
         return {
-            "start": self._layout.start,
-            "leftover": [list(interval) for interval in self._layout.leftover],
+            **self._base,
             "group": self._group,
             "offset": self._offset,
             "skipped": dict(self.skipped),
             "epoch": self._epoch,
             "epoch_skipped": self._epoch_skipped,
-            "stream": self._identity,
         }
-
-    def _check(self, start: positions.Position) -> None:
-        saved = start["stream"]
-        differences = [
-            f"{name} was {saved.get(name)}, is {now}" for name, now in self._identity.items() if saved.get(name) != now
-        ]
-        if differences:
-            raise positions.PositionError(
-                f"the saved position belongs to another stream ({'; '.join(differences)}): to go on from it would "
-                "repeat and lose samples. Restore the same data and settings, or start without a position."
-            )
 
     @property
     def epoch(self) -> float:
@@ -275,6 +257,17 @@ class Stream:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def _check_same_stream(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    differences = [
+        f"{name} was {saved.get(name)}, is {value}" for name, value in now.items() if saved.get(name) != value
+    ]
+    if differences:
+        raise positions.PositionError(
+            f"the saved position belongs to another stream ({'; '.join(differences)}): to go on from it would "
+            "repeat and lose samples. Restore the same data and settings, or start without a position."
+        )
 
 
 def _relaid(places: grain.MapDataset, layout: positions.Layout, place: int, _: int) -> tuple[int, int]:
@@ -425,12 +418,9 @@ def make_stream(
         places,
         measured_pack(load, places, images, device_count, PackingOptions(**(packing or {}))),
         identity=identity,
-        batch_size=batch_size,
         workers=workers,
         start=positions.first(identity) if position is None else position,
         max_skipped=max_skipped,
-        process_index=process_index,
-        process_count=process_count,
     )
 
 
@@ -450,8 +440,9 @@ def measured_pack(
     """
     if options.row_length is None:
         return None
-    drawn = (load.tokens(places[place]) for place in range(min(MEASURED_SAMPLES, len(load.source))))
-    measured = [tokens for tokens in drawn if tokens is not None]
+    which = [places[place] for place in range(min(MEASURED_SAMPLES, len(load.source)))]
+    with concurrent.futures.ThreadPoolExecutor(MAX_THREADS) as pool:  # a read from a store takes its time
+        measured = [tokens for tokens in pool.map(load.tokens, which) if tokens is not None]
     if not measured:
         raise TooManySkipped(f"none of the first {MEASURED_SAMPLES:,} samples has captions; check the caption fields")
     rows = packing.measure_rows(measured, batch_size=images, row_length=options.row_length, quantile=options.quantile)

@@ -17,6 +17,7 @@ A position, fit for JSON:
 import bisect
 import collections
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -36,17 +37,21 @@ class Layout:
     start: int
     leftover: tuple[tuple[int, int], ...]
 
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        """Place behind each interval; the first entry is `start`."""
+        return list(itertools.accumulate((stop - first for first, stop in self.leftover), initial=self.start))
+
     @property
     def front(self) -> int:
         """From here on places are those of the order."""
-        return self.start + sum(stop - first for first, stop in self.leftover)
+        return self._ends[-1]
 
     def __call__(self, place: int) -> int:
         if place >= self.front:
             return place
-        ends = list(itertools.accumulate(stop - first for first, stop in self.leftover))
-        number = bisect.bisect_right(ends, place - self.start)
-        return self.leftover[number][1] - (ends[number] - (place - self.start))
+        number = bisect.bisect_right(self._ends, place)
+        return self.leftover[number - 1][1] - (self._ends[number] - place)
 
 
 def first(stream: Mapping[str, Any]) -> Position:
@@ -83,13 +88,15 @@ def redistribute(positions: Sequence[Position], process_count: int) -> list[Posi
         raise PositionError(f"{process_count} processes cannot share batches of {batch_size} evenly")
     layout = Layout(positions[0]["start"], tuple(map(tuple, positions[0]["leftover"])))
     rows = batch_size // len(positions)
-    front = max(
-        layout.front, *(_touched(position, number, positions, rows) for number, position in enumerate(positions))
-    )
+    # Where the next group of each process begins; its others follow at distances of a batch.
+    begins = [position["start"] + position["group"] * batch_size + n * rows for n, position in enumerate(positions)]
+    offsets = [position["offset"] for position in positions]
+    touched = [begin + rows - (0 if offset else batch_size) for begin, offset in zip(begins, offsets, strict=True)]
+    front = max(layout.front, *touched)
     unread = sorted(
-        interval
-        for number, position in enumerate(positions)
-        for interval in _unread(position, number, positions, rows, front)
+        (group + (offset if group == begin else 0), min(group + rows, front))
+        for begin, offset in zip(begins, offsets, strict=True)
+        for group in range(begin, front, batch_size)
     )
     leftover = _intervals(layout(place) for begin, stop in unread for place in range(begin, stop))
     common = first(positions[0]["stream"]) | {
@@ -108,27 +115,6 @@ def redistribute(positions: Sequence[Position], process_count: int) -> list[Posi
         }
         for number in range(process_count)
     ]
-
-
-def _group_start(position: Position, number: int, positions: Sequence[Position], rows: int, group: int) -> int:
-    return position["start"] + (group * len(positions) + number) * rows
-
-
-def _touched(position: Position, number: int, positions: Sequence[Position], rows: int) -> int:
-    """The place behind the last group that a process has read from."""
-    groups = position["group"] + (position["offset"] > 0)
-    return _group_start(position, number, positions, rows, groups - 1) + rows if groups else position["start"]
-
-
-def _unread(
-    position: Position, number: int, positions: Sequence[Position], rows: int, front: int
-) -> Iterator[tuple[int, int]]:
-    """What a process has left out of the places before `front`."""
-    group, offset = position["group"], position["offset"]
-    while (begin := _group_start(position, number, positions, rows, group)) < front:
-        if begin + offset < front:
-            yield begin + offset, min(begin + rows, front)
-        group, offset = group + 1, 0
 
 
 def _intervals(places: Iterator[int]) -> list[list[int]]:

@@ -65,7 +65,7 @@ class LoadTraining:
         _, number = which
         try:
             record = self.source[number]
-            return {**self._crop(record, which), "tokens": self._tokens(record, which)}
+            return {"tokens": self._tokens(record, which), **self._crop(record, which)}  # the cheap one first
         except UNUSABLE as error:
             return Skipped(*self.source.where(number), str(error), place)
 

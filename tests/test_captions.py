@@ -1,6 +1,7 @@
 """Caption sampling: the reference's draws string by string, its law by statistics, records that must not kill a run."""
 
 import collections
+import dataclasses
 import json
 import math
 import pathlib
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from configs import base
 from data import captions
 from data.captions import CaptionError, CaptionOptions
 
@@ -22,6 +24,11 @@ def numbered(count: int) -> list[str]:
 @pytest.mark.parametrize("example", GOLDEN["split_caption"], ids=lambda example: ascii(example["text"]))
 def test_split(example):
     assert captions.split(example["text"]) == example["out"]
+
+
+def test_configs_begin_with_the_same_defaults():
+    """Configs may import nothing of ours, so the list of fields stands there again."""
+    assert base.get_config().data.captions.to_dict() == dataclasses.asdict(CaptionOptions())
 
 
 def test_fields_and_joiner():

@@ -3,8 +3,6 @@
 import io
 from typing import NamedTuple
 
-from PIL import Image
-
 from data import images
 
 # Formats that training reads as they are; the others become JPEG. MPO is a JPEG with more pictures behind it.
@@ -49,7 +47,7 @@ def fit(data: bytes, found: Picture, shorter_side: int | None, quality: int) -> 
     image = images.to_rgb(images.decode(data))
     if shorter_side is not None and shorter > shorter_side:
         size = tuple(max(1, round(side * shorter_side / shorter)) for side in image.size)
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        image = images.resize(image, *size)
     target = io.BytesIO()
     image.save(target, "JPEG", quality=quality)
     return Picture(target.getvalue(), "jpg", image.width, image.height)
