@@ -1,0 +1,92 @@
+"""How much work a step is, and how much a chip can do: the two halves of model FLOPs utilisation (MFU).
+
+Only useful work counts: real tokens, no padding, nothing that rematerialisation computes again. A multiply and an add
+are two operations; causal attention counts in full, as PyTorch's profilers and open_clip's `model_profile.csv` count
+it; softmax, normalisation and activations, about a hundredth, do not count. The backward pass is twice the forward.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+# Dense bfloat16 operations a second, of the makers' data sheets; the key is part of `jax.Device.device_kind`.
+PEAK_BF16 = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "TPU7x": 2307e12,
+    "TPU v6": 918e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v4": 275e12,
+}
+
+
+def peak(device_kind: str) -> float | None:
+    """Dense bfloat16 operations a second of a chip, by `jax.Device.device_kind`; None where it is not known."""
+    return next((value for name, value in PEAK_BF16.items() if name in device_kind), None)
+
+
+def transformer(tokens: Any, width: int, depth: int) -> Any:
+    """Forward operations of one sequence of so many tokens, a number or an array, through all blocks."""
+    return tokens * depth * (24 * width**2 + 4 * tokens * width)
+
+
+def patches(vision: Mapping[str, Any]) -> int:
+    """Patches of an image, L."""
+    size = vision["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return (height // vision["patch_size"]) * (width // vision["patch_size"])
+
+
+def encode_image(model: Mapping[str, Any]) -> int:
+    """Forward operations of one image through tower and projection.
+
+    Args:
+      model: the `model` section of a config.
+    """
+    vision = model["vision"]
+    local, width = patches(vision), vision["width"]
+    embedding = local * 2 * 3 * vision["patch_size"] ** 2 * width
+    projection = (local + 1) * 2 * width * model["embed_dim"]
+    return embedding + transformer(local + 1, width, vision["depth"]) + projection
+
+
+def encode_text(model: Mapping[str, Any], tokens: Any) -> Any:
+    """Forward operations of one text of so many tokens, a number or an array, through tower and projection."""
+    text = model["text"]
+    return transformer(tokens, text["width"], text["depth"]) + 2 * text["width"] * model["embed_dim"]
+
+
+def pool(model: Mapping[str, Any], images: int, texts: int, pairs: int) -> int:
+    """Forward operations of text-conditioned pooling: keys and values an image, queries a text, attention a pair."""
+    width, local = model["embed_dim"], patches(model["vision"])
+    return (
+        images * local * 2 * 2 * width**2
+        + texts * 2 * width**2
+        + pairs * (4 * (local + 1) * width + 2 * width**2 + 2 * width)
+    )
+
+
+def train_step(model: Mapping[str, Any], loss: Mapping[str, Any], images: int, lengths: np.ndarray) -> float:
+    """Operations of a training step, forward and backward.
+
+    Args:
+      model, loss: sections of a config; of `loss`, `block_size` and `mps`.
+      images: of the global batch.
+      lengths: (N * K,) tokens of each of its captions, with both ends.
+    """
+    texts = len(lengths)
+    block = loss.get("block_size") or images
+    met = (images // block) * (block + texts // images - 1)  # texts that each image is pooled for
+    forward = images * encode_image(model) + float(np.sum(encode_text(model, np.asarray(lengths, np.float64))))
+    forward += pool(model, images, texts, images * met)
+    if loss.get("mps", True):
+        forward += images * texts * 2 * model["embed_dim"]
+    return 3 * forward
