@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from flair_jax.losses import sigmoid
+from flair_jax.models import layers
 from flair_jax.models.pooling import TextConditionedPooling
 from flair_jax.models.text import Text, TextTower
 from flair_jax.models.vision import VisionTower, pair
@@ -75,7 +76,7 @@ class FLAIR(nn.Module):
 
     def encode_image(self, images: jax.Array) -> ImageFeatures:
         """Normalised images (B, H, W, 3) -> features."""
-        x = self.vision(images) @ self.image_projection.astype(self.dtype)  # (B, 1 + L, D)
+        x = layers.project(self.vision(images), self.image_projection.astype(self.dtype))  # (B, 1 + L, D)
         return ImageFeatures(pooled=x[:, 0], local=x[:, 1:])
 
     def encode_text(self, text: Text) -> TextFeatures:
@@ -83,7 +84,7 @@ class FLAIR(nn.Module):
         pooled, local = self.text(text)
         projection = self.text_projection.astype(self.dtype)
         mask = text.tokens != 0 if text.segments is None else text.segments != 0
-        return TextFeatures(pooled=pooled @ projection, local=local @ projection, mask=mask)
+        return TextFeatures(pooled=pooled @ projection, local=layers.project(local, projection), mask=mask)
 
     def score(self, image_features: ImageFeatures, text_features: TextFeatures) -> jax.Array:
         """Scaled cosine of each text with the image pooled for it, without the bias: (B, N) float32."""

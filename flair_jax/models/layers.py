@@ -13,6 +13,18 @@ from jax import lax
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)  # statistics always in float32
 
 
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(…, K) times (K, N) -> (…, N), as one product of two matrices.
+
+    With several leading axes the gradient of the kernel would contract all of them, for which XLA transposes `x` and
+    the gradient first on a CPU, and computes the sum of all residual branches anew for each: a third of a step.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+Dense = functools.partial(nn.Dense, dot_general=lambda x, kernel, *_, **__: project(x, kernel))
+
+
 class BlockInit(NamedTuple):
     """Initialisers of one block; biases of both attention projections start at zero in either tower."""
 
@@ -50,6 +62,11 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool =
     return jnp.einsum("bhts,bshd->bthd", weights, value)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU by the error function, as PyTorch has it; `jax.nn.gelu` takes erfc, which costs several passes."""
+    return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one fused input projection."""
 
@@ -61,11 +78,11 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask=None) -> jax.Array:
         batch, length, width = x.shape
-        qkv = nn.Dense(3 * width, kernel_init=self.initializers.qkv, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * width, kernel_init=self.initializers.qkv, dtype=self.dtype, name="qkv")(x)
         qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)  # (B, T, 3, H, W/H)
         x = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], causal=self.causal, mask=mask)
         x = x.reshape(batch, length, width)
-        return nn.Dense(width, kernel_init=self.initializers.out, dtype=self.dtype, name="out")(x)
+        return Dense(width, kernel_init=self.initializers.out, dtype=self.dtype, name="out")(x)
 
 
 class MLP(nn.Module):
@@ -79,11 +96,11 @@ class MLP(nn.Module):
         width = x.shape[-1]
         hidden = 4 * width
         # The biases follow PyTorch's default in both towers: the reference re-initialises weights only.
-        x = nn.Dense(
-            hidden, kernel_init=self.initializers.fc, bias_init=torch_linear(width), dtype=self.dtype, name="fc"
-        )(x)
-        x = jax.nn.gelu(x, approximate=False)
-        return nn.Dense(
+        x = Dense(hidden, kernel_init=self.initializers.fc, bias_init=torch_linear(width), dtype=self.dtype, name="fc")(
+            x
+        )
+        x = gelu(x)
+        return Dense(
             width, kernel_init=self.initializers.proj, bias_init=torch_linear(hidden), dtype=self.dtype, name="proj"
         )(x)
 

@@ -24,7 +24,7 @@ class InputProjection(nn.Module):
     def __call__(self, x: jax.Array, third: int) -> jax.Array:
         columns = slice(third * self.width, (third + 1) * self.width)
         kernel, bias = self.kernel[:, columns].astype(self.dtype), self.bias[columns].astype(self.dtype)
-        return x.astype(self.dtype) @ kernel + bias
+        return layers.project(x.astype(self.dtype), kernel) + bias
 
 
 class TextConditionedPooling(nn.Module):
@@ -44,7 +44,7 @@ class TextConditionedPooling(nn.Module):
         self.ln_k = layers.LayerNorm(dtype=self.dtype)
         self.ln_v = layers.LayerNorm(dtype=self.dtype)
         self.qkv = InputProjection(self.width, self.dtype)
-        self.out = nn.Dense(self.width, kernel_init=layers.torch_linear(self.width), dtype=self.dtype)
+        self.out = layers.Dense(self.width, kernel_init=layers.torch_linear(self.width), dtype=self.dtype)
 
     def split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)

@@ -30,8 +30,8 @@ class PatchEmbedding(nn.Module):
         kernel = self.param("kernel", layers.torch_linear(p * p * channels), (p, p, channels, self.width))
         # A reshape and one matrix product: the strided convolution is the same sum and slower on a CPU.
         x = images.reshape(batch, height // p, p, width // p, p, channels).astype(self.dtype)
-        x = jnp.einsum("bhiwjc,ijcd->bhwd", x, kernel.astype(self.dtype))
-        return x.reshape(batch, -1, self.width)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)  # (B, L, p * p * 3)
+        return layers.project(x, kernel.astype(self.dtype).reshape(-1, self.width))
 
 
 class VisionTower(nn.Module):
