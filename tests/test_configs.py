@@ -1,0 +1,156 @@
+"""Every config builds; the recipes are the reference's, and their steps compile for the devices that they are for."""
+
+import importlib
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from data import captions
+from flair_jax import models, optimizer, plan, sharding, state, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+TOOLS = {"__init__", "variants", "flair_recipe"}
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in TOOLS)
+# spec/flair.md section 1: GPUs, images a GPU, K, samples, steps an epoch, decay, epsilon. The length of PixelProse is
+# COSMOS's; all that is not in a script is CC12M's.
+PUBLISHED = {
+    "flair_cc3m": (8, 128, 8, 2_823_019, 2_784, 0.5, 1e-8),
+    "flair_cc12m": (32, 192, 8, 10_010_225, 1_632, 0.5, 1e-8),
+    "flair_yfcc15m": (32, 192, 10, 14_065_827, 2_304, 0.5, 1e-8),
+    "flair_merged30m": (32, 128, 10, 27_000_000, 6_624, 0.2, 1e-6),
+    "flair_pixelprose": (32, 192, 8, 15_037_386, 2_448, 0.5, 1e-8),
+}
+PARAMETERS = 150_674_434
+STATE = 3 * 4 * PARAMETERS + 3 * 4  # float32 parameters and two moments; the step and two counts of the optimiser
+
+
+def read(name):
+    return importlib.import_module(f"configs.{name}")
+
+
+def reference_epoch(samples, batch):
+    """Steps of an epoch by the reference's loader, which rounds up to its 48 processes."""
+    return math.ceil(math.ceil(samples / batch) / 48) * 48
+
+
+def compiled(name, folder, *arguments):
+    """Figures of `python -m flair_jax.plan` in a process of its own, since it chooses the number of devices."""
+    file = folder / "plan.json"
+    command = [sys.executable, "-m", "flair_jax.plan", f"--config=configs/{name}.py", f"--json={file}"]
+    command += ["--config.model.scan_blocks=True", *arguments]  # a fifth of the time to compile
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(f"{name} {' '.join(arguments)}\n{done.stdout}")
+    return json.loads(file.read_text())
+
+
+def test_the_recipes_are_all_there():
+    assert set(PUBLISHED) == set(plan.RECIPES) == {name for name in EXPERIMENTS if name.startswith("flair_")}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_config_builds_and_its_step_has_a_type(name):
+    """At the real sizes; nothing is computed."""
+    config = read(name).get_config()
+    if not config.epochs:
+        config.steps = config.steps or 10
+    train.check(config.to_dict())
+    captions.CaptionOptions(**config.data.captions)
+    model = models.create(config.model, config.loss)
+    tx = optimizer.create(**config.optimizer, total_steps=config.steps or 10)
+    mesh = sharding.create_mesh()
+    with jax.set_mesh(mesh):
+        before = jax.eval_shape(lambda: state.create(model, tx, mesh, 0))
+        batch = plan.abstract_batch(config.to_dict(), mesh)
+        after, numbers = jax.eval_shape(
+            lambda state, batch: train.train_step(state, batch, model=model, tx=tx, seed=0), before, batch
+        )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), before)
+    assert numbers["loss"].shape == () and numbers["loss"].dtype == np.float32
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_is_the_reference_s(name):
+    gpus, images, count, samples, epoch_steps, decay, epsilon = PUBLISHED[name]
+    config = read(name).get_config()
+    assert epoch_steps == reference_epoch(samples, gpus * images)
+    assert (config.batch_size, config.loss.block_size) == (gpus * images, images)
+    assert (config.steps, config.epochs) == (32 * epoch_steps, None)
+    assert config.data.captions.count == count
+    adamw = config.optimizer
+    assert (adamw.learning_rate, adamw.warmup_steps, adamw.b1, adamw.b2) == (5e-4, 2000, 0.9, 0.98)
+    assert (adamw.weight_decay, adamw.eps, adamw.clip_norm) == (decay, epsilon, None)
+    assert config.data.packing.row_length == 80 and config.model.dtype == "bfloat16"
+    fields = ("caption",) if name == "flair_pixelprose" else captions.FIELDS
+    assert tuple(config.data.captions.fields) == fields
+    assert (
+        f"{samples:,} images, 32 epochs, {config.steps:,} steps of {config.batch_size:,} images" in read(name).__doc__
+    )
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_flags_that_a_docstring_gives_are_keys(name):
+    module = read(name)
+    config = module.get_config()
+    for key, value in re.findall(r"--config\.([\w.]+)=(\S+)", module.__doc__):
+        assert key in {path for path, _ in _flat(config)}, key
+        if value[0].isdigit():
+            config.update_from_flattened_dict({key: json.loads(value)})
+    train.check({**config.to_dict(), "steps": config.steps, "epochs": None if config.steps else 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "samples", "batch"), [("flair_yfcc15m", 14_065_827, 1536), ("flair_merged30m", 27_000_000, 1024)]
+)
+def test_the_flags_for_the_run_as_scripted(name, samples, batch):
+    steps = 32 * reference_epoch(samples, batch)
+    assert f"--config.batch_size={batch} --config.steps={steps}\n" in read(name).__doc__
+
+
+def test_the_flag_for_the_true_sum_of_the_merged_sets():
+    samples = sum(PUBLISHED[name][3] for name in ("flair_cc3m", "flair_cc12m", "flair_yfcc15m"))
+    assert f"{samples:,}" in read("flair_merged30m").__doc__
+    assert f"--config.steps={32 * reference_epoch(samples, 4096)}\n" in read("flair_merged30m").__doc__
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_step_compiles_for_the_reference_s_number_of_devices(name, tmp_path):
+    gpus, images, count, *_ = PUBLISHED[name]
+    figures = compiled(name, tmp_path)
+    assert (figures["parameters"], figures["devices"]) == (PARAMETERS, gpus)
+    assert figures["steps"] == read(name).get_config().steps
+    # spec/anchors.md 2.1: 35.1 GFLOP an image, 5.96 a text of 77 tokens, about 2.1 one of 27, 0.93e-3 a pair; thrice.
+    pairs = gpus * (images + count - 1)
+    assert figures["gflop_an_image"] == pytest.approx(3 * (35.1 + 2.07 * count + 0.93e-3 * pairs), rel=0.03)
+    # Replicated: the whole state on each device, and its share of the pixels and of the captions' rows and ends.
+    rows = math.ceil(gpus * images * count * 27 / 80 * 1.05 / gpus)
+    batch = images * 224 * 224 * 3 + 4 * (3 * rows * 80 + images * count)
+    assert figures["argument_bytes"] == STATE + batch
+    assert figures["output_bytes_in_place"] == STATE  # nothing is held twice
+    # The gradients of the parameters come together once a step; scanned blocks count once.
+    assert 4 * PARAMETERS / 12 < figures["all-reduce_bytes"] < 4 * PARAMETERS
+
+
+def test_fsdp_shrinks_parameters_and_moments(tmp_path):
+    """spec: sharded over 8 devices, an eighth of the state; what is below 65,536 elements stays whole."""
+    figures = compiled("flair_cc3m", tmp_path, "--config.mesh.fsdp=8")
+    batch = 128 * 224 * 224 * 3 + 4 * (3 * math.ceil(1024 * 27 / 80 * 1.05) * 80 + 1024)
+    assert STATE / 8 < figures["argument_bytes"] - batch < 1.03 * STATE / 8
+    assert figures["output_bytes_in_place"] == pytest.approx(figures["argument_bytes"] - batch)
+
+
+def _flat(config, prefix=""):
+    for key in config:
+        value = config.get(key)
+        yield prefix + key, value
+        if hasattr(value, "keys"):
+            yield from _flat(value, f"{prefix}{key}.")
