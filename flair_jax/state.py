@@ -1,6 +1,5 @@
 """What a training step changes, and its creation on the devices where it will live."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -36,9 +35,9 @@ class TrainState:
 
     def start_from(self, params: Any) -> "TrainState":
         """The state with other parameters (a tree of arrays), where the average begins, too, placed as its own are."""
-        place = functools.partial(jax.tree.map, lambda new, old: jax.device_put(new, old.sharding, may_alias=False))
-        ema = None if self.ema is None else place(params, self.ema)
-        return self.replace(params=place(params, self.params), ema=ema)
+        params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, self.params))
+        # A copy: the step donates both, and a buffer that is given away twice crashes.
+        return self.replace(params=params, ema=None if self.ema is None else jax.tree.map(jnp.copy, params))
 
 
 def init_params(model: nn.Module, seed: int) -> Any:

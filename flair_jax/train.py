@@ -26,6 +26,8 @@ SECTIONS = {
     "seed", "batch_size", "steps", "epochs", "init_from", "log_every", "save_every", "keep", "eval_every",
     "model", "loss", "optimizer", "ema_decay", "data", "evaluators", "mesh",
 }  # fmt: skip
+# Keys that say how a step is computed, not what: a run may go on with others, as it may on other hardware.
+HOW = {"model": ("scan_blocks", "remat", "micro_batches"), "loss": ("chunk_size",)}
 
 
 class Interrupted(Exception):
@@ -249,8 +251,13 @@ def check(config: Mapping[str, Any]) -> None:
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses to continue a checkpoint with a config that would make the rest of the run another experiment."""
     now = json.loads(json.dumps(now))
+
+    def what(config, section):
+        value = config.get(section)
+        return value if section not in HOW else {key: value[key] for key in value if key not in HOW[section]}
+
     for section in ("seed", "batch_size", "model", "loss", "optimizer", "ema_decay"):
-        if before.get(section) != now[section]:
+        if what(before, section) != what(now, section):
             raise ValueError(
                 f"config.{section} is {now[section]}, the checkpoint in the workdir was trained with "
                 f"{before.get(section)}; use another --workdir, or start from its weights with --config.init_from"

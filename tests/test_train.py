@@ -257,6 +257,15 @@ def test_another_experiment_in_the_same_workdir_is_refused(tmp_path):
     train.train(tiny(steps=2), tmp_path)
     with pytest.raises(ValueError, match=r"config\.optimizer is .* was trained with"):
         train.train(tiny(steps=4, optimizer__weight_decay=0.9), tmp_path)
+    with pytest.raises(ValueError, match=r"config\.model is .* was trained with"):
+        train.train(tiny(steps=4, model__vision__patch_dropout=0.5), tmp_path)
+
+
+def test_a_run_goes_on_computed_otherwise(tmp_path):
+    train.train(tiny(steps=2, optimizer__learning_rate=0.0), tmp_path)
+    otherwise = dict(model__micro_batches=2, model__scan_blocks=True, model__remat="full", loss__chunk_size=1)
+    train.train(tiny(steps=3, optimizer__learning_rate=0.0, **otherwise), tmp_path)
+    assert [line["step"] for line in metrics.read_json_lines(tmp_path)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
