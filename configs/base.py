@@ -44,6 +44,9 @@ def get_config() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.clip_norm = config_dict.placeholder(float)
 
+    # Decay of a moving average of the parameters, such as 0.9999, which is then what is evaluated and loaded.
+    config.ema_decay = config_dict.placeholder(float)  # None: no average
+
     config.data = ConfigDict()
     # Tars, ArrayRecord, TFRecord or TFDS: "/data/{00000..00575}.tar", a folder, "gs://…", "tfds:…", "one::another".
     config.data.shards = config_dict.placeholder(str)

@@ -17,7 +17,14 @@ def flair(variant: str = "B/16") -> ConfigDict:
     sizes = {
         "B/16": dict(
             embed_dim=512,
-            vision=dict(image_size=224, patch_size=16, width=768, depth=12, heads=12),
+            vision=dict(
+                image_size=224,
+                patch_size=16,
+                width=768,
+                depth=12,
+                heads=12,
+                patch_dropout=0.0,  # share of each image's patches that a training step leaves out, such as 0.5
+            ),
             text=dict(context_length=77, vocab_size=49408, width=512, depth=12, heads=8),
             pooling=dict(heads=8),
         ),
@@ -33,5 +40,6 @@ def flair(variant: str = "B/16") -> ConfigDict:
             dtype="float32",  # of the computation; parameters, normalisation, softmax and losses stay float32
             scan_blocks=False,  # True: one compiled block, for pods and deep models; same checkpoint
             remat="none",  # "full": keep only the blocks' inputs for the backward pass
+            micro_batches=1,  # parts of a batch that the towers encode in turn: less memory, the same loss and gradient
         )
     )

@@ -215,6 +215,7 @@ def _flair_config(sizes: Sizes) -> dict[str, Any]:
             "width": sizes["vision.width"],
             "depth": sizes["vision.depth"],
             "heads": sizes["vision.width"] // 64,
+            "patch_dropout": 0.0,
         },
         "text": {
             "context_length": sizes["text.context_length"],
@@ -229,6 +230,7 @@ def _flair_config(sizes: Sizes) -> dict[str, Any]:
         "dtype": "float32",
         "scan_blocks": False,
         "remat": "none",
+        "micro_batches": 1,
     }
 
 

@@ -347,6 +347,7 @@ def make_stream(
     process_index: int = 0,
     process_count: int = 1,
     device_count: int = 1,
+    rows_multiple_of: int = 1,
 ) -> Stream:
     """The training batches of some shards, without end.
 
@@ -372,6 +373,7 @@ def make_stream(
         picture). Over it the run stops; sooner where more than half of the first 200 samples of an epoch are.
       process_index, process_count: which share of every batch this process reads.
       device_count: devices of this process, over which its share is split; each gets the packed rows of its own images.
+      rows_multiple_of: what has to divide the packed rows of a device.
 
     Raises:
       FileNotFoundError, records.ShardError: see `records.open_source`.
@@ -416,7 +418,7 @@ def make_stream(
     return Stream(
         load,
         places,
-        measured_pack(load, places, images, device_count, PackingOptions(**(packing or {}))),
+        measured_pack(load, places, images, device_count, rows_multiple_of, PackingOptions(**(packing or {}))),
         identity=identity,
         workers=workers,
         start=positions.first(identity) if position is None else position,
@@ -425,7 +427,12 @@ def make_stream(
 
 
 def measured_pack(
-    load: LoadTraining, places: Sequence[tuple[int, int]], images: int, parts: int, options: PackingOptions
+    load: LoadTraining,
+    places: Sequence[tuple[int, int]],
+    images: int,
+    parts: int,
+    multiple_of: int,
+    options: PackingOptions,
 ) -> Pack | None:
     """A packing that fits the data: the same for every process and every restart, as its samples are.
 
@@ -433,6 +440,7 @@ def measured_pack(
       load, places: the training samples and their order, of which the first are measured.
       images: in a batch of one device.
       parts: devices of this process.
+      multiple_of: what has to divide the rows of a device.
       options: the wanted rows.
 
     Raises:
@@ -445,7 +453,13 @@ def measured_pack(
         measured = [tokens for tokens in pool.map(load.tokens, which) if tokens is not None]
     if not measured:
         raise TooManySkipped(f"none of the first {MEASURED_SAMPLES:,} samples has captions; check the caption fields")
-    rows = packing.measure_rows(measured, batch_size=images, row_length=options.row_length, quantile=options.quantile)
+    rows = packing.measure_rows(
+        measured,
+        batch_size=images,
+        row_length=options.row_length,
+        multiple_of=multiple_of,
+        quantile=options.quantile,
+    )
     return Pack(options.row_length, rows, parts)
 
 

@@ -10,15 +10,15 @@ from etils import epath
 
 from flair_jax.state import TrainState
 
-PARAMS, OPTIMIZER, POSITIONS, CONFIG = "params", "optimizer", "positions", "config"
+PARAMS, EMA, OPTIMIZER, POSITIONS, CONFIG = "params", "ema", "optimizer", "positions", "config"
 
 
 class Checkpoints:
     """The checkpoints of a work directory, one folder a step, `WORKDIR/checkpoints/STEP`.
 
     A save writes to a temporary folder in the background and renames it when it is whole, so that a kill at any moment
-    leaves the previous checkpoint in place. Parameters are an item of their own: using a model does not read its
-    optimiser.
+    leaves the previous checkpoint in place. Parameters are an item of their own, and so is their average, which only
+    runs with `ema_decay` have: using a model does not read its optimiser.
 
     Args:
       workdir: any path that `etils.epath` opens.
@@ -45,6 +45,8 @@ class Checkpoints:
             POSITIONS: ocp.args.JsonSave(list(positions)),
             CONFIG: ocp.args.JsonSave(dict(config)),
         }
+        if state.ema is not None:
+            items[EMA] = ocp.args.StandardSave(state.ema)
         self.manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -54,9 +56,11 @@ class Checkpoints:
             PARAMS: ocp.args.StandardRestore(abstract.params),
             OPTIMIZER: ocp.args.StandardRestore(abstract.opt_state),
         }
+        if like.ema is not None:
+            items[EMA] = ocp.args.StandardRestore(abstract.ema)
         saved = self.manager.restore(step, args=ocp.args.Composite(**items))
         number = jax.device_put(np.int32(step), like.step.sharding)
-        return like.replace(step=number, params=saved[PARAMS], opt_state=saved[OPTIMIZER])
+        return like.replace(step=number, params=saved[PARAMS], opt_state=saved[OPTIMIZER], ema=saved.get(EMA))
 
     def positions(self, step: int) -> list[dict[str, Any]]:
         """The data positions at that step, one for each process that wrote it."""
@@ -69,10 +73,10 @@ class Checkpoints:
     def _json(self, step: int, item: str) -> Any:
         return self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
 
-    def params(self, step: int, like: Any) -> Any:
-        """The parameters alone, placed as `like`, a tree of `jax.ShapeDtypeStruct`."""
-        items = {PARAMS: ocp.args.StandardRestore(like)}
-        return self.manager.restore(step, args=ocp.args.Composite(**items))[PARAMS]
+    def weights(self, step: int, like: Any) -> Any:
+        """`TrainState.weights` alone, placed as `like`, a tree of `jax.ShapeDtypeStruct`."""
+        item = EMA if (self.folder / str(step) / EMA).exists() else PARAMS
+        return self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))[item]
 
     def close(self) -> None:
         """Waits until the last save is on disk; raises what went wrong there."""

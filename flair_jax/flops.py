@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from flair_jax.models.vision import kept_patches
+
 # Dense bfloat16 operations a second, of the makers' data sheets; the key is part of `jax.Device.device_kind`.
 PEAK_BF16 = {
     "B200": 2250e12,
@@ -45,14 +47,15 @@ def patches(vision: Mapping[str, Any]) -> int:
     return (height // vision["patch_size"]) * (width // vision["patch_size"])
 
 
-def encode_image(model: Mapping[str, Any]) -> int:
+def encode_image(model: Mapping[str, Any], local: int | None = None) -> int:
     """Forward operations of one image through tower and projection.
 
     Args:
       model: the `model` section of a config.
+      local: patches of the image; None: all.
     """
     vision = model["vision"]
-    local, width = patches(vision), vision["width"]
+    local, width = patches(vision) if local is None else local, vision["width"]
     embedding = local * 2 * 3 * vision["patch_size"] ** 2 * width
     projection = (local + 1) * 2 * width * model["embed_dim"]
     return embedding + transformer(local + 1, width, vision["depth"]) + projection
@@ -64,9 +67,9 @@ def encode_text(model: Mapping[str, Any], tokens: Any) -> Any:
     return transformer(tokens, text["width"], text["depth"]) + 2 * text["width"] * model["embed_dim"]
 
 
-def pool(model: Mapping[str, Any], images: int, texts: int, pairs: int) -> int:
+def pool(model: Mapping[str, Any], images: int, texts: int, pairs: int, local: int | None = None) -> int:
     """Forward operations of text-conditioned pooling: keys and values an image, queries a text, attention a pair."""
-    width, local = model["embed_dim"], patches(model["vision"])
+    width, local = model["embed_dim"], patches(model["vision"]) if local is None else local
     return (
         images * local * 2 * 2 * width**2
         + texts * 2 * width**2
@@ -75,7 +78,7 @@ def pool(model: Mapping[str, Any], images: int, texts: int, pairs: int) -> int:
 
 
 def train_step(model: Mapping[str, Any], loss: Mapping[str, Any], images: int, lengths: np.ndarray) -> float:
-    """Operations of a training step, forward and backward.
+    """Operations of a training step, forward and backward; patches that are left out do not count.
 
     Args:
       model, loss: sections of a config; of `loss`, `block_size` and `mps`.
@@ -85,8 +88,9 @@ def train_step(model: Mapping[str, Any], loss: Mapping[str, Any], images: int, l
     texts = len(lengths)
     block = loss.get("block_size") or images
     met = (images // block) * (block + texts // images - 1)  # texts that each image is pooled for
-    forward = images * encode_image(model) + float(np.sum(encode_text(model, np.asarray(lengths, np.float64))))
-    forward += pool(model, images, texts, images * met)
+    local = kept_patches(patches(model["vision"]), model["vision"].get("patch_dropout", 0.0))
+    forward = images * encode_image(model, local) + float(np.sum(encode_text(model, np.asarray(lengths, np.float64))))
+    forward += pool(model, images, texts, images * met, local)
     if loss.get("mps", True):
         forward += images * texts * 2 * model["embed_dim"]
     return 3 * forward

@@ -1,4 +1,4 @@
-"""AdamW as the reference runs it: warm-up and cosine, decay of matrices only, a clamped scale."""
+"""AdamW as the reference runs it: warm-up and cosine, decay of matrices only, a clamped scale; and the average."""
 
 import math
 from typing import Any
@@ -55,3 +55,17 @@ def create(
 def clamp_scale(params: Any) -> Any:
     """Keeps exp(logit_scale) within 1 and 100, after each step."""
     return {**params, "logit_scale": jnp.clip(params["logit_scale"], 0.0, MAX_LOGIT_SCALE)}
+
+
+def average(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
+    """The exponential moving average of the parameters after one more step.
+
+    It begins at the first parameters and forgets them soon: the decay of step t, counted from 0, is
+    min(decay, (1 + t) / (10 + t)), the rule of TensorFlow's `ExponentialMovingAverage(num_updates=t)`.
+
+    Args:
+      ema, params: the average so far, and the parameters after the step.
+      step: int32 scalar, t.
+      decay: in the long run; it averages over about 1 / (1 - decay) steps.
+    """
+    return optax.incremental_update(params, ema, 1 - jnp.minimum(decay, (1 + step) / (10 + step)))

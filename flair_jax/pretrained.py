@@ -24,7 +24,8 @@ def read(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tup
     """Reads parameters from wherever they are.
 
     Args:
-      path: a work directory of a run (its newest checkpoint), a .safetensors file of either side, or a .pt file.
+      path: a work directory of a run (its newest checkpoint, the average of the parameters where the run keeps one),
+        a .safetensors file of either side, or a .pt file.
       model: the `model` section; None: the one stored with the weights, or told by the shapes of a PyTorch file.
 
     Returns:
@@ -48,7 +49,7 @@ def read(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tup
     device = SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(functools.partial(state.init_params, models.create(model), seed=0))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    params = saved.params(step, like)
+    params = saved.weights(step, like)
     saved.close()
     return params, dict(model)
 

@@ -14,11 +14,30 @@ from flair_jax import sharding
 
 @flax.struct.dataclass
 class TrainState:
-    """`step`: int32 scalar, steps done. `params`: nested dict, float32. `opt_state`: of the optax transformation."""
+    """What a step changes.
+
+    Attributes:
+      step: int32 scalar, steps done.
+      params: nested dict, float32.
+      opt_state: of the optax transformation.
+      ema: average of the parameters over the steps, see `optimizer.average`; None: the run keeps none.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    ema: Any = None
+
+    @property
+    def weights(self) -> Any:
+        """The parameters to evaluate and to use: the average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+    def start_from(self, params: Any) -> "TrainState":
+        """The state with other parameters (a tree of arrays), where the average begins, too, placed as its own are."""
+        params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, self.params))
+        # A copy: the step donates both, and a buffer that is given away twice crashes.
+        return self.replace(params=params, ema=None if self.ema is None else jax.tree.map(jnp.copy, params))
 
 
 def init_params(model: nn.Module, seed: int) -> Any:
@@ -28,12 +47,15 @@ def init_params(model: nn.Module, seed: int) -> Any:
     return model.init(jax.random.key(seed), images, tokens)["params"]
 
 
-def create(model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """A new state, each array born on its own devices: nothing is ever whole on one."""
+def create(
+    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, seed: int, *, ema: bool = False
+) -> TrainState:
+    """A new state, with an average if `ema`, each array born on its own devices: nothing is ever whole on one."""
 
     def build():
         params = init_params(model, seed)
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params))
+        average = params if ema else None
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=average)
 
     shardings = sharding.state_sharding(mesh, jax.eval_shape(build))
     return jax.jit(build, out_shardings=shardings)()

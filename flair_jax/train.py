@@ -24,8 +24,10 @@ from flair_jax.augmentation import crop_and_resize
 
 SECTIONS = {
     "seed", "batch_size", "steps", "epochs", "init_from", "log_every", "save_every", "keep", "eval_every",
-    "model", "loss", "optimizer", "data", "evaluators", "mesh",
+    "model", "loss", "optimizer", "ema_decay", "data", "evaluators", "mesh",
 }  # fmt: skip
+# Keys that say how a step is computed, not what: a run may go on with others, as it may on other hardware.
+HOW = {"model": ("scan_blocks", "remat", "micro_batches"), "loss": ("chunk_size",)}
 
 
 class Interrupted(Exception):
@@ -37,7 +39,13 @@ class Interrupted(Exception):
 
 
 def train_step(
-    state: state.TrainState, batch: Mapping[str, Any], *, model: nn.Module, tx: optax.GradientTransformation, seed: int
+    state: state.TrainState,
+    batch: Mapping[str, Any],
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    seed: int,
+    ema_decay: float | None = None,
 ) -> tuple[state.TrainState, dict[str, jax.Array]]:
     """One step of the optimiser; a pure function.
 
@@ -47,6 +55,7 @@ def train_step(
         are `boxes` (N, 4), `images` are canvases (N, C, C, 3), see `augmentation.crop_and_resize`.
       model, tx: what to train and how.
       seed: with the number of the step, the only source of chance.
+      ema_decay: see `optimizer.average`; None where the state has no average.
 
     Returns:
       The state after the step, and the loss, its parts and what helps to judge them, float32 scalars.
@@ -58,11 +67,13 @@ def train_step(
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def objective(params):
+        params = models.cast_matrices(params, model.dtype)
         return model.apply({"params": params}, {**batch, "images": images}, rng, method="loss")
 
     (loss, parts), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optimizer.clamp_scale(optax.apply_updates(state.params, updates))
+    ema = None if ema_decay is None else optimizer.average(state.ema, params, state.step, ema_decay)
     numbers = {
         "loss": loss,
         **parts,
@@ -70,7 +81,7 @@ def train_step(
         "logit_scale": jnp.exp(state.params["logit_scale"]),
         "logit_bias": state.params["logit_bias"],
     }
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), numbers
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), numbers
 
 
 def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float]:
@@ -115,16 +126,17 @@ def _train(config, workdir, mesh, signals):
     batches = len(stream.source) / config["batch_size"]
     steps = config["steps"] or math.ceil(config["epochs"] * batches)
     tx = optimizer.create(total_steps=steps, **config["optimizer"])
-    current = state.create(model, tx, mesh, config["seed"])
+    current = state.create(model, tx, mesh, config["seed"], ema=config["ema_decay"] is not None)
     if latest is not None:
         current = saved.restore(latest, current)
         logging.warning("going on from step %d in %s", latest, saved.folder)
     elif config["init_from"]:
         params, _ = pretrained.read(config["init_from"], config["model"])
-        current = current.replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, current.params)))
+        current = current.start_from(params)
     first = int(current.step)
 
-    step_function = jax.jit(functools.partial(train_step, model=model, tx=tx, seed=config["seed"]), donate_argnums=0)
+    options = dict(model=model, tx=tx, seed=config["seed"], ema_decay=config["ema_decay"])
+    step_function = jax.jit(functools.partial(train_step, **options), donate_argnums=0)
     rate = optimizer.schedule(config["optimizer"]["learning_rate"], config["optimizer"]["warmup_steps"], steps)
     evaluators = evaluate.build(config["evaluators"], model)
     writer = metrics.create_writer(workdir, first) if main_process else None
@@ -160,7 +172,7 @@ def _train(config, workdir, mesh, signals):
             if stop:
                 raise Interrupted(stop, step)
             if config["eval_every"] and step % config["eval_every"] == 0 and step > first:
-                results = evaluate.run(evaluators, current.params)
+                results = evaluate.run(evaluators, current.weights)
                 if writer is not None:
                     writer.write_scalars(step, results)
                 progress.start()
@@ -182,8 +194,8 @@ def _train(config, workdir, mesh, signals):
             writer.flush()
 
     # 4. What came of it.
-    results = evaluate.run(evaluators, current.params)
-    evaluate.write(workdir, results, config["evaluators"], model, current.params)
+    results = evaluate.run(evaluators, current.weights)
+    evaluate.write(workdir, results, config["evaluators"], model, current.weights)
     if main_process:
         for reason, count in stream.skipped.most_common():
             logging.warning("%d samples were skipped: %s", count, reason)
@@ -214,6 +226,7 @@ def open_stream(config: Mapping[str, Any], model: nn.Module, workdir: epath.Path
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         device_count=jax.local_device_count(),
+        rows_multiple_of=model.micro_batches,
         **options,
     )
 
@@ -226,6 +239,10 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"the config lacks {sorted(missing)}")
     if bool(config["steps"]) == bool(config["epochs"]):
         raise ValueError(f"set one of config.steps and config.epochs, not {config['steps']} and {config['epochs']}")
+    if config["ema_decay"] is not None and not 0 < config["ema_decay"] < 1:
+        raise ValueError(f"config.ema_decay is {config['ema_decay']}; expected a share between 0 and 1, such as 0.9999")
+    if config["model"].get("micro_batches", 1) < 1:
+        raise ValueError(f"config.model.micro_batches is {config['model']['micro_batches']}; expected 1 or more")
     if config["model"]["text"]["vocab_size"] < VOCAB_SIZE:
         size = config["model"]["text"]["vocab_size"]
         raise ValueError(f"model.text.vocab_size is {size}; the tokenizer has {VOCAB_SIZE} ids")
@@ -234,11 +251,16 @@ def check(config: Mapping[str, Any]) -> None:
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses to continue a checkpoint with a config that would make the rest of the run another experiment."""
     now = json.loads(json.dumps(now))
-    for section in ("seed", "batch_size", "model", "loss", "optimizer"):
-        if before[section] != now[section]:
+
+    def what(config, section):
+        value = config.get(section)
+        return value if section not in HOW else {key: value[key] for key in value if key not in HOW[section]}
+
+    for section in ("seed", "batch_size", "model", "loss", "optimizer", "ema_decay"):
+        if what(before, section) != what(now, section):
             raise ValueError(
                 f"config.{section} is {now[section]}, the checkpoint in the workdir was trained with "
-                f"{before[section]}; use another --workdir, or start from its weights with --config.init_from"
+                f"{before.get(section)}; use another --workdir, or start from its weights with --config.init_from"
             )
 
 

@@ -34,6 +34,13 @@ def test_only_real_tokens_count():
     assert long - short == pytest.approx(3 * 64 * (flops.encode_text(B16, 40) - flops.encode_text(B16, 20)))
 
 
+def test_patches_that_are_left_out_do_not_count():
+    """A quarter of the patches is an image of half the side."""
+    vision, lengths = B16["vision"], np.full(64, 20)
+    dropped = flops.train_step({**B16, "vision": {**vision, "patch_dropout": 0.75}}, {}, 8, lengths)
+    assert dropped == flops.train_step({**B16, "vision": {**vision, "image_size": 112}}, {}, 8, lengths)
+
+
 def test_xla_counts_the_same_for_the_forward_pass():
     """Within a few percent: XLA also counts softmax, normalisation and activations."""
     model = models.create(B16)

@@ -8,6 +8,7 @@ from conftest import TINY, load_golden, model_section, nhwc
 
 from configs import variants
 from flair_jax import models
+from flair_jax.losses import sigmoid
 from flair_jax.models.text import Text
 
 INPUTS = load_golden("tiny_inputs.npz")
@@ -107,6 +108,76 @@ def test_bfloat16_keeps_parameters_and_scores_in_float32(tiny_params):
     close(bound.score(image, text) + tiny_params["logit_bias"], OUTPUTS["logits_flair"], 0.5)
     params = jax.eval_shape(model.init, jax.random.key(0), IMAGES[:1], TOKENS[:1])["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_matrices_are_cast_once_to_the_same_numbers(tiny_params):
+    """Loss and gradients in bfloat16 are equal to the bit to those where every use casts for itself."""
+    model = models.create({**TINY, "dtype": "bfloat16"})
+    text = Text.padded(TOKENS)
+    batch = {"images": IMAGES, "texts": {"tokens": text.tokens, "ends": text.ends}}
+
+    def loss(params, cast):
+        params = models.cast_matrices(params, model.dtype) if cast else params
+        return model.apply({"params": params}, batch, jax.random.key(0), method="loss")[0]
+
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    once, often = (jax.device_get(step(tiny_params, cast)) for cast in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, once, often)
+    assert {leaf.dtype for leaf in jax.tree.leaves(once)} == {np.dtype("float32")}
+
+    cast = models.cast_matrices(tiny_params, model.dtype)
+    paths = {"/".join(key.key for key in path) for path, x in jax.tree.leaves_with_path(cast) if x.dtype != np.float32}
+    kernels = ("attention/qkv", "attention/out", "mlp/fc", "mlp/proj")
+    blocks = {f"{tower}/blocks_{i}/{name}/kernel" for tower in ("vision", "text") for i in range(3) for name in kernels}
+    assert paths == blocks | {"vision/patch_embedding/kernel", "image_projection", "text_projection"}
+    jax.tree.map(np.testing.assert_array_equal, models.cast_matrices(tiny_params, np.float32), tiny_params)
+
+
+def test_patch_dropout_keeps_a_random_share_in_order(tiny_params):
+    model = models.create({**TINY, "vision": {**TINY["vision"], "patch_dropout": 0.3}})  # 11 of 16 patches
+    bound = model.bind({"params": tiny_params})
+    places = np.broadcast_to(np.arange(17.0)[:, None], (4000, 17, 1))
+    kept = np.asarray(bound.vision.drop_patches(places, jax.random.key(0)))[..., 0]  # (B, 12)
+    assert kept.shape == (4000, 12)
+    assert (kept[:, 0] == 0).all() and (np.diff(kept, axis=1) > 0).all()
+    share = np.bincount(kept[:, 1:].astype(int).reshape(-1), minlength=17)[1:] / 4000
+    np.testing.assert_allclose(share, 11 / 16, atol=5 * np.sqrt(11 / 16 * 5 / 16 / 4000))
+
+    # The pixels of what is left out count for nothing, those of the rest do.
+    encode = jax.jit(lambda images, rng: model.apply({"params": tiny_params}, images, rng=rng, method="encode_image"))
+    rng = jax.random.key(1)
+    left = np.asarray(bound.vision.drop_patches(places[:4], rng))[..., 0].astype(int)
+    shown = (left[:, 1:, None] == np.arange(1, 17)).any(axis=1)  # (B, L)
+    pixels = np.repeat(np.repeat(shown.reshape(4, 4, 4), 16, axis=1), 16, axis=2)[..., None]  # (B, H, W, 1)
+    before, after = encode(IMAGES, rng), encode(IMAGES * pixels, rng)
+    assert before.local.shape == (4, 11, 64)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert np.abs(encode(IMAGES * ~pixels, rng).local - before.local).min(axis=-1).max() > 1e-3
+
+    # Evaluation leaves nothing out.
+    close(model.apply({"params": tiny_params}, IMAGES, method="encode_image").local, OUTPUTS["image_local"])
+
+
+def test_patch_dropout_is_for_training(tiny_params):
+    """The loss differs from that of all patches, by draw; with a share of zero the draw is not seen."""
+    text = Text.padded(TOKENS)
+    negatives = sigmoid.draw_captions(jax.random.key(0), len(IMAGES), len(IMAGES), len(TOKENS) // len(IMAGES))
+    batch = {"images": IMAGES, "texts": {"tokens": text.tokens, "ends": text.ends}, "negatives": negatives}
+
+    def losses(share):
+        model = models.create({**TINY, "vision": {**TINY["vision"], "patch_dropout": share}})
+        loss = jax.jit(lambda rng: model.apply({"params": tiny_params}, batch, rng, method="loss")[0])
+        return [float(loss(jax.random.key(seed))) for seed in (0, 1)]
+
+    whole, dropped = losses(0.0), losses(0.5)
+    assert len({whole[0], *dropped}) == 3 and whole[0] == whole[1]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 50])
+def test_a_share_of_patches_that_cannot_be_left_out_is_refused(share):
+    model = models.create({**TINY, "vision": {**TINY["vision"], "patch_dropout": share}})
+    with pytest.raises(ValueError, match=rf"patch_dropout is {share}"):
+        jax.eval_shape(model.init, jax.random.key(0), IMAGES[:1], TOKENS[:1])
 
 
 def pack(tokens: np.ndarray, rows: list[list[int]], length: int) -> Text:

@@ -157,6 +157,15 @@ def test_packed_captions_and_crops_on_the_device_do_not_change_a_run(tmp_path):
     np.testing.assert_allclose(device, plain, rtol=1e-3)
 
 
+def test_micro_batches_do_not_change_a_run(tmp_path):
+    """On eight devices with two images each; the packed rows of a device are made even."""
+    train.train(tiny(), tmp_path / "whole")
+    train.train(tiny(model__micro_batches=2, data__packing__row_length=20), tmp_path / "parts")
+    whole, parts = ([line["loss"] for line in metrics.read_json_lines(tmp_path / name)] for name in ("whole", "parts"))
+    assert len(whole) == 6
+    np.testing.assert_allclose(parts, whole, rtol=2e-5)
+
+
 def test_a_large_parameter_is_split_over_fsdp():
     mesh = train.sharding.create_mesh(data=2, fsdp=4)
     shardings = train.sharding.state_sharding(
@@ -218,6 +227,9 @@ def test_evaluating_without_weights_is_refused(tmp_path):
         (dict(loss__block_size=5), ValueError, "block_size 5"),
         (dict(mesh__fsdp=3), ValueError, "fsdp=3"),
         (dict(model__remat="half"), ValueError, "half"),
+        (dict(model__micro_batches=0), ValueError, "micro_batches is 0"),
+        (dict(model__micro_batches=3), ValueError, "16 rows on 8 devices .* micro_batches 3"),
+        (dict(model__vision__patch_dropout=1.0), ValueError, "patch_dropout is 1.0"),
     ],
 )
 def test_contradictions_are_refused_by_name(tmp_path, overrides, error, words):
@@ -245,6 +257,15 @@ def test_another_experiment_in_the_same_workdir_is_refused(tmp_path):
     train.train(tiny(steps=2), tmp_path)
     with pytest.raises(ValueError, match=r"config\.optimizer is .* was trained with"):
         train.train(tiny(steps=4, optimizer__weight_decay=0.9), tmp_path)
+    with pytest.raises(ValueError, match=r"config\.model is .* was trained with"):
+        train.train(tiny(steps=4, model__vision__patch_dropout=0.5), tmp_path)
+
+
+def test_a_run_goes_on_computed_otherwise(tmp_path):
+    train.train(tiny(steps=2, optimizer__learning_rate=0.0), tmp_path)
+    otherwise = dict(model__micro_batches=2, model__scan_blocks=True, model__remat="full", loss__chunk_size=1)
+    train.train(tiny(steps=3, optimizer__learning_rate=0.0, **otherwise), tmp_path)
+    assert [line["step"] for line in metrics.read_json_lines(tmp_path)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,12 @@ from jax.sharding import PartitionSpec
 BATCH_AXES = ("data", "fsdp")  # mesh axes over which batches are split
 
 
+def batch_axes() -> tuple[str, ...]:
+    """Axes of the mesh in use (`jax.set_mesh`) over which batches are split; none without a mesh."""
+    names = jax.sharding.get_abstract_mesh().axis_names
+    return tuple(axis for axis in BATCH_AXES if axis in names)
+
+
 class ImageSide(NamedTuple):
     """Image features: `pooled` (N, D); `keys` and `values` (N, L + 1, H, D/H) of the pooling."""
 
@@ -151,8 +157,7 @@ def flair_loss(
             tcs, mps_sum = sums[0].sum(), sums[1].sum()
         return lax.psum((tcs, mps_sum), axes) if axes else (tcs, mps_sum)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+    axes = batch_axes()
     arguments = (image, text, params, logit_scale, logit_bias, rows)
     if axes:
         split, whole = PartitionSpec(axes), PartitionSpec()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
@@ -30,3 +31,19 @@ def create(model: Mapping[str, Any], loss: Mapping[str, Any] | None = None) -> n
     sections = {key: options.pop(key) for key in ("vision", "text", "pooling")} | {"loss": loss or {}}
     frozen = {f"{key}_options": FrozenDict(value) for key, value in sections.items()}  # a model can be hashed
     return MODELS[name](**options, **frozen)
+
+
+def cast_matrices(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Casts the matrices that are only ever multiplied in `dtype` to it, once for all their uses in a step.
+
+    So devices gather them in `dtype`, and no micro-batch or rematerialised block casts again; gradients pass the cast
+    and arrive in float32. The rule: kernels of the towers and both projections. Embeddings, biases, normalisation and
+    scalars stay, and so does the pooling, whose gradients the loss sums over chunks and devices in float32.
+    """
+
+    def cast(path, leaf):
+        first, last = path[0].key, path[-1].key
+        matrix = last == "kernel" or last in ("image_projection", "text_projection")
+        return leaf.astype(dtype) if matrix and first != "pooling" else leaf
+
+    return jax.tree.map_with_path(cast, params)

@@ -43,6 +43,7 @@ class FLAIR(nn.Module):
       init_logit_scale, init_logit_bias: starting values; the scale is stored as its logarithm.
       dtype: of the computation; parameters, normalisation, softmax, scores and losses are float32.
       scan_blocks, remat: see `layers.run_blocks` and `layers.block_class`.
+      micro_batches: parts in which a training step encodes its batch, see `accumulation.in_micro_batches`.
     """
 
     embed_dim: int
@@ -55,6 +56,7 @@ class FLAIR(nn.Module):
     dtype: Any = jnp.float32
     scan_blocks: bool = False
     remat: str = "none"
+    micro_batches: int = 1
 
     def setup(self):
         common = dict(dtype=self.dtype, scan=self.scan_blocks, remat=self.remat)
@@ -74,14 +76,15 @@ class FLAIR(nn.Module):
         """Touches every parameter, for initialisation: scores of padded tokens (N, T)."""
         return self.score(self.encode_image(images), self.encode_text(Text.padded(tokens)))
 
-    def encode_image(self, images: jax.Array) -> ImageFeatures:
-        """Normalised images (B, H, W, 3) -> features."""
-        x = layers.project(self.vision(images), self.image_projection.astype(self.dtype))  # (B, 1 + L, D)
+    def encode_image(self, images: jax.Array, *, rng: jax.Array | None = None, micro_batches: int = 1) -> ImageFeatures:
+        """Normalised images (B, H, W, 3) -> features; `rng` and `micro_batches` are training's, see `VisionTower`."""
+        x = self.vision(images, rng=rng, micro_batches=micro_batches)
+        x = layers.project(x, self.image_projection.astype(self.dtype))  # (B, 1 + L, D)
         return ImageFeatures(pooled=x[:, 0], local=x[:, 1:])
 
-    def encode_text(self, text: Text) -> TextFeatures:
+    def encode_text(self, text: Text, *, micro_batches: int = 1) -> TextFeatures:
         """Captions, packed or padded -> features in the order of `text.ends`."""
-        pooled, local = self.text(text)
+        pooled, local = self.text(text, micro_batches=micro_batches)
         projection = self.text_projection.astype(self.dtype)
         mask = text.tokens != 0 if text.segments is None else text.segments != 0
         return TextFeatures(pooled=pooled @ projection, local=layers.project(local, projection), mask=mask)
@@ -122,13 +125,14 @@ class FLAIR(nn.Module):
         Args:
           batch: `images` (N, H, W, 3) normalised; `texts`, the fields of `Text`, caption c of image i at i * K + c;
             optionally `negatives` (N, B + K - 1), a draw of `sigmoid.draw_captions` to use instead of an own one.
-          rng: key for the draw of the negative captions.
+          rng: key for the draws of the negative captions and of the patches to keep.
 
         Returns:
           The loss and its parts, float32 scalars.
         """
-        image = self.encode_image(batch["images"])
-        text = self.encode_text(Text(**batch["texts"]))
+        parts = self.micro_batches
+        image = self.encode_image(batch["images"], rng=jax.random.fold_in(rng, 1), micro_batches=parts)
+        text = self.encode_text(Text(**batch["texts"]), micro_batches=parts)
         pool = self.pooling.clone(parent=None)
         return sigmoid.flair_loss(
             sigmoid.ImageSide(image.pooled, *self.pooling.keys_values(image.local)),

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flair_jax.models.accumulation import in_micro_batches
+
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)  # statistics always in float32
 
 
@@ -129,17 +131,29 @@ def block_class(remat: str) -> type[nn.Module]:
     raise ValueError(f"model.remat is {remat!r}; expected 'none' or 'full'")
 
 
-def run_blocks(blocks: Sequence[nn.Module], x: jax.Array, mask=None, *, scan: bool) -> jax.Array:
-    """Applies equal blocks one after another.
+def run_blocks(
+    blocks: Sequence[nn.Module], x: jax.Array, mask=None, *, scan: bool, micro_batches: int = 1
+) -> jax.Array:
+    """Applies equal blocks one after another, to all rows or to one of `micro_batches` after another.
 
     With `scan` one block is compiled and their parameters are stacked on the way in, so that the checkpoint is the same
-    either way. Initialisation always runs unrolled.
+    either way. Initialisation always runs unrolled, on all rows.
     """
-    if not scan or blocks[0].is_initializing():
+    if blocks[0].is_initializing() or (not scan and micro_batches == 1):
         for block in blocks:
             x = block(x, mask)
         return x
     block = blocks[0].clone(parent=None)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[b.variables["params"] for b in blocks])
-    x, _ = lax.scan(lambda x, params: (block.apply({"params": params}, x, mask), None), x, stacked)
-    return x
+    params = [b.variables["params"] for b in blocks]
+    if scan:
+        params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+
+    def encode(params, x, mask):
+        if scan:
+            x, _ = lax.scan(lambda x, params: (block.apply({"params": params}, x, mask), None), x, params)
+            return x
+        for block_params in params:
+            x = block.apply({"params": block_params}, x, mask)
+        return x
+
+    return (encode if micro_batches == 1 else in_micro_batches(encode, micro_batches))(params, x, mask)

@@ -6,13 +6,19 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
 
+from flair_jax.losses.sigmoid import batch_axes
 from flair_jax.models import layers
 
 
 @flax.struct.dataclass
 class Text:
     """Captions in rows.
+
+    Under a mesh (`jax.set_mesh`) rows and captions are split over the devices in order, and a packed caption stands in
+    the rows of its own device, as `data.pipeline.Pack` lays them.
 
     Attributes:
       tokens: int32 (R, T).
@@ -40,11 +46,24 @@ class Text:
         return self.segments[:, None, :, None] == self.segments[:, None, None, :]  # (R, 1, T, T)
 
     def at_ends(self, x: jax.Array) -> jax.Array:
-        """States of the end-of-text tokens, (R, T, W) -> (N, W)."""
-        rows, length, width = x.shape
-        if self.segments is None:  # Row by row, so that rows on different devices need no communication.
+        """States of the end-of-text tokens, (R, T, W) -> (N, W); NaN where a packed caption is not on its device.
+
+        Each device looks in its own rows alone: no state travels.
+        """
+        length, width = x.shape[1:]
+        if self.segments is None:
             return jnp.take_along_axis(x, (self.ends % length)[:, None, None], axis=1)[:, 0]
-        return x.reshape(rows * length, width)[self.ends]
+        axes = batch_axes()
+
+        def local(x, ends):  # of one device
+            first = lax.axis_index(axes) * x.shape[0] * length if axes else 0
+            states = x.reshape(-1, width).at[ends - first]
+            return states.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+        if not axes:
+            return local(x, self.ends)
+        split = PartitionSpec(axes)
+        return jax.shard_map(local, in_specs=(split, split), out_specs=split)(x, self.ends)
 
 
 class TextTower(nn.Module):
@@ -79,8 +98,12 @@ class TextTower(nn.Module):
         self.blocks = [block(self.heads, True, init, self.dtype) for _ in range(self.depth)]
         self.ln_final = layers.LayerNorm(dtype=self.dtype)
 
-    def __call__(self, text: Text) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, text: Text, *, micro_batches: int = 1) -> tuple[jax.Array, jax.Array]:
         """Returns the captions' end states (N, W) and the states of all tokens (R, T, W).
+
+        Args:
+          text: captions.
+          micro_batches: parts of the rows that go through the blocks one after another.
 
         Raises:
           ValueError: rows of one caption are longer than the context.
@@ -95,5 +118,5 @@ class TextTower(nn.Module):
         else:
             x = x + jnp.take(self.position_embedding, text.positions, axis=0)
         x = x.astype(self.dtype)
-        x = layers.run_blocks(self.blocks, x, text.mask(), scan=self.scan)
+        x = layers.run_blocks(self.blocks, x, text.mask(), scan=self.scan, micro_batches=micro_batches)
         return self.ln_final(text.at_ends(x)), self.ln_final(x)

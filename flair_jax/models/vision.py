@@ -16,6 +16,17 @@ def pair(size) -> tuple[int, int]:
     return height, width
 
 
+def kept_patches(patches: int, dropout: float) -> int:
+    """How many of an image's patches a training step sees, at least one.
+
+    Raises:
+      ValueError: no such share can be left out.
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"model.vision.patch_dropout is {dropout}; expected a share of the patches, 0 <= share < 1")
+    return max(1, round(patches * (1 - dropout)))
+
+
 class PatchEmbedding(nn.Module):
     """Patches through one linear map, (B, H, W, 3) -> (B, H/p * W/p, width), row by row; no bias."""
 
@@ -44,6 +55,7 @@ class VisionTower(nn.Module):
       dtype: of the computation.
       scan, remat: see `layers`.
       position_std: deviation of the initial position embedding; None: 1 / sqrt(width), as the reference.
+      patch_dropout: share of each image's patches that a training step leaves out (FLIP, Li et al., CVPR 2023).
     """
 
     image_size: int | tuple[int, int]
@@ -55,6 +67,7 @@ class VisionTower(nn.Module):
     scan: bool = False
     remat: str = "none"
     position_std: float | None = None
+    patch_dropout: float = 0.0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -76,6 +89,7 @@ class VisionTower(nn.Module):
         )
         normal = nn.initializers.normal(self.width**-0.5)
         rows, columns = self.grid
+        self.kept = kept_patches(rows * columns, self.patch_dropout)
         self.patch_embedding = PatchEmbedding(self.patch_size, self.width, self.dtype)
         self.class_embedding = self.param("class_embedding", normal, (self.width,))
         position = normal if self.position_std is None else nn.initializers.normal(self.position_std)
@@ -85,8 +99,13 @@ class VisionTower(nn.Module):
         self.blocks = [block(self.heads, False, init, self.dtype) for _ in range(self.depth)]
         self.ln_post = layers.LayerNorm(dtype=self.dtype)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, *, rng: jax.Array | None = None, micro_batches: int = 1) -> jax.Array:
         """Normalised images (B, H, W, 3) -> tokens (B, 1 + L, width), the class token first.
+
+        Args:
+          images: of the config's size.
+          rng: key for the draw of the patches to keep, in training; None keeps all of them. L counts those kept.
+          micro_batches: parts of the images that go through the blocks one after another.
 
         Raises:
           ValueError: the images do not have the size of the config.
@@ -97,5 +116,17 @@ class VisionTower(nn.Module):
         x = self.patch_embedding(images)  # (B, L, W)
         first = jnp.broadcast_to(self.class_embedding.astype(self.dtype), (x.shape[0], 1, self.width))
         x = jnp.concatenate([first, x], axis=1) + self.position_embedding.astype(self.dtype)  # (B, 1 + L, W)
-        x = layers.run_blocks(self.blocks, self.ln_pre(x), scan=self.scan)
+        if rng is not None and self.patch_dropout:
+            x = self.drop_patches(x, rng)
+        x = layers.run_blocks(self.blocks, self.ln_pre(x), scan=self.scan, micro_batches=micro_batches)
         return self.ln_post(x)
+
+    def drop_patches(self, x: jax.Array, rng: jax.Array) -> jax.Array:
+        """The class token and `kept` patches of each image, drawn without replacement and left in order.
+
+        (B, 1 + L, W) -> (B, 1 + kept, W).
+        """
+        order = jnp.argsort(jax.random.uniform(rng, (x.shape[0], x.shape[1] - 1)), axis=1)  # (B, L)
+        patches = 1 + jnp.sort(order[:, : self.kept], axis=1)  # (B, kept) places behind the class token
+        places = jnp.pad(patches, ((0, 0), (1, 0)))  # (B, 1 + kept)
+        return jnp.take_along_axis(x, places[:, :, None], axis=1)
