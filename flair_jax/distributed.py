@@ -50,7 +50,8 @@ class Signals:
     """Notes SIGINT and SIGTERM instead of dying of them; a second one acts as usual.
 
     Of several processes a signal may reach one alone, or each at another step. There jax's preemption service takes
-    SIGTERM, tells all, and finds the step that none has reached yet; SIGINT is handed to it as a SIGTERM.
+    SIGTERM, however often it comes, tells all, and finds the step that none has reached yet; the first SIGINT is handed
+    to it as a SIGTERM.
     """
 
     def __enter__(self):

@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells every file that it writes
     if jax.process_index() == 0:
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes")
+        if jax.process_count() > 1:
+            print(f"if a process dies, the others end within {_HEARTBEAT.value} s, and the same command goes on")
         print(_CONFIG.value, flush=True)
     config = _CONFIG.value.to_dict()
     try:
