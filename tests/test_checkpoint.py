@@ -104,7 +104,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path):
     save(saved, 1)
     saved.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(checkpoint.SaveError, match=r"checkpoint 1 is whole .*File too large"):
             save(saved, 2)
