@@ -24,7 +24,8 @@ def get_config() -> ConfigDict:
     config.init_from = config_dict.placeholder(str)  # weights to start from: a workdir, .safetensors or .pt
     config.log_every = 10  # steps, as all of these
     config.save_every = 1000
-    config.keep = 2  # checkpoints
+    config.keep = 2  # newest checkpoints that stay …
+    config.keep_every = config_dict.placeholder(int)  # … beside those of every so many steps, which stay for ever
     config.eval_every = 0  # 0: only at the end
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # -1: all devices
 

@@ -1,16 +1,22 @@
 """Everything a run needs to go on, saved and restored together."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from flair_jax.state import TrainState
 
 PARAMS, EMA, OPTIMIZER, POSITIONS, CONFIG = "params", "ema", "optimizer", "positions", "config"
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; those before it are whole."""
 
 
 class Checkpoints:
@@ -23,11 +29,18 @@ class Checkpoints:
     Args:
       workdir: any path that `etils.epath` opens.
       keep: how many of the newest stay; None keeps all.
+      keep_every: those of steps that are multiples of this stay for ever; None: of no step.
+      clean: remove what killed saves have left over; for the run that writes here alone.
     """
 
-    def __init__(self, workdir: epath.PathLike, keep: int | None = 2):
+    def __init__(
+        self, workdir: epath.PathLike, keep: int | None = 2, keep_every: int | None = None, clean: bool = False
+    ):
         self.folder = epath.Path(workdir).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        staying = [LatestN(keep)] + ([EveryNSteps(keep_every)] if keep_every else [])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(staying), cleanup_tmp_directories=clean, create=True
+        )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
@@ -35,7 +48,13 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, state: TrainState, positions: list[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
-        """Saves the state, the data position of every process and the config; nothing if this step is saved already."""
+        """Saves the state, the data position of every process and the config; nothing if this step is saved already.
+
+        Returns once the arrays are copied, and writes on behind the scenes.
+
+        Raises:
+          SaveError: this save or the one before could not be written.
+        """
         step = int(state.step)
         if step in self.manager.all_steps():
             return
@@ -47,7 +66,30 @@ class Checkpoints:
         }
         if state.ema is not None:
             items[EMA] = ocp.args.StandardSave(state.ema)
-        self.manager.save(step, args=ocp.args.Composite(**items))
+        with self._explained():
+            self.manager.save(step, args=ocp.args.Composite(**items))
+
+    def check(self) -> None:
+        """Raises SaveError if writing has failed since the last look."""
+        with self._explained():
+            self.manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk; raises SaveError if it could not be written."""
+        with self._explained():
+            self.manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            whole = max(ocp.utils.checkpoint_steps(self.folder), default=None)
+            before = "no checkpoint is there yet" if whole is None else f"checkpoint {whole} is whole and stays"
+            raise SaveError(
+                f"a checkpoint could not be written to {self.folder}; {before}. If the disk is full, make room or "
+                f"lower config.keep; the same command goes on from there. The cause: {error}"
+            ) from error
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step, placed as `like` is."""
@@ -79,6 +121,8 @@ class Checkpoints:
         return self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))[item]
 
     def close(self) -> None:
-        """Waits until the last save is on disk; raises what went wrong there."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Waits as `wait` does, and ends the threads that write."""
+        try:
+            self.wait()
+        finally:
+            self.manager.close()

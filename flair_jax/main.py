@@ -20,6 +20,9 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "What to do.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Start jax.distributed from the environment of Slurm, a TPU pod or Open MPI."
 )
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_timeout", 60, "Seconds without a sign of life after which a process is dead and the others end."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -30,21 +33,27 @@ def main(arguments: list[str]) -> None:
     import tensorflow as tf
     from etils import epath
 
-    from flair_jax import evaluate, train
+    from flair_jax import distributed, evaluate, train
 
     if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+        distributed.start(_HEARTBEAT.value)
     tf.config.set_visible_devices([], "GPU")  # it only writes TensorBoard files
     logging.set_verbosity(logging.WARNING)  # orbax tells every file that it writes
     if jax.process_index() == 0:
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes")
+        if jax.process_count() > 1:
+            print(f"if a process dies, the others end within {_HEARTBEAT.value} s, and the same command goes on")
         print(_CONFIG.value, flush=True)
     config = _CONFIG.value.to_dict()
     try:
         (train.train if _MODE.value == "train" else evaluate.evaluate)(config, _WORKDIR.value)
-    except train.Interrupted as stop:
+    except distributed.Interrupted as stop:
         logging.warning("%s", stop)
         sys.exit(128 + stop.number)
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        distributed.fail()
     if jax.process_index() == 0:
         print((epath.Path(_WORKDIR.value) / "report.md").read_text())
         print(f"report and pictures: {_WORKDIR.value}")

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,23 +18,15 @@ from jax.experimental import multihost_utils
 from data import pipeline, positions, scenes
 from data.images import normalize
 from data.tokenizer import VOCAB_SIZE
-from flair_jax import checkpoint, evaluate, metrics, models, optimizer, pretrained, sharding, state
+from flair_jax import checkpoint, distributed, evaluate, metrics, models, optimizer, pretrained, sharding, state
 from flair_jax.augmentation import crop_and_resize
 
 SECTIONS = {
-    "seed", "batch_size", "steps", "epochs", "init_from", "log_every", "save_every", "keep", "eval_every",
+    "seed", "batch_size", "steps", "epochs", "init_from", "log_every", "save_every", "keep", "keep_every", "eval_every",
     "model", "loss", "optimizer", "ema_decay", "data", "evaluators", "mesh",
 }  # fmt: skip
 # Keys that say how a step is computed, not what: a run may go on with others, as it may on other hardware.
 HOW = {"model": ("scan_blocks", "remat", "micro_batches"), "loss": ("chunk_size",)}
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state. `number`: of the signal."""
-
-    def __init__(self, number: int, step: int):
-        super().__init__(f"{signal.Signals(number).name} at step {step}: saved; the same command goes on from there")
-        self.number = number
 
 
 def train_step(
@@ -97,13 +88,14 @@ def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float
     Raises:
       ValueError, TypeError: the config has a wrong key or value, or is not the one the checkpoint was trained with.
       FloatingPointError: a loss is not finite; the last checkpoint is from before.
-      Interrupted: SIGINT or SIGTERM came; the state is saved.
+      checkpoint.SaveError: a checkpoint could not be written; those before it are whole.
+      distributed.Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     check(config)
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.create_mesh(**config["mesh"])
-    with jax.set_mesh(mesh), _Signals() as signals:
+    with jax.set_mesh(mesh), distributed.Signals() as signals:
         return _train(config, workdir, mesh, signals)
 
 
@@ -112,7 +104,7 @@ def _train(config, workdir, mesh, signals):
 
     # 1. What is trained.
     model = models.create(config["model"], config["loss"])
-    saved = checkpoint.Checkpoints(workdir, keep=config["keep"])
+    saved = checkpoint.Checkpoints(workdir, config["keep"], config["keep_every"], clean=True)
     latest = saved.latest()
     position = None
     if latest is not None:
@@ -162,7 +154,8 @@ def _train(config, workdir, mesh, signals):
     pending = None
     try:
         for step in range(first, steps):
-            stop = signals.received
+            stop = signals.stop(step)
+            saved.check()
             save = step > first and step % config["save_every"] == 0
             if (save or stop) and pending:
                 report(*pending)  # a state is only saved once the step that made it is known to be sound
@@ -170,7 +163,7 @@ def _train(config, workdir, mesh, signals):
             if save or stop:
                 saved.save(current, gather_positions(stream.position), config)
             if stop:
-                raise Interrupted(stop, step)
+                raise distributed.Interrupted(stop, step)
             if config["eval_every"] and step % config["eval_every"] == 0 and step > first:
                 results = evaluate.run(evaluators, current.weights)
                 if writer is not None:
@@ -272,20 +265,3 @@ def gather_positions(position: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
     padded = np.frombuffer(text.ljust(longest), np.uint8)
     return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
-
-
-class _Signals:
-    """Notes SIGINT and SIGTERM instead of dying of them; a second one acts as usual. `received`: 0 or the number."""
-
-    def __enter__(self):
-        self.received = 0
-        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _note(self, number, frame):
-        self.received = number
-        signal.signal(number, self.previous[number])
-
-    def __exit__(self, *exception):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)

@@ -3,11 +3,13 @@
 import argparse
 import json
 import pathlib
+import runpy
 from collections.abc import Sequence
 from typing import Any
 
+from configs import base
 from data import records
-from flair_jax.benchmark import data, loss, soak, tokenizer
+from flair_jax.benchmark import checkpoint, data, loss, soak, tokenizer
 
 WITHOUT_OPEN_CLIP = "open_clip is not installed, so {}: pip install --no-deps open_clip_torch"
 
@@ -44,6 +46,11 @@ def _data(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _soak(arguments: argparse.Namespace) -> dict[str, Any]:
     return soak.measure(arguments.batches, arguments.workers)
+
+
+def _checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = runpy.run_path(str(arguments.config))["get_config"]().to_dict()
+    return checkpoint.measure(config, arguments.folder, arguments.turns)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -88,6 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--batches", type=int, default=20_000, metavar="N", help="tiny ones (%(default)s)")
     command.add_argument("--workers", type=int, default=2, metavar="W", help="processes (%(default)s)")
     command.set_defaults(run=_soak)
+
+    command = benchmarks.add_parser(
+        "checkpoint", parents=[common], help="stall of the loop by a save, and the whole save"
+    )
+    default = pathlib.Path(base.__file__)
+    command.add_argument("--config", type=pathlib.Path, default=default, metavar="FILE", help="of configs/ (base.py)")
+    command.add_argument(
+        "--folder", metavar="PATH", help="where to write, such as gs://…; a temporary folder if absent"
+    )
+    command.add_argument("--turns", type=int, default=3, metavar="N", help="of each kind (%(default)s)")
+    command.set_defaults(run=_checkpoint)
 
     parsed = parser.parse_args(arguments)
     figures = parsed.run(parsed)

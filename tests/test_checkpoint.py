@@ -1,0 +1,157 @@
+"""Saves that are killed, do not fit on the disk or are too many: a good checkpoint is always there."""
+
+import json
+import os
+import pathlib
+import random
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import wait_for
+from saver import assert_right, save
+from test_train import tiny
+
+from flair_jax import checkpoint, metrics, train
+from flair_jax.benchmark import __main__ as benchmark
+
+ROOT = pathlib.Path(__file__).parents[1]
+KILLS = 20
+
+
+def whole_and_left_over(folder: pathlib.Path) -> tuple[list[int], list[str]]:
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return sorted(int(name) for name in names if name.isdigit()), [name for name in names if not name.isdigit()]
+
+
+@pytest.fixture
+def savers(tmp_path):
+    """Processes that save into `tmp_path` when told to; two import what they need while another one works."""
+    command = [sys.executable, str(ROOT / "tests" / "saver.py"), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start():
+        return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, text=True)
+
+    waiting = [start(), start()]
+
+    def take():
+        waiting.append(start())
+        return waiting.pop(0)
+
+    yield take
+    for process in waiting:
+        process.kill()
+        process.communicate()
+
+
+def test_twenty_kills_during_saves_lose_nothing(tmp_path, savers):
+    folder = tmp_path / "checkpoints"
+    rng = random.Random(0)
+    latest, cut_short = 0, 0
+    for _ in range(KILLS):
+        with savers() as saver:
+            try:
+                print(file=saver.stdin, flush=True)
+                goal = latest + rng.randint(1, 3)
+                assert wait_for(lambda goal=goal: max(whole_and_left_over(folder)[0], default=0) >= goal, 60)
+                assert len(whole_and_left_over(folder)[1]) <= 1  # none of those that the kills before left
+                time.sleep(rng.uniform(0, 0.1))
+                assert saver.poll() is None
+            finally:
+                saver.kill()
+
+        cut_short += bool(whole_and_left_over(folder)[1])
+        saved = checkpoint.Checkpoints(tmp_path, keep=None)
+        latest = saved.latest()
+        assert latest >= goal
+        assert_right(saved, latest)
+        saved.close()
+    assert cut_short >= KILLS // 4  # kills that came in the middle of a save
+
+
+def test_old_checkpoints_go_by_rule(tmp_path):
+    saved = checkpoint.Checkpoints(tmp_path, keep=2, keep_every=3)
+    for step in range(1, 9):
+        save(saved, step)
+    saved.close()
+    again = checkpoint.Checkpoints(tmp_path, keep=1, keep_every=6)  # the rule may change later
+    assert sorted(again.manager.all_steps()) == [3, 6, 7, 8]
+    save(again, 9)
+    again.close()
+    assert whole_and_left_over(tmp_path / "checkpoints") == ([6, 9], [])
+
+
+def test_readers_leave_a_save_in_progress_alone(tmp_path):
+    saved = checkpoint.Checkpoints(tmp_path)
+    save(saved, 1)
+    saved.close()
+    unfinished = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    checkpoint.Checkpoints(tmp_path, keep=None).close()
+    assert unfinished.exists()
+    writer = checkpoint.Checkpoints(tmp_path, clean=True)
+    save(writer, 2)
+    writer.close()
+    assert whole_and_left_over(tmp_path / "checkpoints") == ([1, 2], [])
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path):
+    """A limit on the size of files stands for the full disk: both are errors of writing in the background."""
+    saved = checkpoint.Checkpoints(tmp_path, keep=1, clean=True)
+    save(saved, 1)
+    saved.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(checkpoint.SaveError, match=r"checkpoint 1 is whole .*File too large"):
+            save(saved, 2)
+            assert wait_for(lambda: not saved.manager.is_saving_in_progress(), 30)
+            saved.check()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved.latest() == 1
+    saved.manager.close()
+
+    again = checkpoint.Checkpoints(tmp_path, keep=1, clean=True)
+    assert again.latest() == 1
+    assert_right(again, 1)
+    save(again, 2)
+    again.close()
+    assert whole_and_left_over(tmp_path / "checkpoints") == ([2], [])
+    assert_right(checkpoint.Checkpoints(tmp_path), 2)
+
+
+def test_a_run_stops_soon_after_a_save_has_failed(tmp_path, monkeypatch):
+    """Not at the next save, which may be an hour later; what was reported before is there."""
+    write = checkpoint.ocp.CheckpointManager.save
+
+    def save_on_a_full_disk(self, step, **arguments):
+        if step > 2:
+            raise OSError(28, "No space left on device")
+        return write(self, step, **arguments)
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", save_on_a_full_disk)
+    with pytest.raises(checkpoint.SaveError, match=r"checkpoint 2 is whole .*No space left"):
+        train.train(tiny(steps=20), tmp_path)
+    assert checkpoint.Checkpoints(tmp_path).latest() == 2
+    assert metrics.read_json_lines(tmp_path)[-1]["step"] == 4
+    monkeypatch.undo()
+    train.train(tiny(steps=6), tmp_path)
+    assert whole_and_left_over(tmp_path / "checkpoints") == ([4, 6], [])
+
+
+def test_benchmark(tmp_path):
+    file, folder = tmp_path / "figures.json", tmp_path / "folder"
+    config = ROOT / "configs" / "scenes.py"
+    benchmark.main(
+        ["checkpoint", "--config", str(config), "--folder", str(folder), "--turns", "1", "--json", str(file)]
+    )
+    figures = json.loads(file.read_text())
+    assert figures["megabytes"] == pytest.approx(3 * 4e-6 * figures["parameters"], rel=1e-3)  # with both moments
+    assert figures["devices"] == 8
+    assert min(figures[f"{name}_seconds"] for name in ("stall", "save", "restore")) > 0
+    assert figures["ratio"] == figures["save_seconds"] / figures["stall_seconds"]
+    assert not list(folder.iterdir())  # nothing stays
