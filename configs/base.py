@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.keep = 2  # newest checkpoints that stay …
     config.keep_every = config_dict.placeholder(int)  # … beside those of every so many steps, which stay for ever
     config.eval_every = 0  # 0: only at the end
+    config.profile_steps = config_dict.placeholder(tuple)  # (first, last): a trace for XProf in WORKDIR/profile
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # -1: all devices
 
     config.model = variants.flair("B/16")

@@ -150,6 +150,9 @@ class Projection(nn.Module):
         return x @ self.proj
 
 
+VISION_SIZES = ("image_size", "patch_size", "width", "depth", "heads")  # other keys concern training in JAX
+
+
 class TorchFLAIR(nn.Module):
     """FLAIR (Xiao et al., CVPR 2025).
 
@@ -169,7 +172,7 @@ class TorchFLAIR(nn.Module):
         self.positional_embedding = nn.Parameter(torch.randn(text["context_length"], width) * 0.01)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.get("init_logit_scale", math.log(1 / 0.07)))))
         self.logit_bias = nn.Parameter(torch.tensor(float(config.get("init_logit_bias", -10.0))))
-        self.visual = VisionTower(**config["vision"])
+        self.visual = VisionTower(**{name: config["vision"][name] for name in VISION_SIZES})
         self.visual_proj = TextConditionedPooling(embed_dim, config["pooling"]["heads"])
         self.transformer = Transformer(width, text["depth"], text["heads"], causal=True)
         self.token_embedding = nn.Embedding(text["vocab_size"], width)

@@ -4,7 +4,7 @@ The shape of a packed batch is fixed: the number of rows is measured once on the
 all batches fit. In the others the longest captions are cut until all fit: no caption is lost.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +63,17 @@ def pack(tokens: np.ndarray, *, row_length: int, rows: int) -> Packed:
 def lengths(tokens: np.ndarray) -> np.ndarray:
     """Tokens of each caption up to its end-of-text id, which counts: (N, T) -> int64 (N,)."""
     return tokens.argmax(axis=1) + 1
+
+
+def text_lengths(texts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Tokens of each caption of a batch, with both ends, from the fields of a packed or a padded batch's texts: (N,).
+
+    `ends` may count the tokens of the processes before this one, too.
+    """
+    rows, row_length = texts["tokens"].shape
+    if "positions" in texts:
+        return texts["positions"].reshape(-1)[texts["ends"] % (rows * row_length)] + 1
+    return texts["ends"] % row_length + 1
 
 
 def rows_for(batches: Iterable[np.ndarray], *, row_length: int, multiple_of: int = 1, quantile: float = 0.95) -> int:

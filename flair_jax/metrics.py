@@ -1,9 +1,11 @@
 """Numbers of a run on their way out: TensorBoard, JSON lines, the progress bar and the loss curve."""
 
+import collections
 import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -53,55 +55,97 @@ def create_writer(workdir: epath.PathLike, step: int) -> metric_writers.MetricWr
     return metric_writers.MultiWriter(writers)
 
 
+class Clock:
+    """Seconds since it was made, and those of them that were spent on something that has a name."""
+
+    def __init__(self):
+        self.began = time.perf_counter()
+        self.seconds = collections.Counter()
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - began
+
+    def total(self) -> float:
+        return max(time.perf_counter() - self.began, 1e-9)
+
+
 class Progress:
-    """The progress bar: loss, images a second, share of the time spent waiting for data, time left.
+    """The progress bar, and how fast a run is: images a second, waits, work done, fill of the captions' rows.
 
     Args:
       total, first: steps of the whole run, and those done before.
       batch_size: images a step, over all processes.
+      peak: operations a second of all devices, for MFU; None where it is not known.
       enabled: False on all processes but one.
     """
 
-    def __init__(self, total: int, first: int, batch_size: int, enabled: bool = True):
+    def __init__(self, total: int, first: int, batch_size: int, peak: float | None = None, enabled: bool = True):
         self.bar = tqdm.tqdm(
             total=total, initial=first, unit="step", dynamic_ncols=True, disable=not enabled, mininterval=1.0
         )
-        self.batch_size = batch_size
+        self.batch_size, self.peak = batch_size, peak
+        self.whole = collections.Counter()  # sums over all intervals
         self.start()
 
     def start(self) -> None:
         """Begins a new interval; also after a pause for evaluation."""
-        self.began, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.clock, self.sums = Clock(), collections.Counter()
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time within counts as waiting for data."""
-        began = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - began
+    def step(self, work: float, tokens: int, places: int) -> None:
+        """A step was started.
 
-    def step(self) -> None:
-        self.steps += 1
+        Args:
+          work: operations of it, over all devices.
+          tokens, places: of its captions' tokens, and places for tokens, padding included.
+        """
+        self.sums.update(steps=1, work=work, tokens=tokens, places=places)
         self.bar.update()
 
     def speed(self) -> dict[str, float]:
         """Figures of the interval. The next one begins here, so that writing them is not left out of both."""
-        seconds = max(time.perf_counter() - self.began, 1e-9)
-        figures = {
-            "images_per_second": self.steps * self.batch_size / seconds,
-            "data_wait_share": self.waited / seconds,
-        }
+        sums = self.sums + collections.Counter(seconds=self.clock.total(), **self.clock.seconds)
+        self.whole.update(sums)
         self.start()
-        return figures
+        return self._figures(sums)
+
+    def _figures(self, sums: Mapping[str, float]) -> dict[str, float]:
+        seconds, steps = sums["seconds"], max(sums["steps"], 1)
+        figures = {
+            "images_per_second": sums["steps"] * self.batch_size / seconds,
+            "step_seconds": seconds / steps,
+            "data_wait_share": sums["data"] / seconds,
+            "saving_share": sums["saving"] / seconds,
+            "fill": sums["tokens"] / max(sums["places"], 1),
+            "tflop_per_second": sums["work"] / seconds / 1e12,
+        }
+        return figures if self.peak is None else {**figures, "mfu": sums["work"] / seconds / self.peak}
+
+    def summary(self) -> dict[str, float]:
+        """Figures of the whole run since it was started, evaluation left out."""
+        self.speed()
+        return {"steps": self.whole["steps"], "seconds": self.whole["seconds"], **self._figures(self.whole)}
 
     def show(self, scalars: Mapping[str, float]) -> None:
+        mfu = f", MFU {scalars['mfu']:.0%}" if "mfu" in scalars else ""
         self.bar.set_postfix_str(
             f"loss {scalars['loss']:.3f}, {scalars['images_per_second']:.0f} images/s, "
-            f"data wait {scalars['data_wait_share']:.0%}"
+            f"data wait {scalars['data_wait_share']:.0%}{mfu}"
         )
 
     def close(self) -> None:
         self.bar.close()
+
+
+def table(title: str, figures: Mapping[str, Any]) -> str:
+    """Numbers by name as lines to print."""
+    lines = [f"  {name:20}{value:>14,}" for name, value in figures.items() if isinstance(value, int)]
+    lines += [f"  {name:20}{value:>14,.4g}" for name, value in figures.items() if isinstance(value, float)]
+    return "\n".join([f"{title}:", *lines])
 
 
 def draw_loss_curve(workdir: epath.PathLike, path: epath.PathLike) -> None:

@@ -12,7 +12,6 @@ With `--topology` the account is the TPU compiler's own.
 """
 
 import collections
-import functools
 import importlib
 import json
 import math
@@ -28,7 +27,7 @@ from jax.experimental import topologies
 from ml_collections import config_flags
 
 from flair_jax import flops, models, optimizer, sharding, state
-from flair_jax.train import train_step
+from flair_jax.train import step_of
 
 RECIPES = ("flair_cc3m", "flair_cc12m", "flair_yfcc15m", "flair_merged30m", "flair_pixelprose")
 CHIPS = ("A100", "H200", "TPU v5e", "TPU v6e")  # an H100 counts as an H200
@@ -77,7 +76,7 @@ def abstract_state(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> tuple[
     """Model, optimiser and the shapes of their state, placed as a run would place them."""
     model = models.create(config["model"], config["loss"])
     tx = optimizer.create(total_steps=config["steps"], **config["optimizer"])
-    shapes = jax.eval_shape(lambda: state.create(model, tx, mesh, config["seed"]))
+    shapes = jax.eval_shape(lambda: state.create(model, tx, mesh, config["seed"], ema=config["ema_decay"] is not None))
     placed = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
@@ -96,7 +95,7 @@ def compile_step(
     with jax.set_mesh(mesh):
         model, tx, placed = abstract_state(config, mesh)
         batch = abstract_batch(config, mesh, mean_tokens)
-        step = jax.jit(functools.partial(train_step, model=model, tx=tx, seed=config["seed"]), donate_argnums=0)
+        step = jax.jit(step_of(config, model, tx), donate_argnums=0)
         return step.lower(placed, batch).compile(options)
 
 

@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,15 +15,27 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from data import pipeline, positions, scenes
+from data import packing, pipeline, positions, scenes
 from data.images import normalize
 from data.tokenizer import VOCAB_SIZE
-from flair_jax import checkpoint, distributed, evaluate, metrics, models, optimizer, pretrained, sharding, state
+from flair_jax import (
+    checkpoint,
+    compilation,
+    distributed,
+    evaluate,
+    flops,
+    metrics,
+    models,
+    optimizer,
+    pretrained,
+    sharding,
+    state,
+)
 from flair_jax.augmentation import crop_and_resize
 
 SECTIONS = {
     "seed", "batch_size", "steps", "epochs", "init_from", "log_every", "save_every", "keep", "keep_every", "eval_every",
-    "model", "loss", "optimizer", "ema_decay", "data", "evaluators", "mesh",
+    "profile_steps", "model", "loss", "optimizer", "ema_decay", "data", "evaluators", "mesh",
 }  # fmt: skip
 # Keys that say how a step is computed, not what: a run may go on with others, as it may on other hardware.
 HOW = {"model": ("scan_blocks", "remat", "micro_batches"), "loss": ("chunk_size",)}
@@ -69,6 +81,7 @@ def train_step(
         "loss": loss,
         **parts,
         "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(state.params),
         "logit_scale": jnp.exp(state.params["logit_scale"]),
         "logit_bias": state.params["logit_bias"],
     }
@@ -127,15 +140,15 @@ def _train(config, workdir, mesh, signals):
         current = current.start_from(params)
     first = int(current.step)
 
-    options = dict(model=model, tx=tx, seed=config["seed"], ema_decay=config["ema_decay"])
-    step_function = jax.jit(functools.partial(train_step, **options), donate_argnums=0)
     rate = optimizer.schedule(config["optimizer"]["learning_rate"], config["optimizer"]["warmup_steps"], steps)
     evaluators = evaluate.build(config["evaluators"], model)
     writer = metrics.create_writer(workdir, first) if main_process else None
-    progress = metrics.Progress(steps, first, config["batch_size"], enabled=main_process)
+    progress = metrics.Progress(steps, first, config["batch_size"], peak_flops(config), enabled=main_process)
+    profile_first, profile_last = config["profile_steps"] or (-1, -1)
+    step_function = None  # compiled for the first batch
 
     def report(step, numbers):
-        """Numbers of a step that the device has finished by now, or is about to."""
+        """Looks at the numbers of a step that the device has finished by now, or is about to, and logs them."""
         numbers = {name: float(value) for name, value in jax.device_get(numbers).items()}
         bad = [name for name, value in numbers.items() if not math.isfinite(value)]
         if bad:
@@ -146,12 +159,14 @@ def _train(config, workdir, mesh, signals):
         if step % config["log_every"] == 0 and writer is not None:
             numbers |= progress.speed() | {"learning_rate": float(rate(step - 1)), "epoch": stream.epoch}
             numbers |= {"skipped": stream.skipped.total(), "shortened": stream.shortened}
-            writer.write_scalars(step, numbers)
+            with progress.clock.measure("logging"):
+                writer.write_scalars(step, numbers)
             progress.show(numbers)
+        return numbers
 
     # The order is fixed: save and evaluate the state as it is, draw the batch, step, report the step before. So a
     # checkpoint holds the position of the very batch that comes next, and the host never waits for the device.
-    pending = None
+    pending, tracing = None, False
     try:
         for step in range(first, steps):
             stop = signals.stop(step)
@@ -161,7 +176,8 @@ def _train(config, workdir, mesh, signals):
                 report(*pending)  # a state is only saved once the step that made it is known to be sound
                 pending = None
             if save or stop:
-                saved.save(current, gather_positions(stream.position), config)
+                with progress.clock.measure("saving"):
+                    saved.save(current, gather_positions(stream.position), config)
             if stop:
                 raise distributed.Interrupted(stop, step)
             if config["eval_every"] and step % config["eval_every"] == 0 and step > first:
@@ -169,17 +185,32 @@ def _train(config, workdir, mesh, signals):
                 if writer is not None:
                     writer.write_scalars(step, results)
                 progress.start()
-            with progress.waiting():
+            with progress.clock.measure("data"):
                 batch = next(stream)
-            current, numbers = step_function(current, sharding.global_batch(mesh, batch))
+            placed = sharding.global_batch(mesh, batch)
+            if step_function is None:
+                step_function = compilation.compile_step(step_of(config, model, tx), current, placed)
+                if main_process:
+                    print(compilation.memory_table(step_function), flush=True)
+                progress.start()
+            if step == profile_first:
+                jax.profiler.start_trace(str(workdir / "profile"))
+                tracing = True
+            current, numbers = step_function(current, placed)
             if pending:
                 report(*pending)
             pending = step + 1, numbers
-            progress.step()
-        if pending:
-            report(*pending)
+            progress.step(*_work(config, batch["texts"]))
+            if step == profile_last and tracing:
+                jax.block_until_ready(current)
+                jax.profiler.stop_trace()
+                tracing = False
+        final = report(*pending) if pending else {}
         saved.save(current, gather_positions(stream.position), config)
     finally:
+        if tracing:
+            jax.profiler.stop_trace()
+        summary = progress.summary()
         progress.close()
         stream.close()
         saved.close()
@@ -190,13 +221,35 @@ def _train(config, workdir, mesh, signals):
     results = evaluate.run(evaluators, current.weights)
     evaluate.write(workdir, results, config["evaluators"], model, current.weights)
     if main_process:
+        counts = {"skipped": stream.skipped.total(), "shortened": stream.shortened}
+        print(metrics.table("this run", {**summary, **final, **counts}))
         for reason, count in stream.skipped.most_common():
             logging.warning("%d samples were skipped: %s", count, reason)
         metrics.draw_loss_curve(workdir, evaluate.pictures(workdir) / "loss.png")
     return results
 
 
-def open_stream(config: Mapping[str, Any], model: nn.Module, workdir: epath.Path, position) -> pipeline.Stream:
+def step_of(config: Mapping[str, Any], model: nn.Module, tx: optax.GradientTransformation) -> Callable:
+    """`train_step` of a config, as a function of state and batch."""
+    return functools.partial(train_step, model=model, tx=tx, seed=config["seed"], ema_decay=config["ema_decay"])
+
+
+def peak_flops(config: Mapping[str, Any]) -> float | None:
+    """Operations a second of all devices, where the model computes in bfloat16 and the chip's peak is known."""
+    one = flops.peak(jax.devices()[0].device_kind)
+    return None if one is None or config["model"]["dtype"] != "bfloat16" else one * jax.device_count()
+
+
+def _work(config: Mapping[str, Any], texts: Mapping[str, np.ndarray]) -> tuple[float, int, int]:
+    """Operations of a step on all devices, taking the other processes' captions to be as long as this one's; tokens and
+    places of this process's captions."""
+    lengths = packing.text_lengths(texts)
+    everywhere = np.tile(lengths, jax.process_count())
+    work = flops.train_step(config["model"], config["loss"], config["batch_size"], everywhere)
+    return work, int(lengths.sum()), texts["tokens"].size
+
+
+def open_stream(config: Mapping[str, Any], model: nn.Module, workdir: epath.Path, position=None) -> pipeline.Stream:
     """The training batches of a config's `data` section.
 
     With `data.scenes` the embedded data set is drawn into `WORKDIR/scenes` first and read from there like any other.
@@ -234,6 +287,8 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"set one of config.steps and config.epochs, not {config['steps']} and {config['epochs']}")
     if config["ema_decay"] is not None and not 0 < config["ema_decay"] < 1:
         raise ValueError(f"config.ema_decay is {config['ema_decay']}; expected a share between 0 and 1, such as 0.9999")
+    if (profile := config["profile_steps"]) and (len(profile) != 2 or not 0 <= profile[0] <= profile[1]):
+        raise ValueError(f"config.profile_steps is {profile}; expected the first and the last, such as (10, 12)")
     if config["model"].get("micro_batches", 1) < 1:
         raise ValueError(f"config.model.micro_batches is {config['model']['micro_batches']}; expected 1 or more")
     if config["model"]["text"]["vocab_size"] < VOCAB_SIZE:

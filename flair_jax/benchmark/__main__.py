@@ -1,6 +1,8 @@
 """The command line: prints the figures of one benchmark, and writes them as flat JSON with `--json`."""
 
 import argparse
+import ast
+import contextlib
 import json
 import pathlib
 import runpy
@@ -9,7 +11,7 @@ from typing import Any
 
 from configs import base
 from data import records
-from flair_jax.benchmark import checkpoint, data, loss, soak, tokenizer
+from flair_jax.benchmark import checkpoint, data, encode, loss, soak, sweep, tokenizer, train
 
 WITHOUT_OPEN_CLIP = "open_clip is not installed, so {}: pip install --no-deps open_clip_torch"
 
@@ -42,6 +44,44 @@ def _data(arguments: argparse.Namespace) -> dict[str, Any]:
     if figures.get("reference_loader_tokenizer") == "python":
         print(WITHOUT_OPEN_CLIP.format("the reference's loader has another Python tokenizer, a bit faster"))
     return figures
+
+
+def _config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The config of a file, with what the arguments change, as the benchmarks of the model take it."""
+    config = runpy.run_path(str(arguments.config))["get_config"]() if arguments.config else base.get_config()
+    if not arguments.config:  # the recipe's model on whatever the machine has
+        config.batch_size = 8
+        config.data.packing.row_length = 80
+    for change in arguments.set:
+        name, _, value = change.partition("=")
+        with contextlib.suppress(ValueError, SyntaxError):  # a string stays one
+            value = ast.literal_eval(value)
+        config.update_from_flattened_dict({name: value})
+    if arguments.shards:
+        config.data.shards = arguments.shards
+    if getattr(arguments, "batch_size", None):
+        config.batch_size = arguments.batch_size
+    return config.to_dict()
+
+
+def _sides(arguments: argparse.Namespace) -> Sequence[str]:
+    return {None: (), "torch": train.SIDES, "eager": ("eager",), "compiled": ("compiled",)}[arguments.beside]
+
+
+def _train(arguments: argparse.Namespace) -> dict[str, Any]:
+    options = dict(beside=_sides(arguments), steps=arguments.steps, turns=arguments.turns, trace=arguments.trace)
+    return train.measure(_config(arguments), **options)
+
+
+def _encode(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("images", "texts", "text_batch", "turns")
+    options = {name: getattr(arguments, name) for name in names}
+    return encode.measure(_config(arguments), kinds=arguments.kinds, beside=_sides(arguments), **options)
+
+
+def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
+    options = dict(beside=_sides(arguments), steps=arguments.steps, turns=arguments.turns)
+    return sweep.measure(_config(arguments), arguments.vary, **options)
 
 
 def _soak(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -90,6 +130,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--no-reference", dest="reference", action="store_false", help="without the reference's kind of loader"
     )
     command.set_defaults(run=_data)
+
+    model = argparse.ArgumentParser(add_help=False, parents=[common])
+    model.add_argument("--config", type=pathlib.Path, metavar="FILE", help="a file of configs/; FLAIR B/16 if absent")
+    model.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the config: model.dtype=bfloat16")
+    model.add_argument("--shards", help="whose images and captions to take; made up if absent")
+    model.add_argument(
+        "--beside", choices=["torch", *train.SIDES], help="run the PyTorch twin, too: eager, compiled, or both (torch)"
+    )
+    model.add_argument("--turns", type=int, default=3, metavar="N", help="of each side (%(default)s)")
+    steps = argparse.ArgumentParser(add_help=False)
+    steps.add_argument("--steps", type=int, default=3, metavar="N", help="in a turn (%(default)s)")
+
+    command = benchmarks.add_parser("train", parents=[model, steps], help="images per second of training steps")
+    command.add_argument("--batch-size", type=int, metavar="B", help="images; the config's if absent")
+    command.add_argument("--trace", metavar="FOLDER", help="write a profile of two more steps there, for XProf")
+    command.set_defaults(run=_train)
+
+    command = benchmarks.add_parser("sweep", parents=[model, steps], help="`train` over several settings, as a table")
+    command.add_argument(
+        "--vary",
+        nargs="+",
+        required=True,
+        metavar="KEY=V,V",
+        help="settings of the config: batch_size=64,128",
+    )
+    command.set_defaults(run=_sweep)
+
+    for name, kinds, words in (
+        ("encode", ("images", "texts"), "images and texts encoded per second"),
+        ("score", ("pairs",), "text-conditioned scores per second"),
+    ):
+        command = benchmarks.add_parser(name, parents=[model], help=words)
+        command.add_argument("--images", type=int, default=16, metavar="N", help="in a turn (%(default)s)")
+        command.add_argument("--texts", type=int, default=256, metavar="N", help="in a turn (%(default)s)")
+        command.add_argument("--text-batch", type=int, default=64, metavar="N", help="at a time (%(default)s)")
+        command.set_defaults(run=_encode, kinds=kinds)
 
     command = benchmarks.add_parser("soak", parents=[common], help="memory of the training stream over many batches")
     command.add_argument("--batches", type=int, default=20_000, metavar="N", help="tiny ones (%(default)s)")

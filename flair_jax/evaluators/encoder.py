@@ -16,6 +16,7 @@ from flair_jax.losses.sigmoid import BATCH_AXES
 from flair_jax.models.text import Text
 
 Item = TypeVar("Item")
+LENGTH_STEP = 16  # tokens by which text batches differ in length: few shapes to compile, little padding
 
 
 def evaluation_mesh() -> Mesh:
@@ -154,13 +155,16 @@ class Encoder:
           TextFeatures whose `pooled` is (N, D) and whose other fields are None, whole on every device.
         """
         tokens, inverse = np.unique(tokens, axis=0, return_inverse=True)
-        tokens = tokens[:, : np.argmax(tokens, axis=1).max() + 1]  # nothing is read behind the end of a text
+        lengths = np.argmax(tokens, axis=1) + 1  # nothing is read behind the end of a text
+        order = np.argsort(lengths, kind="stable")  # texts of like length share a batch, cut to the longest of them
         rows = self.text_rows(len(tokens))
-        blocks = [
-            self._encode_text(params, self.split(pad_rows(tokens[start : start + rows], rows)))
-            for start in range(0, len(tokens), rows)
-        ]
-        return self.take(blocks, inverse.reshape(-1))
+        blocks = []
+        for start in range(0, len(tokens), rows):
+            batch = order[start : start + rows]
+            length = -(-int(lengths[batch].max()) // LENGTH_STEP) * LENGTH_STEP
+            blocks.append(self._encode_text(params, self.split(pad_rows(tokens[batch, :length], rows))))
+        place = np.argsort(order, kind="stable")  # of each text among the blocks
+        return self.take(blocks, place[inverse.reshape(-1)])
 
     def take(self, blocks: Sequence[Any], index: np.ndarray) -> Any:
         """Rows by number out of features that stand one behind the other in `blocks`, whole on every device."""

@@ -105,7 +105,8 @@ def flair_loss(
       chunk_size: images to work on at a time on a device, for bounded memory; None: all at once.
 
     Returns:
-      The loss and its parts, float32 scalars. Neither depends on the chunks or devices, up to rounding.
+      The loss, its parts, and the mean logit of TCS's positive and of its negative pairs, float32 scalars. None depends
+      on the chunks or devices, up to rounding.
 
     Raises:
       ValueError: the batch cannot be split as asked.
@@ -137,16 +138,19 @@ def flair_loss(
             row = rows[number % block_size]  # (C, M)
             pooled = attend(params, text.queries[row], image.keys, image.values)  # (C, M, D)
             cosine = jnp.einsum("cmd,cmd->cm", normalize(pooled), unit_texts[row])
-            tcs = log_sigmoid_sum(scale * cosine + logit_bias, row // per_image == number[:, None])
-            if not mps:
-                return tcs, jnp.zeros_like(tcs)
-            cosine = normalize(image.pooled) @ unit_texts.T  # (C, N * K)
-            owner = jnp.arange(texts) // per_image
-            return tcs, log_sigmoid_sum(scale * cosine + logit_bias, owner == number[:, None])
+            logits, own = scale * cosine + logit_bias, row // per_image == number[:, None]
+            sums = {"tcs": log_sigmoid_sum(logits, own)}
+            fixed = lax.stop_gradient(logits)
+            sums |= {"positive": jnp.sum(fixed, where=own), "negative": jnp.sum(fixed, where=~own)}
+            if mps:
+                cosine = normalize(image.pooled) @ unit_texts.T  # (C, N * K)
+                owner = jnp.arange(texts) // per_image
+                sums["mps"] = log_sigmoid_sum(scale * cosine + logit_bias, owner == number[:, None])
+            return sums
 
         number = first + jnp.arange(shard)
         if chunk_size is None or chunk_size >= shard:
-            tcs, mps_sum = chunk_loss(image, number)
+            sums = chunk_loss(image, number)
         else:
             if shard % chunk_size:
                 raise ValueError(f"loss.chunk_size {chunk_size} does not divide the {shard} images of a device")
@@ -154,8 +158,8 @@ def flair_loss(
             step = jax.checkpoint(lambda chunk: chunk_loss(*chunk))
             chunks = jax.tree.map(lambda x: x.reshape(-1, chunk_size, *x.shape[1:]), (image, number))
             _, sums = lax.scan(lambda _, chunk: (None, step(chunk)), None, chunks)
-            tcs, mps_sum = sums[0].sum(), sums[1].sum()
-        return lax.psum((tcs, mps_sum), axes) if axes else (tcs, mps_sum)
+            sums = jax.tree.map(jnp.sum, sums)
+        return lax.psum(sums, axes) if axes else sums
 
     axes = batch_axes()
     arguments = (image, text, params, logit_scale, logit_bias, rows)
@@ -163,12 +167,18 @@ def flair_loss(
         split, whole = PartitionSpec(axes), PartitionSpec()
         specs = (split, split, whole, whole, whole, whole)
         sharded = jax.shard_map(lambda *a: local_loss(*a, axes=axes), in_specs=specs, out_specs=whole)
-        tcs, mps_sum = sharded(*arguments)
+        sums = sharded(*arguments)
     else:
-        tcs, mps_sum = local_loss(*arguments, axes=())
+        sums = local_loss(*arguments, axes=())
 
-    tcs = tcs / (blocks * (block_size + per_image - 1))
+    met = blocks * (block_size + per_image - 1)  # texts of an image
+    tcs = sums["tcs"] / met
+    parts = {
+        "tcs": tcs,
+        "positive_logit": sums["positive"] / texts,
+        "negative_logit": sums["negative"] / (images * met - texts),
+    }
     if not mps:
-        return tcs, {"tcs": tcs}
-    mps_loss = mps_sum / texts
-    return (tcs + mps_loss) / 2, {"tcs": tcs, "mps": mps_loss}
+        return tcs, parts
+    mps_loss = sums["mps"] / texts
+    return (tcs + mps_loss) / 2, {**parts, "mps": mps_loss}

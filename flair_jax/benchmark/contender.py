@@ -1,0 +1,75 @@
+"""Two sides of a comparison, each in a process of its own: neither takes memory, threads or caches of the other."""
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+Turn = Callable[[int], Mapping[str, Any]]
+
+
+class Contender:
+    """One side, in a process that lives from here to `close`.
+
+    Args:
+      make: called in that process with the arguments; a context manager that gives the function for `turn`. Defined at
+        the top of a module, as the arguments pickleable.
+      environment: variables of that process beside this one's.
+    """
+
+    def __init__(self, make: Callable[..., AbstractContextManager[Turn]], *arguments, environment=None):
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, *arguments))
+        before = dict(os.environ)
+        os.environ.update(environment or {})
+        try:
+            self._process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def turn(self, count: int) -> Mapping[str, Any]:
+        """Does what is measured `count` times, and returns its figures.
+
+        Raises:
+          RuntimeError: the process ended.
+        """
+        try:
+            self._connection.send(count)
+            return self._connection.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            self._process.join()
+            raise RuntimeError(f"a side's process ended with exit code {self._process.exitcode}") from error
+
+    def close(self) -> None:
+        self._connection.close()  # the process ends with it
+        self._process.join()
+
+
+def _serve(connection, make: Callable[..., AbstractContextManager[Turn]], *arguments) -> None:
+    """The side's process: a turn for each number that comes, until the connection is closed."""
+    with make(*arguments) as turn, contextlib.suppress(EOFError):
+        while True:
+            connection.send(turn(connection.recv()))
+
+
+def in_turns(contenders: Mapping[str, Contender], count: int, turns: int) -> dict[str, list[Mapping[str, Any]]]:
+    """One after the other, `turns` times, so that whatever else the machine does meets all of them.
+
+    Each begins a turn with one that is not counted: it compiles, fills caches, and gets back the memory that the
+    system took from it while it waited.
+    """
+    results = {name: [] for name in contenders}
+    for _ in range(turns):
+        for name, contender in contenders.items():
+            contender.turn(1)
+            results[name].append(contender.turn(count))
+    return results

@@ -1,0 +1,129 @@
+"""Images and texts through the towers and pairs through the pooling, as evaluation does it, beside the PyTorch twin."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flair_jax.benchmark import inputs, torch_twin
+from flair_jax.benchmark.contender import Contender, in_turns
+from flair_jax.benchmark.train import TWIN_ENVIRONMENT
+
+KINDS = ("images", "texts", "pairs")
+
+
+def measure(
+    config: Mapping[str, Any],
+    *,
+    kinds: Sequence[str] = ("images", "texts"),
+    beside: Sequence[str] = (),
+    images: int = 16,
+    texts: int = 256,
+    text_batch: int = 64,
+    turns: int = 5,
+) -> dict[str, Any]:
+    """Figures of the inference paths, from arrays on the host to features or scores on the host.
+
+    Args:
+      config: of a run; `model` is looked at. With `data.shards` texts are captions drawn from them, else made up.
+      kinds: what to measure: "images" and "texts" encode, "pairs" scores every image against every text by
+        text-conditioned pooling, from features that lie on the device.
+      beside: sides of the twin to run as well, "eager" and "compiled", in turns with ours. Texts are padded to the
+        context there, as the original encodes them.
+      images, texts: encoded, or scored against each other, in a turn.
+      text_batch: texts at a time on either side.
+      turns: of each; medians count.
+
+    Returns:
+      Of each kind `…_per_second`, and for each side of the twin `{side}_…_per_second` and `ratio_…_{side}`, its time
+      over ours.
+    """
+    figures = {"dtype": config["model"]["dtype"], "images": images, "texts": texts, "text_batch": text_batch}
+    count = {"images": images, "texts": texts, "pairs": images * texts}
+    for kind in kinds:
+        arguments = (config, kind, images, texts, text_batch)
+        contenders = {"flair_jax": Contender(ours, *arguments)}
+        try:
+            for side in beside:
+                contenders[side] = Contender(twin, *arguments, side == "compiled", environment=TWIN_ENVIRONMENT)
+            results = in_turns(contenders, 1, turns)
+        finally:
+            for contender in contenders.values():
+                contender.close()
+        seconds = {name: statistics.median(turn["seconds"] for turn in turns) for name, turns in results.items()}
+        figures[f"{kind}_per_second"] = count[kind] / seconds["flair_jax"]
+        for side in beside:
+            figures[f"{side}_{kind}_per_second"] = count[kind] / seconds[side]
+            figures[f"ratio_{kind}_{side}"] = seconds[side] / seconds["flair_jax"]
+    return figures
+
+
+def host_inputs(config: Mapping[str, Any], images: int, texts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images of noise, uint8 (B, H, W, 3), and texts, int32 (N, T), padded to the context."""
+    from data import pipeline
+
+    rng = np.random.default_rng(0)
+    size, context = config["model"]["vision"]["image_size"], config["model"]["text"]["context_length"]
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = rng.integers(0, 256, (images, height, width, 3), dtype=np.uint8)
+    if not config["data"]["shards"]:
+        return pixels, inputs.captions(rng, texts, context)
+    count = config["data"]["captions"]["count"]
+    with pipeline.make_stream(
+        config["data"]["shards"],
+        batch_size=-(-texts // count),
+        image_size=(height, width),
+        context_length=context,
+        seed=0,
+        captions=config["data"]["captions"],
+        pixels="fast",
+    ) as stream:
+        return pixels, next(stream)["texts"]["tokens"][:texts]
+
+
+@contextlib.contextmanager
+def ours(config: Mapping[str, Any], kind: str, images: int, texts: int, text_batch: int) -> Iterator[Callable]:
+    """Turns of the evaluators' encoder."""
+    import jax
+
+    from data.images import normalize
+    from flair_jax import models, state
+    from flair_jax.evaluators.encoder import Encoder
+
+    model = models.create(config["model"])
+    encoder = Encoder(model, normalize, image_batch=images, text_batch=text_batch)
+    params = encoder.place(jax.jit(lambda: state.init_params(model, 0))())
+    pixels, tokens = host_inputs(config, images, texts)
+
+    def encode_images() -> Any:
+        return [features for _, features in encoder.images(params, pixels)]
+
+    def encode_texts() -> Any:
+        return encoder.texts(params, tokens)
+
+    if kind == "pairs":
+        [image_features], text_features = encode_images(), encode_texts()
+        score = encoder.jit(encoder.method("score"))
+        run = lambda: score(params, image_features, text_features)  # noqa: E731
+    else:
+        run = {"images": encode_images, "texts": encode_texts}[kind]
+
+    def turn(count: int) -> Mapping[str, float]:
+        began = time.perf_counter()
+        for _ in range(count):
+            jax.device_get(run())
+        return {"seconds": (time.perf_counter() - began) / count}
+
+    yield turn
+
+
+@contextlib.contextmanager
+def twin(
+    config: Mapping[str, Any], kind: str, images: int, texts: int, text_batch: int, compiled: bool
+) -> Iterator[Callable]:
+    """Turns of the twin on the same arrays."""
+    with torch_twin.encoding(config, kind, *host_inputs(config, images, texts), text_batch, compiled) as turn:
+        yield turn

@@ -1,0 +1,57 @@
+"""Compiling the step before it runs: what it will need is known first, and what was compiled once is found again."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+
+GIB = 2**30
+
+
+def use_cache(folder: epath.PathLike) -> None:
+    """Keeps compiled programs in a folder, for the next start; the one of JAX_COMPILATION_CACHE_DIR if that is set."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def compile_step(step: Callable, state: Any, batch: Any) -> jax.stages.Compiled:
+    """A training step, compiled for these arrays or shapes; it takes the state for its own. Warns if it cannot fit."""
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    needed, limit = memory(compiled)["total"], memory_limit()
+    if limit is not None and needed > limit:
+        logging.warning(
+            "the step needs %.1f GiB a device and there are %.1f: make batch_size smaller, or set model.micro_batches, "
+            "model.remat, loss.chunk_size or mesh.fsdp",
+            needed / GIB,
+            limit / GIB,
+        )
+    return compiled
+
+
+def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes of a compiled program on one device: arguments, outputs that are not the arguments' places, temporaries."""
+    account = compiled.memory_analysis()
+    parts = {
+        "arguments": account.argument_size_in_bytes,
+        "outputs": account.output_size_in_bytes - account.alias_size_in_bytes,
+        "temporaries": account.temp_size_in_bytes,
+        "code": account.generated_code_size_in_bytes,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def memory_table(compiled: jax.stages.Compiled) -> str:
+    """`memory` as lines to print, beside what the device has."""
+    limit = memory_limit()
+    lines = [f"  {name:12}{size / GIB:9.2f} GiB" for name, size in memory(compiled).items()]
+    there = "" if limit is None else f" of {limit / GIB:.1f} GiB"
+    return "memory of a step, one device:\n" + "\n".join(lines) + there
+
+
+def memory_limit() -> int | None:
+    """Bytes that jax may use on a device; None where the device does not say, as a CPU."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    return statistics.get("bytes_limit")
