@@ -152,12 +152,12 @@ class Stream:
         if self._layout.leftover:
             relaid = functools.partial(_relaid, places, self._layout)
             places = grain.MapDataset.range(1).repeat().map_with_index(relaid)
-        samples = places.map_with_index(load)[self._layout.start :]
-        shared = bool(workers) and os.path.isdir(SHARED_MEMORY)
-        to_group = functools.partial(collate, shared=shared)
-        groups = samples.batch(self._rows, drop_remainder=True, batch_fn=to_group)
+        numbered = places.map_with_index(_with_place)[self._layout.start :]
+        groups = numbered.batch(self._rows, drop_remainder=True, batch_fn=list)
         groups = groups[self._group * self._process_count + self._process_index :: self._process_count]
-        # A worker reads ahead by its queue alone: a thread of its own would hold a group that nobody unlinks at the end.
+        shared = bool(workers) and os.path.isdir(SHARED_MEMORY)
+        groups = groups.map(functools.partial(_load_group, load, shared))
+        # Only their queues let workers read ahead: a thread would hold a group that nobody unlinks at the end.
         threads = 0 if workers else min(MAX_THREADS, os.cpu_count() or 1)
         groups = groups.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         if workers and not flags.FLAGS.is_parsed():
@@ -306,6 +306,14 @@ def _check_same_stream(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None
 
 def _relaid(places: grain.MapDataset, layout: positions.Layout, place: int, _: int) -> tuple[int, int]:
     return places[layout(place)]
+
+
+def _with_place(place: int, which: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    return place, which
+
+
+def _load_group(load: LoadTraining, shared: bool, group: list[tuple[int, tuple[int, int]]]) -> dict[str, Any]:
+    return collate(load(group), shared)
 
 
 def _close(groups: list[grain.DatasetIterator]) -> None:
