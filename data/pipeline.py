@@ -10,6 +10,7 @@ lost. Last, the captions of a batch may be packed.
 import collections
 import concurrent.futures
 import dataclasses
+import errno
 import functools
 import logging
 import multiprocessing
@@ -24,6 +25,7 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from grain.python import SharedMemoryArray
 
 from data import captions, order, packing, positions, records, tokenizer
 from data.captions import CaptionOptions
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 MAX_THREADS = 8  # without workers; each holds a whole batch
 WORKER_BUFFER = 2  # batches that wait in each worker
+SHARED_MEMORY = "/dev/shm"  # where Linux lists it as files; elsewhere grain copies the batches into it
 LOGGED_SKIPS = 20  # warnings of skipped samples; later ones are only counted
 MEASURED_SAMPLES = 2048  # whose captions say how many packed rows a batch needs
 EARLY_SAMPLES, EARLY_SHARE = 200, 0.5  # where more than half of the first 200 are skipped there is no use in reading on
@@ -52,8 +55,12 @@ def _log_and_count(skipped: Skipped, counts: collections.Counter, logged: int) -
         logger.warning("skipped %d samples; from here on they are only counted", LOGGED_SKIPS)
 
 
-def collate(samples: Sequence[dict[str, np.ndarray] | Skipped]) -> dict[str, Any]:
+def collate(samples: Sequence[dict[str, np.ndarray] | Skipped], shared: bool = False) -> dict[str, Any]:
     """A group of samples.
+
+    Args:
+      samples: of the group, in order.
+      shared: whether to lay the arrays in shared memory, for another process.
 
     Returns:
       The arrays of the G good ones, (G, …) each; "offsets": their places in the group, (G,); and "skipped": (offset,
@@ -61,9 +68,30 @@ def collate(samples: Sequence[dict[str, np.ndarray] | Skipped]) -> dict[str, Any
     """
     offsets = [offset for offset, sample in enumerate(samples) if not isinstance(sample, Skipped)]
     good = [samples[offset] for offset in offsets]
-    arrays = {name: np.stack([sample[name] for sample in good]) for name in (good[0] if good else ())}
+    stack = _stack_shared if shared else np.stack
+    arrays = {name: stack([sample[name] for sample in good]) for name in (good[0] if good else ())}
     skipped = [(offset, sample) for offset, sample in enumerate(samples) if isinstance(sample, Skipped)]
     return {**arrays, "offsets": np.array(offsets, np.int64), "skipped": skipped}
+
+
+def _stack_shared(arrays: Sequence[np.ndarray]) -> SharedMemoryArray:
+    """As np.stack, into memory that grain hands to the parent as it is.
+
+    It is written as a file: stored through its mapping every page of it would be a fault, which takes several times as
+    long as the copy, and the end of the process where the memory is full.
+
+    Raises:
+      OSError: the shared memory is full.
+    """
+    stacked = SharedMemoryArray((len(arrays), *arrays[0].shape), arrays[0].dtype)
+    try:
+        with open(os.path.join(SHARED_MEMORY, stacked.shm.name), "r+b") as file:
+            for array in arrays:
+                file.write(array)
+    except OSError:
+        stacked.unlink_on_del()
+        raise
+    return stacked
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,10 +152,13 @@ class Stream:
         if self._layout.leftover:
             relaid = functools.partial(_relaid, places, self._layout)
             places = grain.MapDataset.range(1).repeat().map_with_index(relaid)
-        samples = places.map_with_index(load)[self._layout.start :]
-        groups = samples.batch(self._rows, drop_remainder=True, batch_fn=collate)
+        numbered = places.map_with_index(_with_place)[self._layout.start :]
+        groups = numbered.batch(self._rows, drop_remainder=True, batch_fn=list)
         groups = groups[self._group * self._process_count + self._process_index :: self._process_count]
-        threads = 1 if workers else min(MAX_THREADS, os.cpu_count() or 1)
+        shared = bool(workers) and os.path.isdir(SHARED_MEMORY)
+        groups = groups.map(functools.partial(_load_group, load, shared))
+        # Only their queues let workers read ahead: a thread would hold a group that nobody unlinks at the end.
+        threads = 0 if workers else min(MAX_THREADS, os.cpu_count() or 1)
         groups = groups.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         if workers and not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain's workers ask absl for flags, which only `app.run` parses
@@ -177,11 +208,14 @@ class Stream:
     def _read(self) -> dict[str, Any]:
         try:
             group = next(self._groups[0])
-        except RuntimeError as error:
-            if "Worker process was terminated" in str(error):
+        except (RuntimeError, OSError) as error:
+            full = f"{SHARED_MEMORY} is full: enlarge it (docker run --shm-size=8g)"
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                error.add_note(f"{full}.")
+            elif "Worker process was terminated" in str(error):
                 error.add_note(
                     "Exit code -9 means killed, most often for want of memory: use fewer workers or a smaller batch. "
-                    "Exit code -7 means that /dev/shm is full: enlarge it (docker run --shm-size=8g)."
+                    f"Exit code -7 means that {full}."
                 )
             raise
         # Workers hand over a subclass that lives in shared memory and that cannot be pickled: plain views of it.
@@ -272,6 +306,14 @@ def _check_same_stream(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None
 
 def _relaid(places: grain.MapDataset, layout: positions.Layout, place: int, _: int) -> tuple[int, int]:
     return places[layout(place)]
+
+
+def _with_place(place: int, which: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    return place, which
+
+
+def _load_group(load: LoadTraining, shared: bool, group: list[tuple[int, tuple[int, int]]]) -> dict[str, Any]:
+    return collate(load(group), shared)
 
 
 def _close(groups: list[grain.DatasetIterator]) -> None:

@@ -26,12 +26,13 @@ class JSONError(ValueError):
     """A json that does not parse."""
 
 
+RUN = 32  # samples that are loaded step by step; their encoded images are held meanwhile
 UNUSABLE = (records.RecordError, JSONError, captions.CaptionError, images.ImageError)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadTraining:
-    """(place in the endless order, (epoch, sample number)) -> arrays of one sample, or Skipped.
+    """Of each (place in the endless order, (epoch, sample number)) the arrays of the sample, or Skipped.
 
     The arrays are `images`, uint8 (H, W, 3), and `tokens`, int32 (K, T); with pixels "device" `images` is a canvas,
     uint8 (C, C, 3), and `boxes`, float32 (4,), says which part of it the device has to crop.
@@ -61,13 +62,30 @@ class LoadTraining:
         if self.pixels not in get_args(Pixels):
             raise ValueError(f"pixels is {self.pixels!r}; expected one of {', '.join(get_args(Pixels))}")
 
-    def __call__(self, place: int, which: tuple[int, int]) -> dict[str, np.ndarray] | Skipped:
-        _, number = which
-        try:
-            record = self.source[number]
-            return {"tokens": self._tokens(record, which), **self._crop(record, which)}  # the cheap one first
-        except UNUSABLE as error:
-            return Skipped(*self.source.where(number), str(error), place)
+    def __call__(self, group: Sequence[tuple[int, tuple[int, int]]]) -> list[dict[str, np.ndarray] | Skipped]:
+        return [sample for first in range(0, len(group), RUN) for sample in self._run(group[first : first + RUN])]
+
+    def _run(self, run: Sequence[tuple[int, tuple[int, int]]]) -> list[dict[str, np.ndarray] | Skipped]:
+        """Step by step for all, not sample by sample: what a step uses stays in the caches of the core."""
+        loaded = [{} for _ in run]
+        for step in (self._read, self._add_tokens, self._add_crop):  # the cheap ones first
+            for position, (place, which) in enumerate(run):
+                if isinstance(loaded[position], Skipped):
+                    continue
+                try:
+                    step(loaded[position], which)
+                except UNUSABLE as error:
+                    loaded[position] = Skipped(*self.source.where(which[1]), str(error), place)
+        return loaded
+
+    def _read(self, sample: dict[str, Any], which: tuple[int, int]) -> None:
+        sample["record"] = self.source[which[1]]
+
+    def _add_tokens(self, sample: dict[str, Any], which: tuple[int, int]) -> None:
+        sample["tokens"] = self._tokens(sample["record"], which)
+
+    def _add_crop(self, sample: dict[str, Any], which: tuple[int, int]) -> None:
+        sample |= self._crop(sample.pop("record"), which)
 
     def tokens(self, which: tuple[int, int]) -> np.ndarray | None:
         """The tokens alone, int32 (K, T), without looking at the picture; None where there are no captions."""

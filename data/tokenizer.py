@@ -11,7 +11,6 @@ open_clip's own do from one version of its regular-expression library to the nex
 import functools
 import gzip
 import html
-import itertools
 import pathlib
 import re
 from collections.abc import Sequence
@@ -73,9 +72,11 @@ class Tokenizer:
         """
         texts = _as_list(texts)
         tokens = np.zeros((len(texts), self.context_length), np.int32)  # (N, T)
+        tokens[:, 0] = SOT
         for row, text in zip(tokens, texts, strict=True):
-            ids = [SOT, *encode(text)[: self.context_length - 2], EOT]
-            row[: len(ids)] = ids
+            ids = _ids(text)[: self.context_length - 2]
+            row[1 : len(ids) + 1] = ids
+            row[len(ids) + 1] = EOT
         return tokens
 
 
@@ -94,19 +95,30 @@ def ends(tokens: np.ndarray) -> np.ndarray:
 
 def encode(text: str) -> list[int]:
     """Ids of one text, of any number, without start and end of text."""
-    text = clean(text)
-    if text.isascii():
-        words = _ASCII_WORDS.findall(text)  # in ASCII a word and its bytes in the alphabet of `_bpe` are the same
-    else:
-        words = [word for word, _ in _bpe().pre_tokenizer.pre_tokenize_str(text)]
-    return list(itertools.chain.from_iterable(map(_merge, words)))
+    return _ids(text).tolist()
 
 
 def clean(text: str) -> str:
     """`text` as CLIP reads it: mended by ftfy, HTML entities resolved twice, white space collapsed, lower case."""
-    if not _SOUND.fullmatch(text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return _even(_mended(text))
+
+
+def _mended(text: str) -> str:
+    return text if _SOUND.fullmatch(text) else html.unescape(html.unescape(ftfy.fix_text(text)))
+
+
+def _even(text: str) -> str:
     return " ".join(text.split()).lower()
+
+
+def _ids(text: str) -> np.ndarray:
+    """`encode` as int32 (N,), not writable."""
+    text = _mended(text)
+    if text.isascii():
+        ids = map(_encode_piece, text.split())
+    else:
+        ids = (_merge(word) for word, _ in _bpe().pre_tokenizer.pre_tokenize_str(_even(text)))
+    return np.frombuffer(b"".join(ids), np.int32)
 
 
 def _as_list(texts) -> list[str]:
@@ -120,13 +132,21 @@ def _as_list(texts) -> list[str]:
     return list(texts)
 
 
-# Nearly all words of a caption have been seen before: looking them up is several times faster than merging them
-# again, even in Rust.
-@functools.lru_cache(maxsize=1 << 17)
-def _merge(word: str) -> tuple[int, ...]:
-    """Ids of one word of the pattern, given as bytes in the alphabet of `_bpe`."""
+# Nearly all pieces of a caption have been seen before: looking them up is several times faster than merging them again,
+# even in Rust. No word holds white space, so a text may be cut there.
+@functools.lru_cache(maxsize=1 << 16)
+def _encode_piece(piece: str) -> bytes:
+    """Ids, as the bytes of int32, of a part of an ASCII text between white space."""
+    # In ASCII a word and its bytes in the alphabet of `_bpe` are the same.
+    return b"".join(map(_merge, _ASCII_WORDS.findall(piece.lower())))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _merge(word: str) -> bytes:
+    """Ids, as the bytes of int32, of one word of the pattern, given as bytes in the alphabet of `_bpe`."""
     # The marks are words, not tokens to be cut out of a text beforehand: `!<end_of_text>` holds none.
-    return (_MARKS[word],) if word in _MARKS else tuple(token.id for token in _bpe().model.tokenize(word))
+    ids = [_MARKS[word]] if word in _MARKS else [token.id for token in _bpe().model.tokenize(word)]
+    return np.array(ids, np.int32).tobytes()
 
 
 @functools.cache

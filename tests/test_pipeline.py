@@ -13,10 +13,14 @@ import time
 
 import numpy as np
 import pytest
+from grain.python import SharedMemoryArray
 from PIL import Image
 from processes import alive, wait_for, worker_processes
 
 from data import pipeline, positions, records, tokenizer
+from data.captions import CaptionOptions
+from data.images import AugmentationOptions
+from data.samples import LoadTraining, Skipped
 from flair_jax.augmentation import crop_and_resize
 
 LENGTH = 16  # tokens a caption
@@ -519,6 +523,68 @@ def test_workers_end_when_their_parent_is_killed(clean, tmp_path):
         parent.wait()
     assert wait_for(lambda: not any(map(alive, workers)), 10)
     assert wait_for(lambda: not any(map(os.path.exists, blocks)), 10)
+
+
+def test_samples_do_not_depend_on_their_neighbours(flawed):
+    """A group of several runs, against every sample by itself."""
+    source = records.open_source(flawed)
+    options = CaptionOptions(fields=FIELDS, count=2), AugmentationOptions()
+    load = LoadTraining(source, 8, tokenizer.Tokenizer(LENGTH), 7, *options, "fast")
+    group = [(place, divmod(place, len(source))) for place in range(70)]
+    together, alone = load(group), [load([one])[0] for one in group]
+    assert {type(sample) for sample in together} == {dict, Skipped}
+    for sample, expected in zip(together, alone, strict=True):
+        if isinstance(expected, Skipped):
+            assert sample == expected
+        else:
+            assert sample.keys() == expected.keys() == {"images", "tokens"}
+            for name in expected:
+                np.testing.assert_array_equal(sample[name], expected[name])
+
+
+@pytest.fixture
+def blocks(monkeypatch) -> list[pathlib.Path]:
+    """The blocks of shared memory that `pipeline` makes."""
+    made = []
+
+    def make(*arguments):
+        array = SharedMemoryArray(*arguments)
+        made.append(pathlib.Path("/dev/shm", array.shm.name))
+        return array
+
+    monkeypatch.setattr(pipeline, "SharedMemoryArray", make)
+    return made
+
+
+needs_shared_memory = pytest.mark.skipif(not pathlib.Path("/dev/shm").is_dir(), reason="writes to /dev/shm")
+
+
+@needs_shared_memory
+def test_a_group_in_shared_memory_is_the_same(blocks):
+    rng = np.random.default_rng(0)
+    samples = [
+        {"images": rng.integers(0, 256, (97, 103, 3), np.uint8), "tokens": rng.integers(0, 9, (2, 7), np.int32)}
+        for _ in range(5)
+    ]
+    samples[2] = Skipped("a.tar", "key", "reason", 2)
+    expected, shared = pipeline.collate(samples), pipeline.collate(samples, shared=True)
+    assert shared.keys() == expected.keys() and shared["skipped"] == expected["skipped"]
+    for name in ("images", "tokens", "offsets"):
+        assert shared[name].dtype == expected[name].dtype
+        np.testing.assert_array_equal(shared[name], expected[name])
+    for name in ("images", "tokens"):
+        assert isinstance(shared[name], SharedMemoryArray)
+        shared[name].unlink_on_del()
+    del shared
+    assert len(blocks) == 2 and not any(block.exists() for block in blocks)
+
+
+@needs_shared_memory
+def test_full_shared_memory_is_an_error_and_leaves_nothing(blocks, monkeypatch):
+    monkeypatch.setattr(pipeline.os.path, "join", lambda *_: "/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        pipeline.collate([{"images": np.zeros((64, 64, 3), np.uint8)}], shared=True)
+    assert len(blocks) == 1 and not blocks[0].exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

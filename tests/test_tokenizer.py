@@ -132,6 +132,13 @@ def test_ascii_words_are_those_of_the_full_pattern():
             assert tokenizer._ASCII_WORDS.findall(text) == words, repr(text)
 
 
+def test_pieces_between_spaces_give_the_ids_of_the_whole_text():
+    for text in _ascii_texts():
+        words = [word for word, _ in tokenizer._bpe().pre_tokenizer.pre_tokenize_str(tokenizer.clean(text))]
+        ids = np.frombuffer(b"".join(map(tokenizer._merge, words)), np.int32)
+        assert tokenizer.encode(text) == ids.tolist(), repr(text)
+
+
 def test_a_million_characters():
     for text in ("a" * 10**6, "word " * 200_000, "a1" * 500_000):
         row = Tokenizer()(text)[0]
