@@ -228,7 +228,7 @@ def test_evaluating_without_weights_is_refused(tmp_path):
         (dict(mesh__fsdp=3), ValueError, "fsdp=3"),
         (dict(model__remat="half"), ValueError, "half"),
         (dict(model__micro_batches=0), ValueError, "micro_batches is 0"),
-        (dict(model__micro_batches=3), ValueError, "16 rows on 8 devices .* micro_batches 3"),
+        (dict(model__micro_batches=3), ValueError, "16 rows on 8 devices .*micro_batches 3"),
         (dict(model__vision__patch_dropout=1.0), ValueError, "patch_dropout is 1.0"),
     ],
 )
