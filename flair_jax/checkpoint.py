@@ -70,9 +70,10 @@ class Checkpoints:
             self.manager.save(step, args=ocp.args.Composite(**items))
 
     def check(self) -> None:
-        """Raises SaveError if writing has failed since the last look."""
-        with self._explained():
-            self.manager.check_for_errors()
+        """Raises SaveError if the last save has failed by now; does not wait."""
+        # The manager's own `check_for_errors` stays silent: its thread that ends a save has taken the error by then.
+        if not self.manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Waits until the last save is on disk; raises SaveError if it could not be written."""
