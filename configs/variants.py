@@ -39,7 +39,9 @@ def flair(variant: str = "B/16") -> ConfigDict:
             init_logit_bias=-10.0,
             dtype="float32",  # of the computation; parameters, normalisation, softmax and losses stay float32
             scan_blocks=False,  # True: one compiled block, for pods and deep models; same checkpoint
-            remat="none",  # "full": keep only the blocks' inputs for the backward pass
+            remat="none",  # what the backward pass computes again: "dots" all but dense layers, "full" whole blocks
+            attention="xla",  # "cudnn": NVIDIA's fused kernel, for 16 bits
+            gelu="exact",  # "tanh": the usual approximation, another model
             micro_batches=1,  # parts of a batch that the towers encode in turn: less memory, the same loss and gradient
         )
     )

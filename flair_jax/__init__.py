@@ -1,7 +1,24 @@
 """FLAIR in JAX: `flair_jax.load(path)` gives a model to use; `python -m flair_jax.main` trains and evaluates one."""
 
+import importlib.metadata
+import os
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
+
+
+def _tune_cpu() -> None:
+    """Takes XLA's older matrix products on a CPU; what the user set in XLA_FLAGS stays.
+
+    The new ones (YNNPACK, on by default in jax 0.10) take 1.5 times as long for a ViT-B/16 (docs/speed.md). Only where
+    the flag is known to exist: XLA ends a process that has an unknown one.
+    """
+    flag, flags = "--xla_cpu_experimental_ynn_fusion_type", os.environ.get("XLA_FLAGS", "")
+    if importlib.metadata.version("jaxlib").startswith("0.10.") and flag not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}=invalid".strip()  # the name of no fusion
+
+
+_tune_cpu()
 
 
 def __getattr__(name):

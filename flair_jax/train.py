@@ -38,7 +38,7 @@ SECTIONS = {
     "profile_steps", "model", "loss", "optimizer", "ema_decay", "data", "evaluators", "mesh",
 }  # fmt: skip
 # Keys that say how a step is computed, not what: a run may go on with others, as it may on other hardware.
-HOW = {"model": ("scan_blocks", "remat", "micro_batches"), "loss": ("chunk_size",)}
+HOW = {"model": ("scan_blocks", "remat", "attention", "micro_batches"), "loss": ("chunk_size",)}
 
 
 def train_step(

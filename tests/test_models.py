@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, load_golden, model_section, nhwc
 
 from configs import variants
 from flair_jax import models
 from flair_jax.losses import sigmoid
+from flair_jax.models import layers
 from flair_jax.models.text import Text
 
 INPUTS = load_golden("tiny_inputs.npz")
@@ -84,7 +86,7 @@ def test_dense_features_are_single_token_pooling(tiny_model, tiny_params, encode
     close(bound.dense_features(image)[:, :1], pooled)
 
 
-@pytest.mark.parametrize("change", [dict(scan_blocks=True), dict(remat="full"), dict(scan_blocks=True, remat="full")])
+@pytest.mark.parametrize("change", [dict(scan_blocks=True), dict(remat="dots"), dict(scan_blocks=True, remat="full")])
 def test_scanned_and_rematerialised_blocks_read_the_same_parameters(tiny_params, change):
     plain, changed = models.create(TINY), models.create({**TINY, **change})
 
@@ -280,6 +282,35 @@ def test_initialisation_of_every_tensor_is_the_reference_s():
         error = 5 * std * np.sqrt(4 / 3 / leaf.size)
         assert abs(leaf.mean() - expected["mean"]) <= error + 1e-6, name
         assert abs(leaf.std() - std) <= error + 1e-6, name
+
+
+def test_gelu_is_pytorch_s():
+    x = np.linspace(-12, 12, 2001, dtype=np.float32)
+    exact = torch.nn.functional.gelu(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(layers.gelu(x), exact, atol=1e-6)
+    assert 1e-4 < np.abs(layers.gelu(x, "tanh") - exact).max() < 1e-3
+
+
+@pytest.mark.parametrize("change", [dict(attention="flash"), dict(gelu="relu"), dict(remat="half")])
+def test_unknown_ways_to_compute_are_refused_by_name(change):
+    [value] = change.values()
+    with pytest.raises(ValueError, match=f"'{value}'; expected"):
+        models.create({**TINY, **change}).init(jax.random.key(0), IMAGES, TOKENS)
+
+
+def test_remat_saves_memory():
+    """In this order: all is kept, dense layers, the blocks' inputs."""
+    deep = {**TINY, "vision": {**TINY["vision"], "depth": 8}}
+
+    def temporaries(remat):
+        model = models.create({**deep, "remat": remat})
+        params = jax.eval_shape(model.init, jax.random.key(0), IMAGES, TOKENS)
+        images = jax.ShapeDtypeStruct((64, *IMAGES.shape[1:]), jnp.float32)
+        grad = jax.grad(lambda p, x: jnp.sum(jnp.sin(model.apply(p, x, method="encode_image").local)))
+        return jax.jit(grad).lower(params, images).compile().memory_analysis().temp_size_in_bytes
+
+    none, dots, full = map(temporaries, ("none", "dots", "full"))
+    assert none > 1.2 * dots > 1.44 * full
 
 
 def test_unknown_names_are_refused():

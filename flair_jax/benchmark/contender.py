@@ -24,7 +24,7 @@ class Contender:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, *arguments))
         before = dict(os.environ)
-        os.environ.update(environment or {})
+        os.environ.update({"TF_CPP_MIN_LOG_LEVEL": "3", **(environment or {})})  # its start is nothing to read
         try:
             self._process.start()
         finally:

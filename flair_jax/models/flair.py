@@ -42,7 +42,7 @@ class FLAIR(nn.Module):
       loss_options: `block_size`, `mps`, `chunk_size` of `sigmoid.flair_loss`.
       init_logit_scale, init_logit_bias: starting values; the scale is stored as its logarithm.
       dtype: of the computation; parameters, normalisation, softmax, scores and losses are float32.
-      scan_blocks, remat: see `layers.run_blocks` and `layers.block_class`.
+      scan_blocks, remat, attention, gelu: see `layers.How`.
       micro_batches: parts in which a training step encodes its batch, see `accumulation.in_micro_batches`.
     """
 
@@ -56,13 +56,15 @@ class FLAIR(nn.Module):
     dtype: Any = jnp.float32
     scan_blocks: bool = False
     remat: str = "none"
+    attention: str = "xla"
+    gelu: str = "exact"
     micro_batches: int = 1
 
     def setup(self):
-        common = dict(dtype=self.dtype, scan=self.scan_blocks, remat=self.remat)
-        self.vision = VisionTower(**self.vision_options, **common)
-        self.text = TextTower(**self.text_options, **common)
-        self.pooling = TextConditionedPooling(self.embed_dim, **self.pooling_options, dtype=self.dtype)
+        how = layers.How(self.dtype, self.scan_blocks, self.remat, self.attention, self.gelu)
+        self.vision = VisionTower(**self.vision_options, how=how)
+        self.text = TextTower(**self.text_options, how=how)
+        self.pooling = TextConditionedPooling(self.embed_dim, **self.pooling_options, how=how)
 
         def projection(name, width):
             return self.param(name, nn.initializers.normal(width**-0.5), (width, self.embed_dim))

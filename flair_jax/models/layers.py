@@ -46,12 +46,24 @@ def torch_linear(fan_in: int) -> nn.initializers.Initializer:
     return uniform(1 / math.sqrt(fan_in))
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False, mask=None) -> jax.Array:
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False, mask=None, attention: str = "xla"
+) -> jax.Array:
     """Softmax attention, softmax in float32: (B, T, H, D), (B, S, H, D), (B, S, H, D) -> (B, T, H, D).
 
-    A mask (B, 1, T, S), True where a query may look, is given only for packed texts. Written out because XLA compiles
-    `jax.nn.dot_product_attention` to code that takes several times as long on a CPU.
+    Args:
+      mask: (B, 1, T, S), True where a query may look; only for packed texts.
+      attention: "xla", written out, because XLA compiles `jax.nn.dot_product_attention` to code that takes several
+        times as long on a CPU; or "cudnn", NVIDIA's fused kernel, in 16 bits and without the (B, H, T, S) weights. It
+        takes a mask only where T and S are even, as rows of packed texts should be.
+
+    Raises:
+      ValueError: another `attention`.
     """
+    if attention == "cudnn":
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
+    if attention != "xla":
+        raise ValueError(f"model.attention is {attention!r}; expected 'xla' or 'cudnn'")
     logits = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
     logits = logits * query.shape[-1] ** -0.5
     if causal:
@@ -64,9 +76,35 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool =
     return jnp.einsum("bhts,bshd->bthd", weights, value)
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU by the error function, as PyTorch has it; `jax.nn.gelu` takes erfc, which costs several passes."""
+def gelu(x: jax.Array, form: str = "exact") -> jax.Array:
+    """GELU, "exact" as the reference has it or "tanh", its usual approximation.
+
+    The exact form is written with the error function, as PyTorch's is; `jax.nn.gelu` takes erfc, which costs a CPU
+    several passes over `x`.
+    """
+    if form == "tanh":
+        return jax.nn.gelu(x, approximate=True)
+    if form != "exact":
+        raise ValueError(f"model.gelu is {form!r}; expected 'exact' or 'tanh'")
     return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
+
+
+class How(NamedTuple):
+    """How the towers compute, not what; keys of the `model` section.
+
+    Attributes:
+      dtype: of the computation.
+      scan_blocks: see `run_blocks`.
+      remat: see `block_class`.
+      attention: see `attend`.
+      gelu: see `gelu`.
+    """
+
+    dtype: Any = jnp.float32
+    scan_blocks: bool = False
+    remat: str = "none"
+    attention: str = "xla"
+    gelu: str = "exact"
 
 
 class SelfAttention(nn.Module):
@@ -75,36 +113,34 @@ class SelfAttention(nn.Module):
     heads: int
     causal: bool
     initializers: BlockInit
-    dtype: Any
+    how: How
 
     @nn.compact
     def __call__(self, x: jax.Array, mask=None) -> jax.Array:
         batch, length, width = x.shape
-        qkv = Dense(3 * width, kernel_init=self.initializers.qkv, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * width, kernel_init=self.initializers.qkv, dtype=self.how.dtype, name="qkv")(x)
         qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)  # (B, T, 3, H, W/H)
-        x = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], causal=self.causal, mask=mask)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        x = attend(query, key, value, causal=self.causal, mask=mask, attention=self.how.attention)
         x = x.reshape(batch, length, width)
-        return Dense(width, kernel_init=self.initializers.out, dtype=self.dtype, name="out")(x)
+        return Dense(width, kernel_init=self.initializers.out, dtype=self.how.dtype, name="out")(x)
 
 
 class MLP(nn.Module):
     """Two layers, four times as wide inside, exact GELU as in the reference."""
 
     initializers: BlockInit
-    dtype: Any
+    how: How
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         hidden = 4 * width
         # The biases follow PyTorch's default in both towers: the reference re-initialises weights only.
-        x = Dense(hidden, kernel_init=self.initializers.fc, bias_init=torch_linear(width), dtype=self.dtype, name="fc")(
-            x
-        )
-        x = gelu(x)
-        return Dense(
-            width, kernel_init=self.initializers.proj, bias_init=torch_linear(hidden), dtype=self.dtype, name="proj"
-        )(x)
+        fc = dict(kernel_init=self.initializers.fc, bias_init=torch_linear(width))
+        proj = dict(kernel_init=self.initializers.proj, bias_init=torch_linear(hidden))
+        x = gelu(Dense(hidden, **fc, dtype=self.how.dtype, name="fc")(x), self.how.gelu)
+        return Dense(width, **proj, dtype=self.how.dtype, name="proj")(x)
 
 
 class Block(nn.Module):
@@ -113,22 +149,28 @@ class Block(nn.Module):
     heads: int
     causal: bool
     initializers: BlockInit
-    dtype: Any
+    how: How
 
     @nn.compact
     def __call__(self, x: jax.Array, mask=None) -> jax.Array:
-        attention = SelfAttention(self.heads, self.causal, self.initializers, self.dtype, name="attention")
-        x = x + attention(LayerNorm(dtype=self.dtype, name="ln_1")(x), mask)
-        return x + MLP(self.initializers, self.dtype, name="mlp")(LayerNorm(dtype=self.dtype, name="ln_2")(x))
+        attention = SelfAttention(self.heads, self.causal, self.initializers, self.how, name="attention")
+        x = x + attention(LayerNorm(dtype=self.how.dtype, name="ln_1")(x), mask)
+        return x + MLP(self.initializers, self.how, name="mlp")(LayerNorm(dtype=self.how.dtype, name="ln_2")(x))
 
 
 def block_class(remat: str) -> type[nn.Module]:
-    """The block to build for a `model.remat` setting."""
+    """The block to build for a `model.remat` setting: what the backward pass finds, and what it computes again.
+
+    "none" keeps all; "dots" keeps the results of dense layers, and attention and all that works on single numbers is
+    computed again; "full" keeps only the blocks' inputs.
+    """
     if remat == "none":
         return Block
+    if remat == "dots":
+        return nn.remat(Block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     if remat == "full":
         return nn.remat(Block)
-    raise ValueError(f"model.remat is {remat!r}; expected 'none' or 'full'")
+    raise ValueError(f"model.remat is {remat!r}; expected 'none', 'dots' or 'full'")
 
 
 def run_blocks(

@@ -1,7 +1,5 @@
 """Causal text transformer over captions, one a row or several packed side by side."""
 
-from typing import Any
-
 import flax.linen as nn
 import flax.struct
 import jax
@@ -72,8 +70,7 @@ class TextTower(nn.Module):
     Attributes:
       context_length: longest caption in tokens.
       vocab_size, width, depth, heads: sizes.
-      dtype: of the computation.
-      scan, remat: see `layers`.
+      how: it computes.
     """
 
     context_length: int
@@ -81,9 +78,7 @@ class TextTower(nn.Module):
     width: int
     depth: int
     heads: int
-    dtype: Any = jnp.float32
-    scan: bool = False
-    remat: str = "none"
+    how: layers.How = layers.How()
 
     def setup(self):
         # CLIP's rule (golden/flair/full/init_stats.json): residual branches shrink with the depth.
@@ -94,9 +89,9 @@ class TextTower(nn.Module):
         )
         self.token_embedding = self.param("token_embedding", normal(0.02), (self.vocab_size, self.width))
         self.position_embedding = self.param("position_embedding", normal(0.01), (self.context_length, self.width))
-        block = layers.block_class(self.remat)
-        self.blocks = [block(self.heads, True, init, self.dtype) for _ in range(self.depth)]
-        self.ln_final = layers.LayerNorm(dtype=self.dtype)
+        block = layers.block_class(self.how.remat)
+        self.blocks = [block(self.heads, True, init, self.how) for _ in range(self.depth)]
+        self.ln_final = layers.LayerNorm(dtype=self.how.dtype)
 
     def __call__(self, text: Text, *, micro_batches: int = 1) -> tuple[jax.Array, jax.Array]:
         """Returns the captions' end states (N, W) and the states of all tokens (R, T, W).
@@ -117,6 +112,6 @@ class TextTower(nn.Module):
             x = x + self.position_embedding[:length]
         else:
             x = x + jnp.take(self.position_embedding, text.positions, axis=0)
-        x = x.astype(self.dtype)
-        x = layers.run_blocks(self.blocks, x, text.mask(), scan=self.scan, micro_batches=micro_batches)
+        x = x.astype(self.how.dtype)
+        x = layers.run_blocks(self.blocks, x, text.mask(), scan=self.how.scan_blocks, micro_batches=micro_batches)
         return self.ln_final(text.at_ends(x)), self.ln_final(x)

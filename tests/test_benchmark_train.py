@@ -1,0 +1,113 @@
+"""The benchmarks of the model at small sizes: what they count, and that both sides get the same work."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import scenes as scenes_config
+from data import packing, scenes
+from flair_jax.benchmark import __main__ as command_line
+from flair_jax.benchmark import contender, inputs, sweep
+
+SMALL = """
+from configs import scenes
+def get_config():
+    config = scenes.get_config()
+    del config.data.scenes
+    config.batch_size = 4
+    config.model.update(embed_dim=32, pooling=dict(heads=2))
+    config.model.vision.update(image_size=32, width=32, depth=1, heads=2)
+    config.model.text.update(width=16, depth=1, heads=2)
+    config.data.packing.row_length = 40
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "small.py"
+    path.write_text(SMALL)
+    return str(path)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """The sides of a comparison start with one device each, as a user's do."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+
+def figures_of(tmp_path, *arguments):
+    file = tmp_path / "figures.json"
+    command_line.main([*arguments, "--json", str(file)])
+    return json.loads(file.read_text())
+
+
+def test_training_beside_the_twin(config_file, tmp_path, alone):
+    shards = tmp_path / "shards"
+    scenes.write(shards, count=24, seed=0, size=32)
+    arguments = ["--config", config_file, "--shards", str(shards), "--steps", "2", "--turns", "2"]
+    figures = figures_of(tmp_path, "train", *arguments, "--beside", "eager", "--trace", str(tmp_path / "trace"))
+    assert figures["ratio_eager"] == pytest.approx(figures["images_per_second"] / figures["eager_images_per_second"])
+    assert figures["images_per_second"] == pytest.approx(4 / figures["step_seconds"])
+    assert 0 <= figures["data_wait_seconds"] + figures["logging_seconds"] <= figures["step_seconds"]
+    assert 0 < figures["fill"] <= 1 and figures["memory_mb"] > 0 and figures["compile_seconds"] > 0
+    assert "mfu" not in figures  # a CPU has no peak
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+def test_encoding_and_scoring_beside_the_twin(config_file, tmp_path, alone):
+    arguments = ["--config", config_file, "--images", "4", "--texts", "10", "--text-batch", "4", "--turns", "1"]
+    for name, kinds in (("encode", ("images", "texts")), ("score", ("pairs",))):
+        figures = figures_of(tmp_path, name, *arguments, "--beside", "eager")
+        for kind in kinds:
+            ratio = figures[f"{kind}_per_second"] / figures[f"eager_{kind}_per_second"]
+            assert figures[f"ratio_{kind}_eager"] == pytest.approx(ratio)
+
+
+def test_a_sweep_is_a_table_and_finds_the_best(config_file, tmp_path, alone, capsys):
+    vary = ["--vary", "batch_size=2,4", "model.remat=none,half"]
+    figures = figures_of(tmp_path, "sweep", "--config", config_file, "--steps", "1", "--turns", "1", *vary)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(table) == 5 and "batch_size" in table[0]
+    assert sum("half" in row and row.rstrip(" |").endswith("half") for row in table) == 2  # failed, and left empty
+    assert "none" in figures["settings_of_best_images_per_second"]
+
+
+def test_values_of_a_sweep():
+    assert [sweep._value(word) for word in ("8", "0.5", "None", "True", "full")] == [8, 0.5, None, True, "full"]
+
+
+def test_settings_on_the_command_line_are_those_of_the_config(config_file):
+    with pytest.raises(KeyError, match="batch_sice"):
+        command_line.main(["train", "--config", config_file, "--set", "batch_sice=4"])
+
+
+@pytest.mark.parametrize("row_length", [None, 40])
+def test_made_up_batches_come_back_as_they_were_packed(row_length):
+    data = scenes_config.get_config().data.to_dict()
+    data["packing"]["row_length"] = row_length
+    batches = inputs.made_up(data, 16, 2, (32, 32), 28)
+    batch, plain = next(batches), next(inputs.made_up({**data, "packing": {"row_length": None}}, 16, 2, (32, 32), 28))
+    assert batch["images"].shape == (16, 32, 32, 3)
+    tokens = inputs.unpacked(batch["texts"], 28)
+    np.testing.assert_array_equal(packing.text_lengths(batch["texts"]), packing.lengths(tokens))
+    same = (tokens == plain["texts"]["tokens"]).all(axis=1)
+    assert same.all() if row_length is None else same.mean() > 0.9  # a few are cut to fit
+
+
+def test_captions_are_as_long_as_real_ones():
+    lengths = packing.lengths(inputs.captions(np.random.default_rng(0), 20_000, 77))
+    assert lengths.mean() == pytest.approx(inputs.MEAN_TOKENS, rel=0.02)
+    assert lengths.min() >= 4 and lengths.max() <= 77
+
+
+def test_a_side_that_dies_says_so(alone):
+    side = contender.Contender(_dying)
+    with pytest.raises(RuntimeError, match="exit code"):
+        side.turn(1)
+    side.close()
+
+
+def _dying():
+    raise SystemExit(3)
