@@ -107,7 +107,11 @@ def test_the_gradient_is_that_of_the_whole_batch(params, whole, devices, packed,
         exchanged = travelling(compiled)
         assert {kind for kind, _ in exchanged} >= {"all-reduce", "all-gather"}  # so that the pattern finds them
         # Gradients, which have the shapes of parameters, and the texts' features; no states, no images.
-        parameters = {sizes(leaf.shape) for leaf in jax.tree.leaves(params)}
+        leaves = jax.tree.leaves(params)
+        parameters = {sizes(leaf.shape) for leaf in leaves}
+        parameters |= {
+            sizes((leaf.size // leaf.shape[-1], leaf.shape[-1])) for leaf in leaves if leaf.ndim > 2
+        }  # as a matrix
         features = {sizes((rows, *rest)) for rows in (96, 12) for rest in ((16,), (2, 8))}
         assert {shape for _, shape in exchanged} <= parameters | features
 

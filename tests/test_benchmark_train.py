@@ -45,7 +45,7 @@ def figures_of(tmp_path, *arguments):
 
 def test_training_beside_the_twin(config_file, tmp_path, alone):
     shards = tmp_path / "shards"
-    scenes.write(shards, count=24, seed=0, size=32)
+    scenes.write(shards, count=24, seed=0, size=48)
     arguments = ["--config", config_file, "--shards", str(shards), "--steps", "2", "--turns", "2"]
     figures = figures_of(tmp_path, "train", *arguments, "--beside", "eager", "--trace", str(tmp_path / "trace"))
     assert figures["ratio_eager"] == pytest.approx(figures["images_per_second"] / figures["eager_images_per_second"])
@@ -69,7 +69,7 @@ def test_a_sweep_is_a_table_and_finds_the_best(config_file, tmp_path, alone, cap
     vary = ["--vary", "batch_size=2,4", "model.remat=none,half"]
     figures = figures_of(tmp_path, "sweep", "--config", config_file, "--steps", "1", "--turns", "1", *vary)
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(table) == 5 and "batch_size" in table[0]
+    assert len(table) == 6 and "batch_size" in table[0]
     assert sum("half" in row and row.rstrip(" |").endswith("half") for row in table) == 2  # failed, and left empty
     assert "none" in figures["settings_of_best_images_per_second"]
 

@@ -56,7 +56,7 @@ def _config(arguments: argparse.Namespace) -> dict[str, Any]:
         name, _, value = change.partition("=")
         with contextlib.suppress(ValueError, SyntaxError):  # a string stays one
             value = ast.literal_eval(value)
-        config.update_from_flattened_dict({name: value})
+        sweep.change(config, name, value)
     if arguments.shards:
         config.data.shards = arguments.shards
     if getattr(arguments, "batch_size", None):

@@ -16,6 +16,8 @@ START, END = 49406, 49407  # CLIP's ids
 
 def made_up(config: Mapping[str, Any], batch_size: int, devices: int, image_size, context_length: int) -> Iterator:
     """Endless batches as `pipeline.Stream` gives them, of noise."""
+    if batch_size % devices:
+        raise ValueError(f"batch_size {batch_size} must be a multiple of the {devices} devices")
     rng = np.random.default_rng(0)
     count, row_length = config["captions"]["count"], config["packing"]["row_length"]
     held = []

@@ -34,7 +34,8 @@ def measure(config: Mapping[str, Any], vary: Sequence[str], **options) -> dict[s
     rows, measured = [], set()
     for values in itertools.product(*choices):
         changed = ConfigDict(config)
-        changed.update_from_flattened_dict(dict(zip(names, values, strict=True)))
+        for name, value in zip(names, values, strict=True):
+            change(changed, name, value)
         sides = () if changed.batch_size in measured else beside
         measured.add(changed.batch_size)
         row = {}
@@ -58,6 +59,16 @@ def measure(config: Mapping[str, Any], vary: Sequence[str], **options) -> dict[s
                 figures["best_images_per_second"] / figures[f"best_{side}_images_per_second"]
             )
     return figures
+
+
+def change(config: ConfigDict, name: str, value: Any) -> None:
+    """Sets a key, dotted, that the config has; raises KeyError for another."""
+    *sections, key = name.split(".")
+    for section in sections:
+        config = config[section]
+    if key not in config:
+        raise KeyError(f"the config has no key {name}")
+    config[key] = value
 
 
 def _value(word: str) -> Any:
