@@ -131,18 +131,22 @@ def test_loss_equals_its_definition_term_by_term():
         z = np.exp(scale) * cosine + bias
         return np.logaddexp(0, -z if positive else z)
 
-    tcs = mps = 0.0
+    tcs, mps, logits = 0.0, 0.0, {True: [], False: []}
     for n in range(images):
         for s in range(images // block):
             for index in np.asarray(chosen)[s * block + n % block]:
                 t = s * block * captions + index
                 pooled = attend(weight, text.queries[None, t][None], image.keys[n][None], image.values[n][None])
-                tcs += cost(unit(pooled[0, 0]) @ unit(text.pooled[t]), t // captions == n)
+                cosine, own = unit(pooled[0, 0]) @ unit(text.pooled[t]), t // captions == n
+                tcs += cost(cosine, own)
+                logits[own].append(np.exp(scale) * cosine + bias)
         for t in range(images * captions):
             mps += cost(unit(image.pooled[n]) @ unit(text.pooled[t]), t // captions == n)
     tcs /= (images // block) * (block + captions - 1)
     mps /= images * captions
     np.testing.assert_allclose([parts["tcs"], parts["mps"], value], [tcs, mps, (tcs + mps) / 2], rtol=1e-5)
+    means = np.mean(logits[True]), np.mean(logits[False])
+    np.testing.assert_allclose([parts["positive_logit"], parts["negative_logit"]], means, rtol=1e-5)
 
 
 def temporary_bytes(images, captions, chunk_size, block_size=128):

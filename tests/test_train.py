@@ -178,6 +178,24 @@ def test_a_large_parameter_is_split_over_fsdp():
         train.sharding.create_mesh(data=2, fsdp=3)
 
 
+def test_what_a_run_tells(tmp_path, capsys):
+    """Memory before the first step, all numbers in the log, a trace of the steps asked for, a summary at the end."""
+    train.train(tiny(profile_steps=(2, 3), data__packing__row_length=16), tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.index("memory of a step") < printed.index("this run:")
+    lines = metrics.read_json_lines(tmp_path)
+    assert lines[-1].keys() >= {
+        "loss", "tcs", "mps", "positive_logit", "negative_logit", "grad_norm", "param_norm",
+        "logit_scale", "logit_bias", "images_per_second", "step_seconds",
+        "data_wait_share", "saving_share", "tflop_per_second", "fill", "skipped",
+        "shortened", "learning_rate", "epoch",
+    }  # fmt: skip
+    assert all(0 < line["fill"] <= 1 and line["data_wait_share"] <= 1 for line in lines)
+    # Before training both means are near the bias.
+    assert lines[0]["positive_logit"] == pytest.approx(lines[0]["negative_logit"], abs=1.5)
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     train.train(tiny(steps=2), tmp_path)
     good = checkpoint_of(tmp_path)
@@ -227,6 +245,7 @@ def test_evaluating_without_weights_is_refused(tmp_path):
         (dict(loss__block_size=5), ValueError, "block_size 5"),
         (dict(mesh__fsdp=3), ValueError, "fsdp=3"),
         (dict(model__remat="half"), ValueError, "half"),
+        (dict(profile_steps=(3, 2)), ValueError, "profile_steps"),
         (dict(model__micro_batches=0), ValueError, "micro_batches is 0"),
         (dict(model__micro_batches=3), ValueError, "16 rows on 8 devices .*micro_batches 3"),
         (dict(model__vision__patch_dropout=1.0), ValueError, "patch_dropout is 1.0"),
