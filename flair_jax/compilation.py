@@ -17,9 +17,14 @@ def use_cache(folder: epath.PathLike) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+def jit_step(step: Callable, state: Any) -> Callable:
+    """Jits a training step that takes the state for its own and gives it back where it was, array by array."""
+    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
+
+
 def compile_step(step: Callable, state: Any, batch: Any) -> jax.stages.Compiled:
     """A training step, compiled for these arrays or shapes; it takes the state for its own. Warns if it cannot fit."""
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    compiled = jit_step(step, state).lower(state, batch).compile()
     needed, limit = memory(compiled)["total"], memory_limit()
     if limit is not None and needed > limit:
         logging.warning(

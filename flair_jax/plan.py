@@ -26,7 +26,7 @@ from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from flair_jax import flops, models, optimizer, sharding, state
+from flair_jax import compilation, flops, models, optimizer, sharding, state
 from flair_jax.train import step_of
 
 RECIPES = ("flair_cc3m", "flair_cc12m", "flair_yfcc15m", "flair_merged30m", "flair_pixelprose")
@@ -95,7 +95,7 @@ def compile_step(
     with jax.set_mesh(mesh):
         model, tx, placed = abstract_state(config, mesh)
         batch = abstract_batch(config, mesh, mean_tokens)
-        step = jax.jit(step_of(config, model, tx), donate_argnums=0)
+        step = compilation.jit_step(step_of(config, model, tx), placed)
         return step.lower(placed, batch).compile(options)
 
 
