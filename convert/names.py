@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from configs import variants
 from convert.tables import (
     CONVOLUTION,
     LINEAR,
@@ -206,32 +207,24 @@ def _flair_config(sizes: Sizes) -> dict[str, Any]:
                 f"shapes do not tell the number of {part} heads, and the rule of the published models (64 channels a "
                 f"head in the towers, 8 heads in the pooling) does not fit a width of {width}; give the model section"
             )
-    return {
-        "name": "flair",
-        "embed_dim": sizes["embed_dim"],
-        "vision": {
-            "image_size": side * sizes["vision.patch_size"],
-            "patch_size": sizes["vision.patch_size"],
-            "width": sizes["vision.width"],
-            "depth": sizes["vision.depth"],
-            "heads": sizes["vision.width"] // 64,
-            "patch_dropout": 0.0,
-        },
-        "text": {
-            "context_length": sizes["text.context_length"],
-            "vocab_size": sizes["text.vocab_size"],
-            "width": sizes["text.width"],
-            "depth": sizes["text.depth"],
-            "heads": sizes["text.width"] // 64,
-        },
-        "pooling": {"heads": 8},
-        "init_logit_scale": math.log(1 / 0.07),
-        "init_logit_bias": -10.0,
-        "dtype": "float32",
-        "scan_blocks": False,
-        "remat": "none",
-        "micro_batches": 1,
+    config = variants.flair().to_dict()  # for what shapes do not tell
+    config["embed_dim"] = sizes["embed_dim"]
+    config["vision"] |= {
+        "image_size": side * sizes["vision.patch_size"],
+        "patch_size": sizes["vision.patch_size"],
+        "width": sizes["vision.width"],
+        "depth": sizes["vision.depth"],
+        "heads": sizes["vision.width"] // 64,
     }
+    config["text"] |= {
+        "context_length": sizes["text.context_length"],
+        "vocab_size": sizes["text.vocab_size"],
+        "width": sizes["text.width"],
+        "depth": sizes["text.depth"],
+        "heads": sizes["text.width"] // 64,
+    }
+    config["pooling"] |= {"heads": 8}
+    return config
 
 
 TABLES = {"flair": Table("flair", FLAIR_RULES, _flair_sizes, _flair_config)}
