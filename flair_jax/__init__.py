@@ -8,14 +8,14 @@ __all__ = ["__version__", "load"]
 
 
 def _tune_cpu() -> None:
-    """Takes XLA's older matrix products on a CPU; what the user set in XLA_FLAGS stays.
+    """Takes XLA's older matrix products on a CPU, and its newer sums; what the user set in XLA_FLAGS stays.
 
-    The new ones (YNNPACK, on by default in jax 0.10) take 1.5 times as long for a ViT-B/16 (docs/speed.md). Only where
-    the flag is known to exist: XLA ends a process that has an unknown one.
+    In jax 0.10 YNNPACK computes both unless told otherwise (docs/speed.md). Only where the flag is known to exist: XLA
+    ends a process that has an unknown one.
     """
     flag, flags = "--xla_cpu_experimental_ynn_fusion_type", os.environ.get("XLA_FLAGS", "")
     if importlib.metadata.version("jaxlib").startswith("0.10.") and flag not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}=invalid".strip()  # the name of no fusion
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}=reduce".strip()
 
 
 _tune_cpu()

@@ -37,6 +37,8 @@ def main(arguments: list[str]) -> None:
 
     if _DISTRIBUTED.value:
         distributed.start(_HEARTBEAT.value)
+    if jax.default_backend() == "cpu":
+        compilation.keep_heap()
     compilation.use_cache(epath.Path(_WORKDIR.value) / "compiled")
     tf.config.set_visible_devices([], "GPU")  # it only writes TensorBoard files
     logging.set_verbosity(logging.WARNING)  # orbax tells every file that it writes

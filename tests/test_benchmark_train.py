@@ -103,10 +103,8 @@ def test_captions_are_as_long_as_real_ones():
 
 
 def test_a_side_that_dies_says_so(alone):
-    side = contender.Contender(_dying)
-    with pytest.raises(RuntimeError, match="exit code"):
+    with contender.Contender(_dying) as side, pytest.raises(RuntimeError, match="exit code"):
         side.turn(1)
-    side.close()
 
 
 def _dying():

@@ -9,6 +9,8 @@ import runpy
 from collections.abc import Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from configs import base
 from data import records
 from flair_jax.benchmark import checkpoint, data, encode, loss, soak, sweep, tokenizer, train
@@ -46,9 +48,13 @@ def _data(arguments: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def _read(file: pathlib.Path) -> ConfigDict:
+    return runpy.run_path(str(file))["get_config"]()
+
+
 def _config(arguments: argparse.Namespace) -> dict[str, Any]:
     """The config of a file, with what the arguments change, as the benchmarks of the model take it."""
-    config = runpy.run_path(str(arguments.config))["get_config"]() if arguments.config else base.get_config()
+    config = _read(arguments.config) if arguments.config else base.get_config()
     if not arguments.config:  # the recipe's model on whatever the machine has
         config.batch_size = 8
         config.data.packing.row_length = 80
@@ -89,8 +95,7 @@ def _soak(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = runpy.run_path(str(arguments.config))["get_config"]().to_dict()
-    return checkpoint.measure(config, arguments.folder, arguments.turns)
+    return checkpoint.measure(_read(arguments.config).to_dict(), arguments.folder, arguments.turns)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from flair_jax import compilation
+
 Turn = Callable[[int], Mapping[str, Any]]
 
 
 class Contender:
-    """One side, in a process that lives from here to `close`.
+    """One side, in a process that lives as long as the context.
 
     Args:
       make: called in that process with the arguments; a context manager that gives the function for `turn`. Defined at
@@ -49,13 +51,20 @@ class Contender:
             self._process.join()
             raise RuntimeError(f"a side's process ended with exit code {self._process.exitcode}") from error
 
-    def close(self) -> None:
+    def __enter__(self) -> "Contender":
+        return self
+
+    def __exit__(self, *_) -> None:
         self._connection.close()  # the process ends with it
         self._process.join()
 
 
 def _serve(connection, make: Callable[..., AbstractContextManager[Turn]], *arguments) -> None:
-    """The side's process: a turn for each number that comes, until the connection is closed."""
+    """The side's process: a turn for each number that comes, until the connection is closed.
+
+    Either side keeps its heap, as training on a CPU does and as PyTorch's guides have it by another allocator.
+    """
+    compilation.keep_heap()
     with make(*arguments) as turn, contextlib.suppress(EOFError):
         while True:
             connection.send(turn(connection.recv()))

@@ -12,8 +12,6 @@ from flair_jax.benchmark import inputs, torch_twin
 from flair_jax.benchmark.contender import Contender, in_turns
 from flair_jax.benchmark.train import TWIN_ENVIRONMENT
 
-KINDS = ("images", "texts", "pairs")
-
 
 def measure(
     config: Mapping[str, Any],
@@ -45,14 +43,12 @@ def measure(
     count = {"images": images, "texts": texts, "pairs": images * texts}
     for kind in kinds:
         arguments = (config, kind, images, texts, text_batch)
-        contenders = {"flair_jax": Contender(ours, *arguments)}
-        try:
+        with contextlib.ExitStack() as stack:
+            contenders = {"flair_jax": stack.enter_context(Contender(ours, *arguments))}
             for side in beside:
-                contenders[side] = Contender(twin, *arguments, side == "compiled", environment=TWIN_ENVIRONMENT)
+                rival = Contender(twin, *arguments, side == "compiled", environment=TWIN_ENVIRONMENT)
+                contenders[side] = stack.enter_context(rival)
             results = in_turns(contenders, 1, turns)
-        finally:
-            for contender in contenders.values():
-                contender.close()
         seconds = {name: statistics.median(turn["seconds"] for turn in turns) for name, turns in results.items()}
         figures[f"{kind}_per_second"] = count[kind] / seconds["flair_jax"]
         for side in beside:

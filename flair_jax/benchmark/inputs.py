@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from data import packing, pipeline
+from data import packing, pipeline, tokenizer
 
 # Merged sub-captions of DreamLIP's kind: a gamma of this mean, in tokens with both ends (spec/anchors.md 2.1).
 MEAN_TOKENS, SHAPE = 27.0, 4.0
 HELD = 4  # batches made up, which come again and again
-START, END = 49406, 49407  # CLIP's ids
 
 
 def made_up(config: Mapping[str, Any], batch_size: int, devices: int, image_size, context_length: int) -> Iterator:
@@ -35,7 +34,7 @@ def made_up(config: Mapping[str, Any], batch_size: int, devices: int, image_size
         pack = pipeline.Pack(row_length, rows, devices)
     batches = []
     for images, tokens in held:
-        texts = {"tokens": tokens, "ends": ends_of(tokens)} if pack is None else pack(tokens).texts
+        texts = {"tokens": tokens, "ends": tokenizer.ends(tokens)} if pack is None else pack(tokens).texts
         batches.append({"images": images, "texts": texts})
     return itertools.cycle(batches)
 
@@ -43,17 +42,12 @@ def made_up(config: Mapping[str, Any], batch_size: int, devices: int, image_size
 def captions(rng: np.random.Generator, count: int, context_length: int) -> np.ndarray:
     """Captions of random words, int32 (N, T), lengths as in `MEAN_TOKENS`."""
     lengths = rng.gamma(SHAPE, MEAN_TOKENS / SHAPE, count).round().clip(4, context_length).astype(int)  # (N,)
-    tokens = rng.integers(1, START, (count, context_length), dtype=np.int32)  # (N, T)
-    tokens[:, 0] = START
+    tokens = rng.integers(1, tokenizer.SOT, (count, context_length), dtype=np.int32)  # (N, T)
+    tokens[:, 0] = tokenizer.SOT
     column = np.arange(context_length)
     tokens[column >= lengths[:, None]] = 0
-    tokens[np.arange(count), lengths - 1] = END
+    tokens[np.arange(count), lengths - 1] = tokenizer.EOT
     return tokens
-
-
-def ends_of(tokens: np.ndarray) -> np.ndarray:
-    """Flat places of the end-of-text ids of padded captions, (N, T) -> int32 (N,)."""
-    return (np.arange(len(tokens)) * tokens.shape[1] + tokens.argmax(axis=1)).astype(np.int32)
 
 
 def unpacked(texts: Mapping[str, np.ndarray], context_length: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What a process and its workers use."""
 
 import os
+import resource
 
 import psutil
 
@@ -17,6 +18,11 @@ def tree(pid: int | None = None) -> list[psutil.Process]:
 def resident_mib(pid: int | None = None) -> list[float]:
     """Resident memory of each process of `tree`, with all that it shares."""
     return [process.memory_info().rss / MIB for process in tree(pid)]
+
+
+def peak_mib() -> float:
+    """The most resident memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10 / MIB
 
 
 def total_mib(pid: int | None = None) -> float:

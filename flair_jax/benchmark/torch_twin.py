@@ -6,7 +6,6 @@ as the reference trains.
 """
 
 import contextlib
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data.images import MEAN, STD
-from flair_jax.benchmark import inputs
+from flair_jax.benchmark import inputs, processes
 
 
 def _start(config: Mapping[str, Any]):
@@ -45,7 +44,7 @@ def _memory_mb(device) -> float:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return processes.peak_mib()
 
 
 def _images(images: np.ndarray, device):

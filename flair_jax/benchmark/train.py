@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import resource
 import statistics
 import tempfile
 import time
@@ -12,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from data import packing
-from flair_jax.benchmark import inputs, torch_twin
+from flair_jax.benchmark import inputs, processes, torch_twin
 from flair_jax.benchmark.contender import Contender, in_turns
 
 TWIN_BATCHES = 4  # different ones, which come again and again
@@ -44,14 +43,12 @@ def measure(
       (of the device, or of the process on a CPU), compile_seconds, fill (share of token places with a token). Of each
       side of the twin `eager_…` or `compiled_` images_per_second, memory_mb, and `ratio_…`, ours over theirs.
     """
-    contenders = {"flair_jax": Contender(training, config, trace)}
-    try:
+    with contextlib.ExitStack() as stack:
+        contenders = {"flair_jax": stack.enter_context(Contender(training, config, trace))}
         for side in beside:
-            contenders[side] = Contender(twin_training, config, side == "compiled", environment=TWIN_ENVIRONMENT)
+            rival = Contender(twin_training, config, side == "compiled", environment=TWIN_ENVIRONMENT)
+            contenders[side] = stack.enter_context(rival)
         results = in_turns(contenders, steps, turns)
-    finally:
-        for contender in contenders.values():
-            contender.close()
     ours = results["flair_jax"]
 
     def median(turns, name):
@@ -141,7 +138,7 @@ def _memory_mb() -> float:
     statistics_of_device = jax.devices()[0].memory_stats()
     if statistics_of_device and "peak_bytes_in_use" in statistics_of_device:
         return statistics_of_device["peak_bytes_in_use"] / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return processes.peak_mib()
 
 
 @contextlib.contextmanager

@@ -89,6 +89,22 @@ def gelu(x: jax.Array, form: str = "exact") -> jax.Array:
     return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
 
 
+@jax.custom_vjp
+def settle(x: jax.Array) -> jax.Array:
+    """`x` itself, forward and backward; on a CPU, computed once.
+
+    The CPU compiler merges a cheap sum into each of its users. Along the residual stream every block would then add up
+    the branches of all blocks before it anew, several times over: an eighth of a training step. A division that could
+    change something (it does not: NaN stays NaN) is no cheap thing to it.
+    """
+    if jax.default_backend() != "cpu":
+        return x
+    return x / jnp.where(jnp.isnan(x), x, 1)
+
+
+settle.defvjp(lambda x: (settle(x), None), lambda _, gradient: (settle(gradient),))
+
+
 class How(NamedTuple):
     """How the towers compute, not what; keys of the `model` section.
 
@@ -154,8 +170,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask=None) -> jax.Array:
         attention = SelfAttention(self.heads, self.causal, self.initializers, self.how, name="attention")
-        x = x + attention(LayerNorm(dtype=self.how.dtype, name="ln_1")(x), mask)
-        return x + MLP(self.initializers, self.how, name="mlp")(LayerNorm(dtype=self.how.dtype, name="ln_2")(x))
+        x = settle(x + attention(LayerNorm(dtype=self.how.dtype, name="ln_1")(x), mask))
+        mlp = MLP(self.initializers, self.how, name="mlp")
+        return settle(x + mlp(LayerNorm(dtype=self.how.dtype, name="ln_2")(x)))
 
 
 def block_class(remat: str) -> type[nn.Module]:
