@@ -22,7 +22,7 @@ def keep_heap() -> None:
     """Makes the C library keep what a step frees for the next one; for processes that compute on a CPU.
 
     XLA asks for all temporaries of a step anew (3.5 GB at batch 8), and glibc would take them from the system and give
-    them back each time: a third of a training step goes into that (docs/speed.md). One arena, because those of threads
+    them back each time: a fifth of a training step goes into that (docs/speed.md). One arena, because those of threads
     hold 64 MB at most. Does nothing where the C library is another.
     """
     try:

@@ -94,7 +94,7 @@ def settle(x: jax.Array) -> jax.Array:
     """`x` itself, forward and backward; on a CPU, computed once.
 
     The CPU compiler merges a cheap sum into each of its users. Along the residual stream every block would then add up
-    the branches of all blocks before it anew, several times over: an eighth of a training step. A division that could
+    the branches of all blocks before it anew, several times over: a tenth of a training step. A division that could
     change something (it does not: NaN stays NaN) is no cheap thing to it.
     """
     if jax.default_backend() != "cpu":
