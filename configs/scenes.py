@@ -2,8 +2,8 @@
 
     python -m flair_jax.main --config configs/scenes.py --workdir RUN      # or `make demo`
 
-Hardware: 2 CPU cores, about 8 minutes.
-Expected on 512 unseen scenes: parts text→image R@1 0.39 (global 0.28) and R@5 0.88, pointing 0.88, colour mIoU 0.94,
+Hardware: 2 CPU cores, 8 to 11 minutes.
+Expected on 512 unseen scenes: parts text→image R@1 0.38 (global 0.29) and R@5 0.87, pointing 0.88, colour mIoU 0.94,
 shape mIoU 0.33 (chance 0.11); with half of the steps R@5 is 0.60 and shape mIoU 0.20.
 
 It is the recipe of the paper at toy size. What small data want differently: a bias near the prior of a pair in a small
