@@ -39,16 +39,13 @@ def measure(config: Mapping[str, Any], vary: Sequence[str], **options) -> dict[s
         sides = () if changed.batch_size in measured else beside
         measured.add(changed.batch_size)
         row = {}
-        for part in [(side,) for side in sides] or [()]:
+        for part in (*((side,) for side in sides), ()):
+            if row and not part:  # ours alone only where no side of the twin could do it
+                break
             try:
                 row |= train.measure(changed.to_dict(), beside=part, **options)
             except RuntimeError as error:
                 print(f"<!-- {values} {part}: {error} -->")
-        if sides and not row:  # ours may do what no side of the twin can
-            try:
-                row = train.measure(changed.to_dict(), **options)
-            except RuntimeError as error:
-                print(f"<!-- {values}: {error} -->")
         rows.append((values, row))
         cells = [f"{row[name]:,.3g}" if name in row else "" for name in columns]
         print("| " + " | ".join([*map(str, values), *cells]) + " |", flush=True)
