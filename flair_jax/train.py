@@ -222,7 +222,7 @@ def _train(config, workdir, mesh, signals):
     evaluate.write(workdir, results, config["evaluators"], model, current.weights)
     if main_process:
         counts = {"skipped": stream.skipped.total(), "shortened": stream.shortened}
-        print(metrics.table("this run", {**summary, **final, **counts}))
+        print(metrics.table("this run", {**final, **summary, **counts}))
         for reason, count in stream.skipped.most_common():
             logging.warning("%d samples were skipped: %s", count, reason)
         metrics.draw_loss_curve(workdir, evaluate.pictures(workdir) / "loss.png")

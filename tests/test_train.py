@@ -183,6 +183,8 @@ def test_what_a_run_tells(tmp_path, capsys):
     train.train(tiny(profile_steps=(2, 3), data__packing__row_length=16), tmp_path)
     printed = capsys.readouterr().out
     assert printed.index("memory of a step") < printed.index("this run:")
+    told = dict(line.split() for line in printed.partition("this run:")[2].splitlines()[1:] if len(line.split()) == 2)
+    assert float(told["step_seconds"]) == pytest.approx(float(told["seconds"]) / float(told["steps"]), rel=1e-2)
     lines = metrics.read_json_lines(tmp_path)
     assert lines[-1].keys() >= {
         "loss", "tcs", "mps", "positive_logit", "negative_logit", "grad_norm", "param_norm",
