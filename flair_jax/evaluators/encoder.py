@@ -16,7 +16,7 @@ from flair_jax.losses.sigmoid import BATCH_AXES
 from flair_jax.models.text import Text
 
 Item = TypeVar("Item")
-LENGTH_STEP = 16  # tokens by which text batches differ in length: few shapes to compile, little padding
+LENGTH_STEP = 8  # tokens by which text batches differ in length: few shapes to compile, little padding
 
 
 def evaluation_mesh() -> Mesh:
@@ -156,7 +156,8 @@ class Encoder:
         """
         tokens, inverse = np.unique(tokens, axis=0, return_inverse=True)
         lengths = np.argmax(tokens, axis=1) + 1  # nothing is read behind the end of a text
-        order = np.argsort(lengths, kind="stable")  # texts of like length share a batch, cut to the longest of them
+        # Texts of like length share a batch, cut to its longest; the shortest stand in the last, which is not full.
+        order = np.argsort(-lengths, kind="stable")
         rows = self.text_rows(len(tokens))
         blocks = []
         for start in range(0, len(tokens), rows):

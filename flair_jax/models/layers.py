@@ -9,8 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from flair_jax.models import blas
 from flair_jax.models.accumulation import in_micro_batches
+
+PRODUCT = "product"  # what `project` calls its results, for `block_class`
 
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)  # statistics always in float32
 
@@ -21,7 +25,10 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     With several leading axes the gradient of the kernel would contract all of them, for which XLA transposes `x` and
     the gradient first on a CPU, and computes the sum of all residual branches anew for each: a third of a step.
     """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    product = blas.multiply if blas.multiplies(rows, kernel) else jnp.matmul
+    result = checkpoint_name(product(rows, kernel), PRODUCT)
+    return result.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 Dense = functools.partial(nn.Dense, dot_general=lambda x, kernel, *_, **__: project(x, kernel))
@@ -64,7 +71,11 @@ def attend(
         return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
     if attention != "xla":
         raise ValueError(f"model.attention is {attention!r}; expected 'xla' or 'cudnn'")
-    logits = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
+    by_blas = blas.multiplies(query, key, value)
+    if by_blas:
+        logits = blas.scores(query, key)
+    else:
+        logits = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
     logits = logits * query.shape[-1] ** -0.5
     if causal:
         length = query.shape[1]
@@ -73,7 +84,7 @@ def attend(
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)  # (B, H, T, S)
-    return jnp.einsum("bhts,bshd->bthd", weights, value)
+    return blas.mix(weights, value) if by_blas else jnp.einsum("bhts,bshd->bthd", weights, value)
 
 
 def gelu(x: jax.Array, form: str = "exact") -> jax.Array:
@@ -184,7 +195,7 @@ def block_class(remat: str) -> type[nn.Module]:
     if remat == "none":
         return Block
     if remat == "dots":
-        return nn.remat(Block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        return nn.remat(Block, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT))
     if remat == "full":
         return nn.remat(Block)
     raise ValueError(f"model.remat is {remat!r}; expected 'none', 'dots' or 'full'")

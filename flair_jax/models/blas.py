@@ -1,0 +1,119 @@
+"""Products of float32 matrices by the CPU's own library; XLA's take a third longer there (docs/speed.md)."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flair_jax.models import mkl
+from flair_jax.models.mkl import AS_IS, TRANSPOSED
+
+
+def multiplies(*arrays: jax.Array) -> bool:
+    """Whether these are for this module: float32, in a program for one CPU, with MKL and numba installed.
+
+    XLA knows nothing of what it calls, so it could not share the work among devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = jax.device_count() if mesh.empty else mesh.size
+    if jax.default_backend() != "cpu" or devices > 1 or mesh.manual_axes:
+        return False
+    return all(x.dtype == jnp.float32 and x.size for x in arrays) and mkl.register()
+
+
+def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(M, K) times (K, N) -> (M, N)."""
+    return _bilinear(_multiply, _multiply_backward)(x, kernel)
+
+
+def scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """Every query with every key of its head: (B, T, H, D), (B, S, H, D) -> (B, H, T, S)."""
+    return _bilinear(_scores, _scores_backward)(query, key)
+
+
+def mix(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """Sums of values, weighted head by head: (B, H, T, S), (B, S, H, D) -> (B, T, H, D)."""
+    return _bilinear(_mix, _mix_backward)(weights, value)
+
+
+@functools.cache
+def _bilinear(product: Callable, backward: Callable) -> Callable:
+    """A product that can be differentiated; `backward` takes both operands and the gradient of the result."""
+    function = jax.custom_vjp(lambda a, b: product(a, b))
+    function.defvjp(lambda a, b: (product(a, b), (a, b)), lambda operands, gradient: backward(*operands, gradient))
+    return function
+
+
+def _multiply(a: jax.Array, b: jax.Array, left: int = AS_IS, right: int = AS_IS) -> jax.Array:
+    shape = a.shape[left == TRANSPOSED], b.shape[right == AS_IS]
+    return _sgemm(a, b, shape, [_Matrices(*s, s[1]) for s in (a.shape, b.shape, shape)], left=left, right=right)
+
+
+def _multiply_backward(x, kernel, gradient):
+    return _multiply(gradient, kernel, right=TRANSPOSED), _multiply(x, gradient, left=TRANSPOSED)
+
+
+def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    batch, length, heads, _ = query.shape
+    shape = batch, heads, length, key.shape[1]
+    matrices = [_of_heads(query.shape), _of_heads(key.shape), _of_weights(shape)]
+    return _sgemm(query, key, shape, matrices, batch, heads, right=TRANSPOSED)
+
+
+def _scores_backward(query, key, gradient):
+    return _mix(gradient, key), _mix(gradient, query, TRANSPOSED)
+
+
+def _mix(weights: jax.Array, value: jax.Array, left: int = AS_IS) -> jax.Array:
+    batch, heads, rows, columns = weights.shape
+    shape = batch, (rows if left == AS_IS else columns), heads, value.shape[-1]
+    matrices = [_of_weights(weights.shape), _of_heads(value.shape), _of_heads(shape)]
+    return _sgemm(weights, value, shape, matrices, batch, heads, left=left)
+
+
+def _mix_backward(weights, value, gradient):
+    return _scores(gradient, value), _mix(weights, gradient, TRANSPOSED)
+
+
+class _Matrices(NamedTuple):
+    """The matrices in an array: their sizes, and the distance in elements from one row, example and head to the next.
+
+    Heads are taken from where they stand, between the tokens and the channels: nothing is transposed before.
+    """
+
+    rows: int
+    columns: int
+    row: int
+    example: int = 0
+    head: int = 0
+
+
+def _of_heads(shape: tuple[int, ...]) -> _Matrices:
+    """(B, T, H, D): a matrix (T, D) for each example and head."""
+    _, length, heads, width = shape
+    return _Matrices(length, width, heads * width, length * heads * width, width)
+
+
+def _of_weights(shape: tuple[int, ...]) -> _Matrices:
+    """(B, H, T, S): a matrix (T, S) for each example and head."""
+    _, heads, rows, columns = shape
+    return _Matrices(rows, columns, columns, heads * rows * columns, rows * columns)
+
+
+def _sgemm(a, b, shape, matrices, examples=1, heads=1, *, left=AS_IS, right=AS_IS) -> jax.Array:
+    """One product for each example and head; `matrices` of `a`, of `b` and of the result, which has this shape."""
+    of_a, _, of_result = matrices
+    between = of_a.columns if left == AS_IS else of_a.rows
+    numbers = [left, right, of_result.rows, of_result.columns, between, examples, heads]
+    numbers += [distance for m in matrices for distance in (m.row, m.example, m.head)]
+    call = jax.ffi.ffi_call(
+        mkl.TARGET,
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        vmap_method="sequential",
+        custom_call_api_version=3,  # of addresses and a string; the typed one is for C++
+        legacy_backend_config=np.asarray(numbers, np.int64).tobytes(),
+    )
+    return call(a, b)

@@ -1,0 +1,144 @@
+"""MKL's products in the place of XLA's: the same numbers and gradients, and only where they are safe."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import load_golden, nhwc
+
+from flair_jax import sharding
+from flair_jax.models import blas, layers, mkl
+from flair_jax.models.text import Text
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or os.uname().machine != "x86_64", reason="Intel publishes MKL for Linux on x86-64"
+)
+
+
+def arrays(*shapes):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def mesh(devices: int):
+    return jax.set_mesh(sharding.create_mesh(devices=jax.devices()[:devices]))
+
+
+def calls(function, *operands) -> int:
+    """Products of MKL's in the compiled function."""
+    return jax.jit(function).lower(*operands).compile().as_text().count(f'custom_call_target="{mkl.TARGET}"')
+
+
+def value_and_gradients(product):
+    """Of a number that depends on every element of the product, and differently."""
+
+    def number(*operands):
+        result = product(*operands)
+        return jnp.sum(jnp.sin(result) * jnp.arange(result.size).reshape(result.shape))
+
+    return jax.value_and_grad(number, argnums=(0, 1))
+
+
+def scores(query, key):
+    return jnp.einsum("bthd,bshd->bhts", query, key)
+
+
+def mix(weights, value):
+    return jnp.einsum("bhts,bshd->bthd", weights, value)
+
+
+@pytest.mark.parametrize(
+    "ours, plain, shapes",
+    [
+        (blas.multiply, jnp.matmul, [(7, 5), (5, 3)]),
+        (blas.multiply, jnp.matmul, [(1, 5), (5, 1)]),
+        (blas.multiply, jnp.matmul, [(130, 64), (64, 257)]),
+        (blas.scores, scores, [(3, 7, 4, 6), (3, 9, 4, 6)]),
+        (blas.scores, scores, [(1, 7, 1, 6), (1, 9, 1, 6)]),  # one matrix goes another way
+        (blas.mix, mix, [(3, 4, 7, 9), (3, 9, 4, 6)]),
+        (blas.mix, mix, [(1, 1, 7, 9), (1, 9, 1, 6)]),
+    ],
+)
+def test_products_and_gradients_are_xla_s(ours, plain, shapes):
+    operands = arrays(*shapes)
+    with mesh(1):
+        assert blas.multiplies(*operands)
+        assert calls(value_and_gradients(ours), *operands) == 3
+        value, gradients = jax.jit(value_and_gradients(ours))(*operands)
+    expected, expected_gradients = jax.jit(value_and_gradients(plain))(*operands)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-3)
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
+
+
+def test_under_vmap_each_gets_its_product():
+    x, kernel = arrays((3, 7, 5), (3, 5, 2))
+    with mesh(1):
+        result = jax.jit(jax.vmap(blas.multiply))(x, kernel)
+    np.testing.assert_allclose(result, x @ kernel, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_is_the_original_s(tiny_model, tiny_params):
+    inputs, expected = load_golden("tiny_inputs.npz"), load_golden("tiny_outputs.npz")
+
+    def encode(params, images, tokens):
+        image = tiny_model.apply({"params": params}, images, method="encode_image")
+        return (
+            image.pooled,
+            image.local,
+            tiny_model.apply({"params": params}, Text.padded(tokens), method="encode_text"),
+        )
+
+    operands = tiny_params, nhwc(inputs["images"]), inputs["tokens"]
+    with mesh(1):
+        assert calls(encode, *operands) >= 2 * 3 * 6  # towers, blocks, four dense layers and attention's two products
+        pooled, local, text = jax.jit(encode)(*operands)
+    np.testing.assert_allclose(pooled, expected["image_global"], atol=1e-5)
+    np.testing.assert_allclose(local, expected["image_local"], atol=1e-5)
+    np.testing.assert_allclose(text.pooled, expected["text_global"], atol=1e-5)
+
+
+def test_other_programs_keep_xla_s_products():
+    x, kernel = arrays((8, 5), (5, 3))
+    with mesh(1):
+        assert calls(layers.project, x, kernel) == 1
+        assert calls(layers.project, x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)) == 0
+        assert calls(layers.project, x[:0], kernel) == 0
+    with mesh(2):
+        assert calls(layers.project, x, kernel) == 0
+    assert calls(layers.project, x, kernel) == 0  # no mesh, eight devices
+
+
+@pytest.mark.parametrize("missing", ["mkl", "intel-openmp"])
+def test_without_the_library_xla_multiplies(missing, monkeypatch):
+    files = mkl.importlib.metadata.files
+    monkeypatch.setattr(mkl.importlib.metadata, "files", lambda name: [] if name == missing else files(name))
+    assert not mkl.register.__wrapped__()
+
+
+def test_without_numba_xla_multiplies(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert not mkl.register.__wrapped__()
+
+
+def test_a_compiled_program_is_found_again_and_runs(tmp_path):
+    code = """
+import sys, jax, jax.numpy as jnp
+from flair_jax import compilation
+from flair_jax.models import layers
+compilation.use_cache(sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.monitoring.register_event_listener(lambda name, **_: print(name) if "cache_hits" in name else None)
+print(jax.jit(layers.project)(jnp.ones((3, 4)), jnp.full((4, 2), 2.0)).tolist())
+"""
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    run = [sys.executable, "-c", code, str(tmp_path)]
+    first, second = (
+        subprocess.run(run, env=environment, check=True, text=True, capture_output=True).stdout for _ in "12"
+    )
+    assert "cache_hits" not in first and "cache_hits" in second
+    assert first.splitlines()[-1] == second.splitlines()[-1] == str([[8.0, 8.0]] * 3)
