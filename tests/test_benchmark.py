@@ -162,7 +162,7 @@ def test_data(shards, tmp_path, hide):
 
 def test_a_loader_that_ends_is_no_figure(shards):
     settings = data.Settings([*shards, "/nowhere.tar"], workers=1, batch_size=4)
-    with pytest.raises(RuntimeError, match="a loader's process ended with exit code 1"):
+    with pytest.raises(RuntimeError, match="a side's process ended with exit code 1"):
         data.measure(settings, pixels=["reference"], reference=False)
 
 

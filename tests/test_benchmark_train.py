@@ -1,6 +1,9 @@
 """The benchmarks of the model at small sizes: what they count, and that both sides get the same work."""
 
+import contextlib
+import functools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ import pytest
 from configs import scenes as scenes_config
 from data import packing, scenes
 from flair_jax.benchmark import __main__ as command_line
-from flair_jax.benchmark import contender, inputs, sweep
+from flair_jax.benchmark import contender, inputs, processes, sweep
 
 SMALL = """
 from configs import scenes
@@ -105,6 +108,28 @@ def test_captions_are_as_long_as_real_ones():
 def test_a_side_that_dies_says_so(alone):
     with contender.Contender(_dying) as side, pytest.raises(RuntimeError, match="exit code"):
         side.turn(1)
+
+
+@pytest.mark.parametrize(
+    "backend, lives", [("cpu", "+a +b a a b b a a b b -b -a"), ("gpu", "+a a a a a -a +b b b b b -b")]
+)
+def test_an_accelerator_belongs_to_one_side_at_a_time(backend, lives, monkeypatch):
+    seen = []
+
+    @contextlib.contextmanager
+    def side(name):
+        seen.append(f"+{name}")
+        yield SimpleNamespace(turn=lambda count: seen.append(name) or count)
+        seen.append(f"-{name}")
+
+    monkeypatch.setattr(contender.processes, "default_backend", lambda: backend)
+    results = contender.in_turns({name: functools.partial(side, name) for name in "ab"}, 3, 2)
+    assert " ".join(seen) == lives
+    assert results == {"a": [3, 3], "b": [3, 3]}
+
+
+def test_where_jax_computes_is_asked_without_taking_it(alone):
+    assert processes.default_backend() == "cpu"
 
 
 def _dying():

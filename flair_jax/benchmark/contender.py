@@ -3,13 +3,16 @@
 import contextlib
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from flair_jax import compilation
+from flair_jax.benchmark import processes
 
-Turn = Callable[[int], Mapping[str, Any]]
+IDLE_SECONDS, IDLE_SHARE = 0.3, 0.1  # a side rests when its processes use less than this share of a core for so long
+Figures = Mapping[str, Any]
+Turn = Callable[[int], Figures]
 
 
 class Contender:
@@ -34,11 +37,7 @@ class Contender:
             os.environ.update(before)
         theirs.close()
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def turn(self, count: int) -> Mapping[str, Any]:
+    def turn(self, count: int) -> Figures:
         """Does what is measured `count` times, and returns its figures.
 
         Raises:
@@ -51,6 +50,15 @@ class Contender:
             self._process.join()
             raise RuntimeError(f"a side's process ended with exit code {self._process.exitcode}") from error
 
+    def rest(self) -> None:
+        """Waits until its processes have done what they do ahead."""
+        seconds = processes.cpu_seconds(self._process.pid)
+        while True:
+            time.sleep(IDLE_SECONDS)
+            before, seconds = seconds, processes.cpu_seconds(self._process.pid)
+            if seconds - before < IDLE_SHARE * IDLE_SECONDS:
+                return
+
     def __enter__(self) -> "Contender":
         return self
 
@@ -60,25 +68,28 @@ class Contender:
 
 
 def _serve(connection, make: Callable[..., AbstractContextManager[Turn]], *arguments) -> None:
-    """The side's process: a turn for each number that comes, until the connection is closed.
-
-    Either side keeps its heap, as training on a CPU does and as PyTorch's guides have it by another allocator.
-    """
-    compilation.keep_heap()
+    """The side's process: a turn for each number that comes, until the connection is closed."""
     with make(*arguments) as turn, contextlib.suppress(EOFError):
         while True:
             connection.send(turn(connection.recv()))
 
 
-def in_turns(contenders: Mapping[str, Contender], count: int, turns: int) -> dict[str, list[Mapping[str, Any]]]:
+def in_turns(
+    sides: Mapping[str, Callable[[], Contender]], count: int, turns: int
+) -> dict[str, list[Mapping[str, Any]]]:
     """One after the other, `turns` times, so that whatever else the machine does meets all of them.
 
     Each begins a turn with one that is not counted: it compiles, fills caches, and gets back the memory that the
-    system took from it while it waited.
+    system took from it while it waited. On an accelerator, whose memory either side takes for itself, a side has all
+    of its turns before the next one starts.
     """
-    results = {name: [] for name in contenders}
-    for _ in range(turns):
-        for name, contender in contenders.items():
-            contender.turn(1)
-            results[name].append(contender.turn(count))
+    results = {name: [] for name in sides}
+    together = processes.default_backend() == "cpu"
+    for group in [list(sides)] if together else [[name] for name in sides]:
+        with contextlib.ExitStack() as stack:
+            contenders = {name: stack.enter_context(sides[name]()) for name in group}
+            for _ in range(turns):
+                for name, contender in contenders.items():
+                    contender.turn(1)
+                    results[name].append(contender.turn(count))
     return results

@@ -20,6 +20,7 @@ import numpy as np
 
 from data import captions, fast_images, images, packing, pipeline, records, tokenizer
 from flair_jax.benchmark import processes, reference_loader
+from flair_jax.benchmark.contender import Contender, Turn
 from flair_jax.benchmark.python_tokenizer import PythonTokenizer
 from flair_jax.benchmark.tokenizer import open_clip_tokenizer
 
@@ -28,7 +29,6 @@ CONTEXT_LENGTH = 77
 ROW_LENGTH = 80  # of packed captions
 BUFFERED = 6  # batches a worker, more than any of the loaders holds back
 STAGE_SAMPLES = 512  # images on which the stages are timed
-IDLE_SECONDS, IDLE_SHARE = 0.3, 0.1  # a loader rests when its processes use less than this share of a core for so long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +76,15 @@ def measure(
     """
     if reference:
         reference_loader.require()
-    contenders = {way: _Contender(_stream, settings, way) for way in pixels}
-    if reference:
-        contenders["loader"] = _Contender(_reference, settings)
-    try:
+    with contextlib.ExitStack() as stack:
+        contenders = {way: stack.enter_context(Contender(_turns, settings, _stream, way)) for way in pixels}
+        if reference:
+            contenders["loader"] = stack.enter_context(Contender(_turns, settings, _reference))
         results = {name: [] for name in contenders}
         for _ in range(turns):
             for name, contender in contenders.items():
                 results[name].append(contender.turn(batches))
-    finally:
-        for contender in contenders.values():
-            contender.close()
+                contender.rest()
     stages = _stages(settings, pixels)
     medians = {
         name: {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
@@ -115,7 +113,7 @@ def measure(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loaders: functions that run in a process of their own and give batches without end
+# The loaders, in a process of their own: batches without end
 
 
 def _stream(settings: Settings, pixels: str) -> Iterator[Any]:
@@ -145,54 +143,25 @@ def _reference(settings: Settings) -> Iterator[Any]:
     )
 
 
-class _Contender:
-    """A loader in a process of its own."""
+@contextlib.contextmanager
+def _turns(settings: Settings, loader: Callable[..., Iterator[Any]], *arguments) -> Iterator[Turn]:
+    """Turns of a loader: so many batches, behind those that it had made while it waited."""
 
-    def __init__(self, loader: Callable[..., Iterator[Any]], settings: Settings, *arguments):
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, loader, settings, *arguments))
-        self._process.start()
-        theirs.close()
+    def turn(count: int) -> dict[str, float]:
+        _skip(batches, BUFFERED * settings.workers)
+        cpu, start = processes.cpu_seconds(), time.perf_counter()
+        _skip(batches, count)
+        seconds, cpu = time.perf_counter() - start, processes.cpu_seconds() - cpu
+        cpu = max(cpu, processes.TICK)  # of a very short turn the system may not have counted any
+        images = count * settings.batch_size
+        return {
+            "images_per_second": images / seconds,
+            "cpu_ms_per_image": 1000 * cpu / images,
+            "memory_mb": processes.total_mib(),
+        }
 
-    def turn(self, batches: int) -> dict[str, float]:
-        """Times some batches, then waits until the loader rests."""
-        try:
-            self._connection.send(batches)
-            figures = self._connection.recv()
-        except (EOFError, BrokenPipeError) as error:
-            self._process.join()
-            raise RuntimeError(f"a loader's process ended with exit code {self._process.exitcode}") from error
-        seconds = processes.cpu_seconds(self._process.pid)
-        while True:
-            time.sleep(IDLE_SECONDS)
-            before, seconds = seconds, processes.cpu_seconds(self._process.pid)
-            if seconds - before < IDLE_SHARE * IDLE_SECONDS:
-                return figures
-
-    def close(self) -> None:
-        self._connection.close()  # the loader's process ends with it
-        self._process.join()
-
-
-def _serve(connection, loader: Callable[..., Iterator[Any]], settings: Settings, *arguments) -> None:
-    """The loader's process: a turn for each number of batches that comes, until the connection is closed."""
-    with contextlib.closing(loader(settings, *arguments)) as batches, contextlib.suppress(EOFError):
-        while True:
-            count = connection.recv()
-            _skip(batches, BUFFERED * settings.workers)
-            cpu, start = processes.cpu_seconds(), time.perf_counter()
-            _skip(batches, count)
-            seconds, cpu = time.perf_counter() - start, processes.cpu_seconds() - cpu
-            cpu = max(cpu, processes.TICK)  # of a very short turn the system may not have counted any
-            images = count * settings.batch_size
-            connection.send(
-                {
-                    "images_per_second": images / seconds,
-                    "cpu_ms_per_image": 1000 * cpu / images,
-                    "memory_mb": processes.total_mib(),
-                }
-            )
+    with contextlib.closing(loader(settings, *arguments)) as batches:
+        yield turn
 
 
 def _skip(batches: Iterator[Any], count: int) -> None:

@@ -1,6 +1,7 @@
 """Images and texts through the towers and pairs through the pooling, as evaluation does it, beside the PyTorch twin."""
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,12 +44,11 @@ def measure(
     count = {"images": images, "texts": texts, "pairs": images * texts}
     for kind in kinds:
         arguments = (config, kind, images, texts, text_batch)
-        with contextlib.ExitStack() as stack:
-            contenders = {"flair_jax": stack.enter_context(Contender(ours, *arguments))}
-            for side in beside:
-                rival = Contender(twin, *arguments, side == "compiled", environment=TWIN_ENVIRONMENT)
-                contenders[side] = stack.enter_context(rival)
-            results = in_turns(contenders, 1, turns)
+        sides = {"flair_jax": functools.partial(Contender, ours, *arguments)}
+        for side in beside:
+            rival = twin, *arguments, side == "compiled"
+            sides[side] = functools.partial(Contender, *rival, environment=TWIN_ENVIRONMENT)
+        results = in_turns(sides, 1, turns)
         seconds = {name: statistics.median(turn["seconds"] for turn in turns) for name, turns in results.items()}
         figures[f"{kind}_per_second"] = count[kind] / seconds["flair_jax"]
         for side in beside:
@@ -86,9 +86,10 @@ def ours(config: Mapping[str, Any], kind: str, images: int, texts: int, text_bat
     import jax
 
     from data.images import normalize
-    from flair_jax import models, state
+    from flair_jax import compilation, models, state
     from flair_jax.evaluators.encoder import Encoder
 
+    compilation.keep_heap()
     model = models.create(config["model"])
     encoder = Encoder(model, normalize, image_batch=images, text_batch=text_batch)
     params = encoder.place(jax.jit(lambda: state.init_params(model, 0))())

@@ -2,6 +2,8 @@
 
 import os
 import resource
+import subprocess
+import sys
 
 import psutil
 
@@ -34,3 +36,9 @@ def cpu_seconds(pid: int | None = None) -> float:
     """CPU time that the processes of `tree` have used so far, together."""
     times = [process.cpu_times() for process in tree(pid)]
     return sum(time.user + time.system for time in times)
+
+
+def default_backend() -> str:
+    """Where jax would compute; asked in a process of its own, since asking takes an accelerator's memory."""
+    command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]

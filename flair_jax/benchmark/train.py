@@ -1,6 +1,7 @@
 """Images per second of a training step, beside the PyTorch twin on the same batches."""
 
 import contextlib
+import functools
 import itertools
 import statistics
 import tempfile
@@ -43,12 +44,11 @@ def measure(
       (of the device, or of the process on a CPU), compile_seconds, fill (share of token places with a token). Of each
       side of the twin `eager_…` or `compiled_` images_per_second, memory_mb, and `ratio_…`, ours over theirs.
     """
-    with contextlib.ExitStack() as stack:
-        contenders = {"flair_jax": stack.enter_context(Contender(training, config, trace))}
-        for side in beside:
-            rival = Contender(twin_training, config, side == "compiled", environment=TWIN_ENVIRONMENT)
-            contenders[side] = stack.enter_context(rival)
-        results = in_turns(contenders, steps, turns)
+    sides = {"flair_jax": functools.partial(Contender, training, config, trace)}
+    for side in beside:
+        arguments = twin_training, config, side == "compiled"
+        sides[side] = functools.partial(Contender, *arguments, environment=TWIN_ENVIRONMENT)
+    results = in_turns(sides, steps, turns)
     ours = results["flair_jax"]
 
     def median(turns, name):
@@ -79,6 +79,7 @@ def training(config: Mapping[str, Any], trace: str | None = None) -> Iterator[Ca
 
     from flair_jax import compilation, flops, metrics, models, optimizer, sharding, state, train
 
+    compilation.keep_heap()
     model = models.create(config["model"], config["loss"])
     mesh = sharding.create_mesh(**config["mesh"])
     tx = optimizer.create(total_steps=100_000, **config["optimizer"])
