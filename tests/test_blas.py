@@ -133,12 +133,19 @@ from flair_jax.models import layers
 compilation.use_cache(sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.monitoring.register_event_listener(lambda name, **_: print(name) if "cache_hits" in name else None)
-print(jax.jit(layers.project)(jnp.ones((3, 4)), jnp.full((4, 2), 2.0)).tolist())
+print(jax.jit(layers.project)(jnp.ones((3, 400)), jnp.full((400, 200), 2.0)).sum())
 """
     environment = {**os.environ, "XLA_FLAGS": ""}
     run = [sys.executable, "-c", code, str(tmp_path)]
-    first, second = (
-        subprocess.run(run, env=environment, check=True, text=True, capture_output=True).stdout for _ in "12"
-    )
-    assert "cache_hits" not in first and "cache_hits" in second
-    assert first.splitlines()[-1] == second.splitlines()[-1] == str([[8.0, 8.0]] * 3)
+    first, second = (subprocess.run(run, env=environment, check=True, text=True, capture_output=True) for _ in "12")
+    assert "cache_hits" not in first.stdout and "cache_hits" in second.stdout
+    assert first.stdout.split()[-1] == second.stdout.split()[-1] == "480000.0"
+    assert "UTF-8" not in first.stderr  # what the call is told must be text, or it cannot be kept
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 127, 128], [2**31, 2**56 - 1]])
+def test_numbers_for_the_call_are_ascii(numbers):
+    text = mkl.encode(numbers)
+    text.decode("ascii")
+    digits = [text[i : i + mkl.DIGITS] for i in range(0, len(text), mkl.DIGITS)]
+    assert [sum(digit << 7 * i for i, digit in enumerate(number)) for number in digits] == numbers

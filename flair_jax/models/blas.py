@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flair_jax.models import mkl
 from flair_jax.models.mkl import AS_IS, TRANSPOSED
@@ -113,7 +112,7 @@ def _sgemm(a, b, shape, matrices, examples=1, heads=1, *, left=AS_IS, right=AS_I
         mkl.TARGET,
         jax.ShapeDtypeStruct(shape, jnp.float32),
         vmap_method="sequential",
-        custom_call_api_version=3,  # of addresses and a string; the typed one is for C++
-        legacy_backend_config=np.asarray(numbers, np.int64).tobytes(),
+        custom_call_api_version=3,  # of addresses and a text; the typed one is for C++
+        legacy_backend_config=mkl.encode(numbers),
     )
     return call(a, b)

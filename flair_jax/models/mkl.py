@@ -4,6 +4,7 @@ import ctypes
 import functools
 import importlib.metadata
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -11,14 +12,15 @@ import numpy as np
 TARGET = "flair_jax_sgemm"  # its name among XLA's custom calls
 ROW_MAJOR, AS_IS, TRANSPOSED = 101, 111, 112  # cblas.h
 FLOAT = 4  # bytes
+DIGITS = 8  # of seven bits, of a number in `encode`
 
 
 @functools.cache
 def register() -> bool:
     """Makes the product known to XLA; False where MKL or numba is missing, or jax may have changed its ways.
 
-    The custom call takes the numbers that `blas._sgemm` writes, int64: left, right, m, n, k, examples, heads, and of
-    either operand and of the result the distances from one row, example and head to the next.
+    The custom call takes `encode` of these: left, right, m, n, k, examples, heads, and of either operand and of the
+    result the distances from one row, example and head to the next.
     """
     if not importlib.metadata.version("jaxlib").startswith("0.10."):
         return False
@@ -35,10 +37,13 @@ def register() -> bool:
     many.argtypes = [size, *[ctypes.c_void_p] * 13, size, ctypes.c_void_p]
     one.restype = many.restype = None
 
-    addresses, numbers = types.CPointer(types.intp), types.CPointer(types.int64)
+    addresses, text = types.CPointer(types.intp), types.CPointer(types.uint8)
 
-    @numba.cfunc(types.void(types.intp, addresses, numbers, types.intp, types.intp))
-    def call(result, operands, numbers, length, status):
+    @numba.cfunc(types.void(types.intp, addresses, text, types.intp, types.intp))
+    def call(result, operands, text, length, status):
+        numbers = np.zeros(length // DIGITS, np.int64)
+        for i in range(length):
+            numbers[i // DIGITS] |= np.int64(text[i]) << 7 * (i % DIGITS)
         left, right, m, n, k = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
         examples, heads = numbers[5], numbers[6]
         row_a, row_b, row_c = numbers[7], numbers[10], numbers[13]
@@ -62,6 +67,11 @@ def register() -> bool:
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(call.ctypes), platform="cpu", api_version=0)
     register.call = call  # the machine code lives as long as this object
     return True
+
+
+def encode(numbers: Sequence[int]) -> bytes:
+    """Numbers below 2**56 as text that is ASCII, which is what XLA can keep in a file."""
+    return bytes(number >> 7 * i & 127 for number in numbers for i in range(DIGITS))
 
 
 def _load() -> ctypes.CDLL:
