@@ -58,7 +58,7 @@ def measure(
 
 
 def host_inputs(config: Mapping[str, Any], images: int, texts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images of noise, uint8 (B, H, W, 3), and texts, int32 (N, T), padded to the context."""
+    """Images of noise, uint8 (B, H, W, 3), and different texts, int32 (N, T), padded to the context."""
     from data import pipeline
 
     rng = np.random.default_rng(0)
@@ -70,14 +70,18 @@ def host_inputs(config: Mapping[str, Any], images: int, texts: int) -> tuple[np.
     count = config["data"]["captions"]["count"]
     with pipeline.make_stream(
         config["data"]["shards"],
-        batch_size=-(-texts // count),
+        batch_size=-(-2 * texts // count),  # some captions are drawn twice
         image_size=(height, width),
         context_length=context,
         seed=0,
         captions=config["data"]["captions"],
         pixels="fast",
     ) as stream:
-        return pixels, next(stream)["texts"]["tokens"][:texts]
+        tokens = next(stream)["texts"]["tokens"]
+    _, first = np.unique(tokens, axis=0, return_index=True)
+    if len(first) < texts:
+        raise ValueError(f"{config['data']['shards']}: {len(first)} different texts where {texts} are asked for")
+    return pixels, tokens[np.sort(first)[:texts]]
 
 
 @contextlib.contextmanager
