@@ -5,6 +5,7 @@ import os
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
+JAXLIB_IS_KNOWN = importlib.metadata.version("jaxlib").startswith("0.10.")  # what is not documented may change with it
 
 
 def _tune_cpu() -> None:
@@ -14,7 +15,7 @@ def _tune_cpu() -> None:
     ends a process that has an unknown one.
     """
     flag, flags = "--xla_cpu_experimental_ynn_fusion_type", os.environ.get("XLA_FLAGS", "")
-    if importlib.metadata.version("jaxlib").startswith("0.10.") and flag not in flags:
+    if JAXLIB_IS_KNOWN and flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}=reduce".strip()
 
 

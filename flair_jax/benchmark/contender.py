@@ -74,9 +74,7 @@ def _serve(connection, make: Callable[..., AbstractContextManager[Turn]], *argum
             connection.send(turn(connection.recv()))
 
 
-def in_turns(
-    sides: Mapping[str, Callable[[], Contender]], count: int, turns: int
-) -> dict[str, list[Mapping[str, Any]]]:
+def in_turns(sides: Mapping[str, Callable[[], Contender]], count: int, turns: int) -> dict[str, list[Figures]]:
     """One after the other, `turns` times, so that whatever else the machine does meets all of them.
 
     Each begins a turn with one that is not counted: it compiles, fills caches, and gets back the memory that the
