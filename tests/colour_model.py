@@ -20,9 +20,9 @@ class ColourModel(nn.Module):
         local = x.reshape(batch, -1, channels)
         return ImageFeatures(pooled=local.mean(1), local=local)
 
-    def encode_text(self, text):
-        pooled = jax.nn.one_hot(text.tokens[:, 0], 3)
-        return TextFeatures(pooled=pooled, local=pooled[:, None], mask=text.tokens[:, :1] == text.tokens[:, :1])
+    def encode_text(self, text, *, local=True):
+        pooled = jax.nn.one_hot(text.tokens.reshape(-1)[text.ends - 1], 3)
+        return TextFeatures(pooled=pooled, local=pooled[:, None] if local else None, mask=text.tokens != 0)
 
     def score(self, image_features, text_features):
         return jnp.einsum("bld,nd->bnl", image_features.local, text_features.pooled).max(-1)

@@ -230,6 +230,41 @@ def test_packed_equals_padded_in_value_and_gradient(tiny_model, tiny_params):
     jax.tree.map(lambda a, b: close(a, b, 1e-5 * (1 + np.abs(b).max())), packed_grads, jax.device_get(padded_grads))
 
 
+@pytest.mark.parametrize("rows", [None, ROWS])
+@pytest.mark.parametrize(
+    "change", [{}, dict(scan_blocks=True), dict(remat="dots"), dict(remat="full", scan_blocks=True), dict(depth=1)]
+)
+def test_the_last_block_may_work_on_the_ends_alone(tiny_params, change, rows):
+    tokens = short_captions()
+    text = Text.padded(tokens) if rows is None else pack(tokens, rows, 48)
+    depth = {"depth": change["depth"]} if "depth" in change else {}
+    how = {key: value for key, value in change.items() if key != "depth"}
+    model = models.create({**TINY, **how, "text": {**TINY["text"], **depth}})
+
+    def value(params, local):
+        features = model.apply({"params": params}, text, local=local, method="encode_text")
+        assert (features.local is not None) == local
+        return jnp.sum(jnp.sin(features.pooled * jnp.arange(1, 7)[:, None])), features.pooled
+
+    grad = jax.jit(jax.value_and_grad(value, has_aux=True), static_argnums=1)
+    (_, ends), of_ends = grad(tiny_params, False)
+    (_, pooled), expected = grad(tiny_params, True)
+    close(ends, pooled)
+    jax.tree.map(lambda a, b: close(a, b, 1e-5 * (1 + np.abs(b).max())), of_ends, jax.device_get(expected))
+    assert np.abs(expected["text"]["blocks_0"]["mlp"]["fc"]["kernel"]).max() > 1e-3
+
+
+def test_the_ends_alone_take_less_work(tiny_model, tiny_params):
+    def flops(local):
+        def encode(text):
+            return tiny_model.apply({"params": tiny_params}, text, local=local, method="encode_text").pooled
+
+        return jax.jit(encode).lower(pack(short_captions(), ROWS, 48)).cost_analysis()["flops"]
+
+    # A third of the blocks is the last one, of which the ends leave the input projection and the attention.
+    assert flops(False) < 0.85 * flops(True)
+
+
 def test_neighbours_in_a_packed_row_never_leak(tiny_model, tiny_params):
     """Bit for bit: a caption's features do not move when every other caption of its row changes."""
     encode = jax.jit(lambda text: tiny_model.apply({"params": tiny_params}, text, method="encode_text").pooled)

@@ -16,7 +16,7 @@ from flair_jax.losses.sigmoid import BATCH_AXES
 from flair_jax.models.text import Text
 
 Item = TypeVar("Item")
-LENGTH_STEP = 8  # tokens by which text batches differ in length: few shapes to compile, little padding
+ROW_TEXTS = 8  # texts that share a row, at most
 
 
 def evaluation_mesh() -> Mesh:
@@ -50,6 +50,41 @@ def check_texts(name: str, tokens: np.ndarray, owner: np.ndarray, owners: int) -
         )
 
 
+def share_rows(lengths: np.ndarray, row_length: int) -> list[list[int]]:
+    """Numbers of the texts in each row, as few rows as best-fit decreasing finds.
+
+    The longest come first, each into the fullest row that has room for it and fewer than `ROW_TEXTS` others.
+    """
+    rows, by_room = [], [[] for _ in range(row_length + 1)]  # rows that take more, by the tokens that they have left
+    for number in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[number])
+        room = next((room for room in range(length, row_length) if by_room[room]), row_length)
+        if room < row_length:
+            row = by_room[room].pop()
+        else:
+            row = []
+            rows.append(row)
+        row.append(number)
+        if len(row) < ROW_TEXTS:
+            by_room[room - length].append(row)
+    return rows
+
+
+def lay(tokens: np.ndarray, lengths: np.ndarray, rows: Sequence[Sequence[int]], count: int, row_length: int) -> Text:
+    """Texts (N, T) side by side in `count` rows; text s of row r ends at `ends[r * ROW_TEXTS + s]`, others anywhere."""
+    laid, positions, segments = np.zeros((3, count, row_length), np.int32)
+    ends = np.repeat(np.arange(count, dtype=np.int32) * row_length, ROW_TEXTS)  # a row's ends stand in that row
+    for r, row in enumerate(rows):
+        start = 0
+        for s, number in enumerate(row):
+            length = lengths[number]
+            place = slice(start, start + length)
+            laid[r, place], positions[r, place], segments[r, place] = tokens[number, :length], np.arange(length), s + 1
+            start += length
+            ends[r * ROW_TEXTS + s] += start - 1
+    return Text(laid, ends, positions, segments)
+
+
 @functools.lru_cache(maxsize=8)
 def _towers(
     model: nn.Module, preprocess: Callable, split: NamedSharding, whole: NamedSharding
@@ -59,10 +94,10 @@ def _towers(
     def encode_image(params, images):
         return model.apply({"params": params}, preprocess(images), method="encode_image")
 
-    def encode_text(params, tokens):
-        features = model.apply({"params": params}, Text.padded(tokens), method="encode_text")
+    def encode_text(params, text):
         # Texts are compared by their pooled features; those of all tokens would be T times as large.
-        return features.replace(local=None, mask=None)
+        features = model.apply({"params": params}, text, local=False, method="encode_text")
+        return features.replace(mask=None)
 
     return jax.jit(encode_image, out_shardings=split), jax.jit(encode_text, out_shardings=whole)
 
@@ -79,7 +114,8 @@ class Encoder:
     Args:
       model: a module with the methods `encode_image` and `encode_text`.
       preprocess: images as the data set gives them (B, H, W, 3) -> the model's input, float; runs inside jit.
-      image_batch, text_batch: largest batches; they are rounded up to a multiple of the devices.
+      image_batch, text_batch: largest batches, of images and of rows of texts; they are rounded up to a multiple of the
+        devices.
       mesh: None: `evaluation_mesh()`.
     """
 
@@ -126,7 +162,9 @@ class Encoder:
         return jax.make_array_from_callback(x.shape, self._split, lambda index: x[index])
 
     def _rows(self, limit: int, total: int) -> int:
-        return -(-min(limit, total) // self._shards) * self._shards
+        """Rows of a batch: as few batches as the limit allows, equally full, on equally many rows a device."""
+        batches = -(-total // limit)
+        return -(-total // (batches * self._shards)) * self._shards
 
     def text_rows(self, total: int) -> int:
         """Rows of a text batch out of `total` texts."""
@@ -156,15 +194,17 @@ class Encoder:
         """
         tokens, inverse = np.unique(tokens, axis=0, return_inverse=True)
         lengths = np.argmax(tokens, axis=1) + 1  # nothing is read behind the end of a text
-        # Texts of like length share a batch, cut to its longest; the shortest stand in the last, which is not full.
-        order = np.argsort(-lengths, kind="stable")
-        rows = self.text_rows(len(tokens))
+        row_length = tokens.shape[1] + tokens.shape[1] % 2  # cuDNN wants it even
+        rows = share_rows(lengths, row_length)
+        count = self._rows(self._text_batch, len(rows))
         blocks = []
-        for start in range(0, len(tokens), rows):
-            batch = order[start : start + rows]
-            length = -(-int(lengths[batch].max()) // LENGTH_STEP) * LENGTH_STEP
-            blocks.append(self._encode_text(params, self.split(pad_rows(tokens[batch, :length], rows))))
-        place = np.argsort(order, kind="stable")  # of each text among the blocks
+        for start in range(0, len(rows), count):
+            batch = lay(tokens, lengths, rows[start : start + count], count, row_length)
+            with jax.set_mesh(self.mesh):
+                blocks.append(self._encode_text(params, jax.tree.map(self.split, batch)))
+        place = np.empty(len(tokens), int)  # of each text among the blocks
+        for number, row in enumerate(rows):
+            place[row] = number * ROW_TEXTS + np.arange(len(row))
         return self.take(blocks, place[inverse.reshape(-1)])
 
     def take(self, blocks: Sequence[Any], index: np.ndarray) -> Any:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -134,6 +134,10 @@ class How(NamedTuple):
     gelu: str = "exact"
 
 
+def _all(x: jax.Array) -> jax.Array:
+    return x
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one fused input projection."""
 
@@ -143,13 +147,13 @@ class SelfAttention(nn.Module):
     how: How
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask=None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask=None, pick=_all) -> jax.Array:
         batch, length, width = x.shape
         qkv = Dense(3 * width, kernel_init=self.initializers.qkv, dtype=self.how.dtype, name="qkv")(x)
         qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)  # (B, T, 3, H, W/H)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         x = attend(query, key, value, causal=self.causal, mask=mask, attention=self.how.attention)
-        x = x.reshape(batch, length, width)
+        x = pick(x.reshape(batch, length, width))
         return Dense(width, kernel_init=self.initializers.out, dtype=self.how.dtype, name="out")(x)
 
 
@@ -171,7 +175,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-normalised transformer block, (B, T, W) -> (B, T, W)."""
+    """Pre-normalised transformer block, (B, T, W) -> (B, T, W); or (N, W), the states of some tokens.
+
+    Those are taken as soon as the attention has seen all tokens: what comes behind it, most of the work, is theirs
+    alone. `pick` chooses them, (B, T, W) -> (N, W).
+    """
 
     heads: int
     causal: bool
@@ -179,9 +187,9 @@ class Block(nn.Module):
     how: How
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask=None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask=None, pick: Callable[[jax.Array], jax.Array] = _all) -> jax.Array:
         attention = SelfAttention(self.heads, self.causal, self.initializers, self.how, name="attention")
-        x = settle(x + attention(LayerNorm(dtype=self.how.dtype, name="ln_1")(x), mask))
+        x = settle(pick(x) + attention(LayerNorm(dtype=self.how.dtype, name="ln_1")(x), mask, pick))
         mlp = MLP(self.initializers, self.how, name="mlp")
         return settle(x + mlp(LayerNorm(dtype=self.how.dtype, name="ln_2")(x)))
 
@@ -209,7 +217,7 @@ def run_blocks(
     With `scan` one block is compiled and their parameters are stacked on the way in, so that the checkpoint is the same
     either way. Initialisation always runs unrolled, on all rows.
     """
-    if blocks[0].is_initializing() or (not scan and micro_batches == 1):
+    if not blocks or blocks[0].is_initializing() or (not scan and micro_batches == 1):
         for block in blocks:
             x = block(x, mask)
         return x
