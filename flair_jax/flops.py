@@ -62,7 +62,11 @@ def encode_image(model: Mapping[str, Any], local: int | None = None) -> int:
 
 
 def encode_text(model: Mapping[str, Any], tokens: Any) -> Any:
-    """Forward operations of one text of so many tokens, a number or an array, through tower and projection."""
+    """Forward operations of one text of so many tokens, a number or an array, through tower and projection.
+
+    All blocks count for all tokens, as the published figures have it; the last one works on the end alone where nothing
+    else is asked for, a fifteenth less.
+    """
     text = model["text"]
     return transformer(tokens, text["width"], text["depth"]) + 2 * text["width"] * model["embed_dim"]
 

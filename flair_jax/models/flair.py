@@ -26,7 +26,9 @@ class ImageFeatures:
 
 @flax.struct.dataclass
 class TextFeatures:
-    """Projected, not normalised. `pooled`: (N, D) at the ends. `local`: (R, T, D). `mask`: (R, T), False on padding."""
+    """Projected, not normalised. `pooled`: (N, D) at the ends. `local`: (R, T, D), or None where nobody asked for it.
+    `mask`: (R, T), False on padding.
+    """
 
     pooled: jax.Array
     local: jax.Array | None
