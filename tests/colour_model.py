@@ -12,6 +12,7 @@ class ColourModel(nn.Module):
     """The first token of a text is the channel it asks for: 0 red, 1 green, 2 blue."""
 
     patch: int
+    context_length = 77
 
     def encode_image(self, images):
         batch, height, width, channels = images.shape

@@ -39,6 +39,14 @@ def test_texts_that_share_rows_have_their_own_features(tiny_model, tiny_params, 
     assert features.local is None and features.mask is None
 
 
+def test_texts_beyond_the_context_are_refused(tiny_model, tiny_params):
+    runs = encoder.Encoder(tiny_model, lambda x: x, image_batch=1, text_batch=2, mesh=mesh(1))
+    tokens = np.ones((2, 78), np.int32)
+    tokens[:, 77] = 511
+    with pytest.raises(ValueError, match=r"texts have 78 tokens; model\.text\.context_length is 77"):
+        runs.texts(runs.place(tiny_params), tokens)
+
+
 def test_batches_are_equally_full(tiny_model):
     runs = encoder.Encoder(tiny_model, lambda x: x, image_batch=64, text_batch=64, mesh=mesh(1))
     assert [runs.text_rows(total) for total in (1, 63, 64, 65, 128, 129, 1000)] == [1, 63, 64, 33, 64, 43, 63]

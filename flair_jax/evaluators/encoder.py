@@ -112,7 +112,7 @@ class Encoder:
       mesh: devices to run on.
 
     Args:
-      model: a module with the methods `encode_image` and `encode_text`.
+      model: a module with the methods `encode_image` and `encode_text` and a `context_length`.
       preprocess: images as the data set gives them (B, H, W, 3) -> the model's input, float; runs inside jit.
       image_batch, text_batch: largest batches, of images and of rows of texts; they are rounded up to a multiple of the
         devices.
@@ -191,9 +191,16 @@ class Encoder:
 
         Returns:
           TextFeatures whose `pooled` is (N, D) and whose other fields are None, whole on every device.
+
+        Raises:
+          ValueError: a text is longer than the model's context.
         """
         tokens, inverse = np.unique(tokens, axis=0, return_inverse=True)
         lengths = np.argmax(tokens, axis=1) + 1  # nothing is read behind the end of a text
+        if lengths.max() > self._model.context_length:
+            raise ValueError(
+                f"texts have {lengths.max()} tokens; model.text.context_length is {self._model.context_length}"
+            )
         row_length = tokens.shape[1] + tokens.shape[1] % 2  # cuDNN wants it even
         rows = share_rows(lengths, row_length)
         count = self._rows(self._text_batch, len(rows))
