@@ -232,14 +232,19 @@ def test_packed_equals_padded_in_value_and_gradient(tiny_model, tiny_params):
 
 @pytest.mark.parametrize("rows", [None, ROWS])
 @pytest.mark.parametrize(
-    "change", [{}, dict(scan_blocks=True), dict(remat="dots"), dict(remat="full", scan_blocks=True), dict(depth=1)]
+    "change",
+    [
+        {},
+        dict(scan_blocks=True),
+        dict(remat="dots"),
+        dict(remat="full", scan_blocks=True),
+        dict(text={**TINY["text"], "depth": 1}),
+    ],
 )
 def test_the_last_block_may_work_on_the_ends_alone(tiny_params, change, rows):
     tokens = short_captions()
     text = Text.padded(tokens) if rows is None else pack(tokens, rows, 48)
-    depth = {"depth": change["depth"]} if "depth" in change else {}
-    how = {key: value for key, value in change.items() if key != "depth"}
-    model = models.create({**TINY, **how, "text": {**TINY["text"], **depth}})
+    model = models.create({**TINY, **change})
 
     def value(params, local):
         features = model.apply({"params": params}, text, local=local, method="encode_text")

@@ -134,10 +134,6 @@ class How(NamedTuple):
     gelu: str = "exact"
 
 
-def _all(x: jax.Array) -> jax.Array:
-    return x
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one fused input projection."""
 
@@ -147,7 +143,7 @@ class SelfAttention(nn.Module):
     how: How
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask=None, pick=_all) -> jax.Array:
+    def __call__(self, x: jax.Array, mask, pick: Callable[[jax.Array], jax.Array]) -> jax.Array:
         batch, length, width = x.shape
         qkv = Dense(3 * width, kernel_init=self.initializers.qkv, dtype=self.how.dtype, name="qkv")(x)
         qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)  # (B, T, 3, H, W/H)
@@ -172,6 +168,10 @@ class MLP(nn.Module):
         proj = dict(kernel_init=self.initializers.proj, bias_init=torch_linear(hidden))
         x = gelu(Dense(hidden, **fc, dtype=self.how.dtype, name="fc")(x), self.how.gelu)
         return Dense(width, **proj, dtype=self.how.dtype, name="proj")(x)
+
+
+def _all(x: jax.Array) -> jax.Array:
+    return x
 
 
 class Block(nn.Module):
