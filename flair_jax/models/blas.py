@@ -1,14 +1,21 @@
 """Products of float32 matrices by the CPU's own library; XLA's take a third longer there (docs/speed.md)."""
 
 import functools
-from collections.abc import Callable
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flair_jax.models import mkl
 from flair_jax.models.mkl import AS_IS, TRANSPOSED
+
+LEAST_WORK = 2**23  # multiplications and additions in a piece, a tenth of a millisecond of one core
+ALIGNED = 16  # floats in the widest register
 
 
 def multiplies(*arrays: jax.Array) -> bool:
@@ -104,15 +111,32 @@ def _of_weights(shape: tuple[int, ...]) -> _Matrices:
 
 def _sgemm(a, b, shape, matrices, examples=1, heads=1, *, left=AS_IS, right=AS_IS) -> jax.Array:
     """One product for each example and head; `matrices` of `a`, of `b` and of the result, which has this shape."""
-    of_a, _, of_result = matrices
+    of_a, of_b, of_result = matrices
     between = of_a.columns if left == AS_IS else of_a.rows
-    numbers = [left, right, of_result.rows, of_result.columns, between, examples, heads]
-    numbers += [distance for m in matrices for distance in (m.row, m.example, m.head)]
-    call = jax.ffi.ffi_call(
-        mkl.TARGET,
-        jax.ShapeDtypeStruct(shape, jnp.float32),
-        vmap_method="sequential",
-        custom_call_api_version=3,  # of addresses and a text; the typed one is for C++
-        legacy_backend_config=mkl.encode(numbers),
-    )
-    return call(a, b)
+    pieces = []
+    for several, rows, columns in _cut(examples * heads, of_result.rows, of_result.columns, between):
+        in_a = rows.start * (of_a.row if left == AS_IS else 1)
+        in_b = columns.start * (1 if right == AS_IS else of_b.row)
+        in_result = rows.start * of_result.row + columns.start
+        pieces.append([several.start, several.stop, len(rows), len(columns), in_a, in_b, in_result])
+    distances = [distance for m in matrices for distance in (m.row, m.example, m.head)]
+    call = jax.ffi.ffi_call(mkl.TARGET, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
+    return call(a, b, pieces=np.array(pieces).ravel(), product=np.array([left, right, between, heads, *distances]))
+
+
+def _cut(matrices: int, rows: int, columns: int, between: int) -> Iterator[tuple[range, range, range]]:
+    """Pieces for XLA's threads, two for each so that none waits long at the end: their matrices, rows and columns."""
+    wanted = min(2 * len(os.sched_getaffinity(0)), matrices * rows * columns * between // LEAST_WORK)
+    several, high, wide = wanted if matrices > 1 else 1, 1, 1
+    while several * high * wide < wanted:  # nearly square: each piece packs its parts of the operands anew
+        if rows * wide > columns * high:
+            high *= 2
+        else:
+            wide *= 2
+    return itertools.product(_parts(matrices, several), _parts(rows, high, ALIGNED), _parts(columns, wide, ALIGNED))
+
+
+def _parts(length: int, count: int, multiple: int = 1) -> list[range]:
+    """At most so many parts of one length, which is a multiple of this one; the last may be shorter."""
+    step = multiple * max(1, math.ceil(length / max(1, count) / multiple))
+    return [range(start, min(start + step, length)) for start in range(0, length, step)]

@@ -1,87 +1,154 @@
-"""Lends XLA the matrix product of Intel's MKL: a function in machine code, made by numba, that calls it."""
+"""Lends XLA the matrix product of Intel's MKL: functions in machine code, made by numba, that call it.
+
+A product is done in pieces, each by one of the threads that XLA has for the rest of the program, and XLA goes on with
+what does not wait for it. Threads of MKL's own would fight for the cores with XLA's.
+"""
 
 import ctypes
 import functools
 import importlib.metadata
-import os
-from collections.abc import Sequence
 
 import jax
-import numpy as np
 
 from flair_jax import JAXLIB_IS_KNOWN
 
 TARGET = "flair_jax_sgemm"  # its name among XLA's custom calls
 ROW_MAJOR, AS_IS, TRANSPOSED = 101, 111, 112  # cblas.h
-FLOAT = 4  # bytes
-DIGITS = 8  # of seven bits, of a number in `encode`
+FLOAT, WORD = 4, 8  # bytes
+
+# XLA's interface for such calls, `jax.ffi.include_dir()`/xla/ffi/api/c_api.h: places of words in its records.
+VERSION = 0 | 3 << 32  # major, minor
+EXTENSION, API, CONTEXT, ARGUMENTS, RESULTS, ATTRIBUTES, FUTURE = 1, 2, 3, 9, 14, 20, 21  # XLA_FFI_CallFrame
+KIND, METADATA, METADATA_KIND, METADATA_VERSION = 1, 3, 1, 3  # XLA_FFI_Metadata_Extension, XLA_FFI_Metadata
+DESTROY_ERROR, SCHEDULE, CREATE_FUTURE, SET_AVAILABLE = 8, 17, 19, 20  # XLA_FFI_Api
+BUFFER_DATA, ARRAY_SIZE, ARRAY_DATA = 3, 1, 2  # XLA_FFI_Buffer, XLA_FFI_Array
+
+PIECE = 7  # numbers that tell of a piece
+TASK = 11  # words that are kept of each piece until all are done, and as many for all together
 
 
 @functools.cache
 def register() -> bool:
     """Makes the product known to XLA; False where MKL or numba is missing, or jax may have changed its ways.
 
-    The custom call takes `encode` of these: left, right, m, n, k, examples, heads, and of either operand and of the
-    result the distances from one row, example and head to the next.
+    The custom call takes two matrices, or arrays of them, and gives the result. Its attributes are arrays of int64:
+      product: left, right, k, heads, and of either operand and of the result the distances in elements from one row,
+        example and head to the next.
+      pieces: for each piece the first of its matrices and the one after the last, its rows m and columns n, and where
+        it begins in either operand and in the result.
     """
     if not JAXLIB_IS_KNOWN:
         return False
     try:
         import numba
+        from llvmlite import ir
         from numba import types
+        from numba.extending import intrinsic
 
         library = _load()
     except (ImportError, OSError):
         return False
     size, number, address = ctypes.c_int, ctypes.c_float, ctypes.c_ssize_t
-    one, many = library.cblas_sgemm, library.cblas_sgemm_batch
-    one.argtypes = [*[size] * 6, number, *[address, size] * 2, number, address, size]
-    many.argtypes = [size, *[ctypes.c_void_p] * 13, size, ctypes.c_void_p]
-    one.restype = many.restype = None
+    sgemm, use_threads = library.cblas_sgemm, library.MKL_Set_Num_Threads_Local
+    sgemm.argtypes = [*[size] * 6, number, *[address, size] * 2, number, address, size]
+    sgemm.restype = None
+    use_threads.argtypes, use_threads.restype = [size], size
+    allocate, free = ctypes.CDLL(None).malloc, ctypes.CDLL(None).free
+    allocate.argtypes, allocate.restype = [address], address
+    free.argtypes, free.restype = [address], None
+    word = ir.IntType(8 * WORD)
 
-    addresses, text = types.CPointer(types.intp), types.CPointer(types.uint8)
+    @intrinsic
+    def words(_, address):  # what lies there
+        pointer = types.CPointer(types.int64)
+        return pointer(address), lambda context, builder, _, operands: builder.inttoptr(*operands, word.as_pointer())
 
-    @numba.cfunc(types.void(types.intp, addresses, text, types.intp, types.intp))
-    def call(result, operands, text, length, status):
-        numbers = np.zeros(length // DIGITS, np.int64)
-        for i in range(length):
-            numbers[i // DIGITS] |= np.int64(text[i]) << 7 * (i % DIGITS)
-        left, right, m, n, k = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
-        examples, heads = numbers[5], numbers[6]
-        row_a, row_b, row_c = numbers[7], numbers[10], numbers[13]
-        if examples * heads == 1:
-            one(ROW_MAJOR, left, right, m, n, k, 1, operands[0], row_a, operands[1], row_b, 0, result, row_c)
-            return
-        a, b, c = np.empty((3, examples * heads), np.intp)  # where each matrix begins
-        for i in range(examples * heads):
+    @intrinsic
+    def call(_, function, argument):  # a function of C that is known only by its address
+        def build(context, builder, _, operands):
+            function = ir.FunctionType(word, [word]).as_pointer()
+            return builder.call(builder.inttoptr(operands[0], function), [operands[1]])
+
+        return types.int64(function, argument), build
+
+    @intrinsic
+    def decrement(_, address):  # the number that lies there, whoever else does so at the same time; what it was before
+        def build(context, builder, _, operands):
+            return builder.atomic_rmw("sub", builder.inttoptr(*operands, word.as_pointer()), word(1), "acq_rel")
+
+        return types.int64(address), build
+
+    @numba.njit(types.void(types.int64))
+    def multiply(address):
+        task = words(address)
+        product, piece, a, b, c = words(task[0]), words(task[1]), task[2], task[3], task[4]
+        left, right, k, heads = product[0], product[1], product[2], product[3]
+        m, n, row_a, row_b, row_c = piece[2], piece[3], product[4], product[7], product[10]
+        threads = use_threads(1)
+        for i in range(piece[0], piece[1]):
             example, head = i // heads, i % heads
-            a[i] = operands[0] + FLOAT * (example * numbers[8] + head * numbers[9])
-            b[i] = operands[1] + FLOAT * (example * numbers[11] + head * numbers[12])
-            c[i] = result + FLOAT * (example * numbers[14] + head * numbers[15])
-        ints = np.array([left, right, m, n, k, row_a, row_b, row_c, examples * heads], np.int32)
-        shape = ints[0:].ctypes, ints[1:].ctypes, ints[2:].ctypes, ints[3:].ctypes, ints[4:].ctypes
-        rows, alpha_beta = (ints[5:].ctypes, ints[6:].ctypes, ints[7:].ctypes), np.array([1, 0], np.float32)
-        alpha, beta = alpha_beta[0:].ctypes, alpha_beta[1:].ctypes
-        many(
-            ROW_MAJOR, *shape, alpha, a.ctypes, rows[0], b.ctypes, rows[1], beta, c.ctypes, rows[2], 1, ints[8:].ctypes
-        )
+            of_a = a + FLOAT * (piece[4] + example * product[5] + head * product[6])
+            of_b = b + FLOAT * (piece[5] + example * product[8] + head * product[9])
+            of_c = c + FLOAT * (piece[6] + example * product[11] + head * product[12])
+            sgemm(ROW_MAJOR, left, right, m, n, k, 1, of_a, row_a, of_b, row_b, 0, of_c, row_c)
+        use_threads(threads)
 
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(call.ctypes), platform="cpu", api_version=0)
-    register.call = call  # the machine code lives as long as this object
+    @numba.cfunc(types.void(types.int64))
+    def run(address):
+        multiply(address)
+        shared = words(address)[5]
+        if decrement(shared) == 1:  # the last piece of all
+            call(words(shared)[1], shared + 2 * WORD)
+            free(shared)
+
+    run_address = run.address
+
+    @numba.cfunc(types.int64(types.int64))
+    def start(address):
+        frame = words(address)
+        if frame[EXTENSION] and words(frame[EXTENSION])[KIND] & 0xFFFFFFFF == METADATA_KIND:  # when it is registered
+            words(words(frame[EXTENSION])[METADATA])[METADATA_VERSION] = VERSION
+            return 0
+        api, operands, results = words(frame[API]), words(frame[ARGUMENTS]), words(frame[RESULTS])
+        attributes = words(frame[ATTRIBUTES])  # in the order of their names
+        pieces, product = words(attributes[0]), words(attributes[1])
+        count = pieces[ARRAY_SIZE] // PIECE
+        shared = allocate((count + 1) * TASK * WORD)
+        for i in range(count):
+            task = words(shared + (i + 1) * TASK * WORD)
+            task[0], task[1] = product[ARRAY_DATA], pieces[ARRAY_DATA] + i * PIECE * WORD
+            task[2], task[3] = words(operands[0])[BUFFER_DATA], words(operands[1])[BUFFER_DATA]
+            task[4], task[5] = words(results[0])[BUFFER_DATA], shared
+        if count == 1:
+            multiply(shared + TASK * WORD)
+            free(shared)
+            return 0
+        head = words(shared)
+        head[0], head[1] = count, api[SET_AVAILABLE]
+        head[2], head[3] = 3 * WORD, 0  # what creates the future takes the same record as what ends it
+        error = call(api[CREATE_FUTURE], shared + 2 * WORD)
+        if error:
+            free(shared)
+            return error
+        frame[FUTURE] = head[4]
+        for i in range(count):
+            address = shared + (i + 1) * TASK * WORD
+            task = words(address)
+            task[6], task[7], task[8], task[9], task[10] = 5 * WORD, 0, frame[CONTEXT], run_address, address
+            error = call(api[SCHEDULE], address + 6 * WORD)
+            if error:  # no threads: this one does it
+                task[6], task[8] = 3 * WORD, error
+                call(api[DESTROY_ERROR], address + 6 * WORD)
+                call(run_address, address)
+        return 0
+
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(start.ctypes), platform="cpu", api_version=1)
+    register.functions = start, run  # the machine code lives as long as these objects
     return True
 
 
-def encode(numbers: Sequence[int]) -> bytes:
-    """Numbers below 2**56 as text that is ASCII, which is what XLA can keep in a file."""
-    return bytes(number >> 7 * i & 127 for number in numbers for i in range(DIGITS))
-
-
 def _load() -> ctypes.CDLL:
-    """MKL from where pip puts it, which is no folder that the system looks in.
-
-    Its threads wait asleep: XLA's need the cores between two products.
-    """
-    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    """MKL from where pip puts it, which is no folder that the system looks in."""
     for distribution, name in (("intel-openmp", "libiomp5.so"), ("mkl", "libmkl_rt.so")):
         files = importlib.metadata.files(distribution) or []
         found = [file.locate() for file in files if file.name.startswith(name)]
