@@ -1,10 +1,9 @@
 """Products of float32 matrices by the CPU's own library; XLA's take a third longer there (docs/speed.md)."""
 
-import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -30,27 +29,10 @@ def multiplies(*arrays: jax.Array) -> bool:
     return all(x.dtype == jnp.float32 and x.size for x in arrays) and mkl.register()
 
 
+@jax.custom_vjp
 def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """(M, K) times (K, N) -> (M, N)."""
-    return _bilinear(_multiply, _multiply_backward)(x, kernel)
-
-
-def scores(query: jax.Array, key: jax.Array) -> jax.Array:
-    """Every query with every key of its head: (B, T, H, D), (B, S, H, D) -> (B, H, T, S)."""
-    return _bilinear(_scores, _scores_backward)(query, key)
-
-
-def mix(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """Sums of values, weighted head by head: (B, H, T, S), (B, S, H, D) -> (B, T, H, D)."""
-    return _bilinear(_mix, _mix_backward)(weights, value)
-
-
-@functools.cache
-def _bilinear(product: Callable, backward: Callable) -> Callable:
-    """A product that can be differentiated; `backward` takes both operands and the gradient of the result."""
-    function = jax.custom_vjp(lambda a, b: product(a, b))
-    function.defvjp(lambda a, b: (product(a, b), (a, b)), lambda operands, gradient: backward(*operands, gradient))
-    return function
+    return _multiply(x, kernel)
 
 
 def _multiply(a: jax.Array, b: jax.Array, left: int = AS_IS, right: int = AS_IS) -> jax.Array:
@@ -58,30 +40,71 @@ def _multiply(a: jax.Array, b: jax.Array, left: int = AS_IS, right: int = AS_IS)
     return _sgemm(a, b, shape, [_Matrices(*s, s[1]) for s in (a.shape, b.shape, shape)], left=left, right=right)
 
 
-def _multiply_backward(x, kernel, gradient):
+def _multiply_backward(operands, gradient):
+    x, kernel = operands
     return _multiply(gradient, kernel, right=TRANSPOSED), _multiply(x, gradient, left=TRANSPOSED)
 
 
+multiply.defvjp(lambda x, kernel: (_multiply(x, kernel), (x, kernel)), _multiply_backward)
+
+
+@jax.custom_vjp
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Softmax attention: (B, T, H, D), (B, S, H, D), (B, S, H, D) -> (B, T, H, D).
+
+    Neither way divides the (B, H, T, S) weights by their sums, or adds up what belongs to them: the results and their
+    gradients are divided, and gradient times result gives the same sum (FlashAttention, arXiv:2205.14135, appendix B).
+
+    Args:
+      mask: broadcastable to (B, H, T, S), True where a query may look; None: everywhere.
+    """
+    return _attend(query, key, value, mask)[0]
+
+
+def _attend(query, key, value, mask):
+    query = query * query.shape[-1] ** -0.5
+    logits = _scores(query, key)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))  # times `sums`
+    sums = _other_way(jnp.sum(weights, axis=-1))
+    result = _mix(weights, value) / sums
+    return result, (query, key, value, mask, weights, sums, result)
+
+
+def _attend_backward(saved, gradient):
+    query, key, value, mask, weights, sums, result = saved
+    gradient = gradient / sums
+    common = _other_way(jnp.sum(gradient * result, axis=-1))
+    of_logits = weights * (_scores(gradient, value) - common)
+    if mask is not None:
+        of_logits = jnp.where(mask, of_logits, 0)
+    of_query = _mix(of_logits, key) * query.shape[-1] ** -0.5
+    return of_query, _mix(of_logits, query, TRANSPOSED), _mix(weights, gradient, TRANSPOSED), None
+
+
+attend.defvjp(_attend, _attend_backward)
+
+
+def _other_way(x: jax.Array) -> jax.Array:
+    """(B, H, T) -> (B, T, H, 1), or (B, T, H) -> (B, H, T, 1)."""
+    return jnp.swapaxes(x, 1, 2)[..., None]
+
+
 def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """Every query with every key of its head: (B, T, H, D), (B, S, H, D) -> (B, H, T, S)."""
     batch, length, heads, _ = query.shape
     shape = batch, heads, length, key.shape[1]
     matrices = [_of_heads(query.shape), _of_heads(key.shape), _of_weights(shape)]
     return _sgemm(query, key, shape, matrices, batch, heads, right=TRANSPOSED)
 
 
-def _scores_backward(query, key, gradient):
-    return _mix(gradient, key), _mix(gradient, query, TRANSPOSED)
-
-
 def _mix(weights: jax.Array, value: jax.Array, left: int = AS_IS) -> jax.Array:
+    """Sums of values, weighted head by head: (B, H, T, S), (B, S, H, D) -> (B, T, H, D)."""
     batch, heads, rows, columns = weights.shape
     shape = batch, (rows if left == AS_IS else columns), heads, value.shape[-1]
     matrices = [_of_weights(weights.shape), _of_heads(value.shape), _of_heads(shape)]
     return _sgemm(weights, value, shape, matrices, batch, heads, left=left)
-
-
-def _mix_backward(weights, value, gradient):
-    return _scores(gradient, value), _mix(weights, gradient, TRANSPOSED)
 
 
 class _Matrices(NamedTuple):

@@ -71,20 +71,18 @@ def attend(
         return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
     if attention != "xla":
         raise ValueError(f"model.attention is {attention!r}; expected 'xla' or 'cudnn'")
-    by_blas = blas.multiplies(query, key, value)
-    if by_blas:
-        logits = blas.scores(query, key)
-    else:
-        logits = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
-    logits = logits * query.shape[-1] ** -0.5
     if causal:
         length = query.shape[1]
         earlier = jnp.tril(jnp.ones((length, length), bool))
         mask = earlier if mask is None else mask & earlier
+    if blas.multiplies(query, key, value):
+        return blas.attend(query, key, value, mask)
+    logits = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
+    logits = logits * query.shape[-1] ** -0.5
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)  # (B, H, T, S)
-    return blas.mix(weights, value) if by_blas else jnp.einsum("bhts,bshd->bthd", weights, value)
+    return jnp.einsum("bhts,bshd->bthd", weights, value)
 
 
 def gelu(x: jax.Array, form: str = "exact") -> jax.Array:
