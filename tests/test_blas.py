@@ -113,6 +113,26 @@ def test_products_in_pieces_are_the_whole_ones(ours, plain, shapes, threads, mon
             np.testing.assert_allclose(result, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
 
 
+@pytest.mark.parametrize("zeros", [1, 20, 150])
+@pytest.mark.parametrize("least_work", [1, 2**23])
+def test_rows_of_zeros_at_the_end_are_left_out(zeros, least_work, monkeypatch):
+    """Also negative ones. A kernel that is not a number shows which rows were multiplied."""
+    monkeypatch.setattr(blas, "LEAST_WORK", least_work)
+    x, kernel, gradient = arrays((150, 33), (33, 70), (150, 70))
+    zero = jnp.arange(150) >= 150 - zeros
+    x, gradient = (jnp.where(zero[:, None], jnp.where(a > 0, 0.0, -0.0), a) for a in (x, gradient))
+    with mesh(1):
+        result, backward = jax.vjp(jax.jit(blas.multiply), x, kernel)
+        of_x, of_kernel = backward(gradient)
+        of_nan = jax.jit(blas.multiply)(x, jnp.full_like(kernel, jnp.nan))
+        no_more = jax.vjp(jax.jit(blas.multiply), jnp.where(zero[:, None], jnp.nan, x), kernel)[1](gradient)[1]
+    np.testing.assert_allclose(result, x @ kernel, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(of_x, gradient @ kernel.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(of_kernel, x.T @ gradient, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(np.isnan(of_nan).any(axis=1), ~zero)
+    np.testing.assert_allclose(no_more, of_kernel, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("sizes", [(1, 1576, 3072, 768), (1, 768, 100, 1576), (96, 197, 64, 197), (1, 1, 1, 1)])
 @pytest.mark.parametrize("threads", [1, 2, 64])
 def test_pieces_cover_the_product_once_and_are_worth_a_thread(sizes, threads, monkeypatch):

@@ -134,17 +134,17 @@ def _of_weights(shape: tuple[int, ...]) -> _Matrices:
 
 def _sgemm(a, b, shape, matrices, examples=1, heads=1, *, left=AS_IS, right=AS_IS) -> jax.Array:
     """One product for each example and head; `matrices` of `a`, of `b` and of the result, which has this shape."""
-    of_a, of_b, of_result = matrices
+    of_a, _, of_result = matrices
     between = of_a.columns if left == AS_IS else of_a.rows
-    pieces = []
-    for several, rows, columns in _cut(examples * heads, of_result.rows, of_result.columns, between):
-        in_a = rows.start * (of_a.row if left == AS_IS else 1)
-        in_b = columns.start * (1 if right == AS_IS else of_b.row)
-        in_result = rows.start * of_result.row + columns.start
-        pieces.append([several.start, several.stop, len(rows), len(columns), in_a, in_b, in_result])
-    distances = [distance for m in matrices for distance in (m.row, m.example, m.head)]
+    rows, columns, number = of_result.rows, of_result.columns, examples * heads
+    product = [left, right, rows, columns, between, number, heads]
+    product += [distance for m in matrices for distance in (m.row, m.example, m.head)]
+    pieces = [
+        (several.start, several.stop, high.start, len(high), wide.start, len(wide))
+        for several, high, wide in _cut(number, rows, columns, between)
+    ]
     call = jax.ffi.ffi_call(mkl.TARGET, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
-    return call(a, b, pieces=np.array(pieces).ravel(), product=np.array([left, right, between, heads, *distances]))
+    return call(a, b, pieces=np.array(pieces).ravel(), product=np.array(product))
 
 
 def _cut(matrices: int, rows: int, columns: int, between: int) -> Iterator[tuple[range, range, range]]:

@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 
 import jax
+import numpy as np
 
 from flair_jax import JAXLIB_IS_KNOWN
 
@@ -23,8 +24,9 @@ KIND, METADATA, METADATA_KIND, METADATA_VERSION = 1, 3, 1, 3  # XLA_FFI_Metadata
 DESTROY_ERROR, SCHEDULE, CREATE_FUTURE, SET_AVAILABLE = 8, 17, 19, 20  # XLA_FFI_Api
 BUFFER_DATA, ARRAY_SIZE, ARRAY_DATA = 3, 1, 2  # XLA_FFI_Buffer, XLA_FFI_Array
 
-PIECE = 7  # numbers that tell of a piece
+PIECE = 6  # numbers that tell of a piece
 TASK = 11  # words that are kept of each piece until all are done, and as many for all together
+MAGNITUDE = np.int32(0x7FFFFFFF)  # bits of a float beside its sign: without them it is a zero
 
 
 @functools.cache
@@ -32,10 +34,13 @@ def register() -> bool:
     """Makes the product known to XLA; False where MKL or numba is missing, or jax may have changed its ways.
 
     The custom call takes two matrices, or arrays of them, and gives the result. Its attributes are arrays of int64:
-      product: left, right, k, heads, and of either operand and of the result the distances in elements from one row,
-        example and head to the next.
-      pieces: for each piece the first of its matrices and the one after the last, its rows m and columns n, and where
-        it begins in either operand and in the result.
+      product: left, right, m, n, k, examples times heads, heads, and of either operand and of the result the distances
+        in elements from one row, example and head to the next.
+      pieces: for each piece its first matrix and the one after its last, its first row and how many, and its first
+        column and how many.
+
+    Of one matrix, rows of zeros at the end of an operand are left out, as the gradients of a batch's empty rows of
+    texts are.
     """
     if not JAXLIB_IS_KNOWN:
         return False
@@ -78,19 +83,60 @@ def register() -> bool:
 
         return types.int64(address), build
 
+    @intrinsic
+    def floats(_, address):  # their bits
+        pointer = types.CPointer(types.int32)
+        bits = ir.IntType(8 * FLOAT).as_pointer()
+        return pointer(address), lambda context, builder, _, operands: builder.inttoptr(*operands, bits)
+
+    @numba.njit(types.int64(types.int64, types.int64, types.int64, types.int64))
+    def without_zeros(address, rows, columns, distance):  # how many rows there are up to the last that is not zeros
+        while rows > 0:
+            row, bits = floats(address + FLOAT * (rows - 1) * distance), np.int32(0)
+            for i in range(columns):
+                bits |= row[i] & MAGNITUDE
+            if bits != 0:
+                break
+            rows -= 1
+        return rows
+
+    @numba.njit
+    def count_used(address, a, b):  # rows of the result that are not zeros, and how much there is to add up in them
+        product = words(address)
+        left, right, m, n, k = product[0], product[1], product[2], product[3], product[4]
+        used_m, used_k = m, k
+        if product[5] == 1:
+            if left == AS_IS:
+                used_m = without_zeros(a, m, k, product[7])
+            else:
+                used_k = without_zeros(a, k, m, product[7])
+            if right == AS_IS:
+                used_k = without_zeros(b, used_k, n, product[10])
+        return (used_m if used_k > 0 else 0), used_k
+
     @numba.njit(types.void(types.int64))
     def multiply(address):
         task = words(address)
-        product, piece, a, b, c = words(task[0]), words(task[1]), task[2], task[3], task[4]
-        left, right, k, heads = product[0], product[1], product[2], product[3]
-        m, n, row_a, row_b, row_c = piece[2], piece[3], product[4], product[7], product[10]
+        product, piece, a, b, c, shared = words(task[0]), words(task[1]), task[2], task[3], task[4], words(task[5])
+        left, right, heads = product[0], product[1], product[6]
+        row_a, row_b, row_c = product[7], product[10], product[13]
+        row, column, n = piece[2], piece[4], piece[5]
+        m, k = max(0, min(piece[3], shared[5] - row)), shared[6]
+        a += FLOAT * row * (row_a if left == AS_IS else 1)
+        b += FLOAT * column * (1 if right == AS_IS else row_b)
+        c += FLOAT * (row * row_c + column)
         threads = use_threads(1)
         for i in range(piece[0], piece[1]):
             example, head = i // heads, i % heads
-            of_a = a + FLOAT * (piece[4] + example * product[5] + head * product[6])
-            of_b = b + FLOAT * (piece[5] + example * product[8] + head * product[9])
-            of_c = c + FLOAT * (piece[6] + example * product[11] + head * product[12])
-            sgemm(ROW_MAJOR, left, right, m, n, k, 1, of_a, row_a, of_b, row_b, 0, of_c, row_c)
+            of_a = a + FLOAT * (example * product[8] + head * product[9])
+            of_b = b + FLOAT * (example * product[11] + head * product[12])
+            of_c = c + FLOAT * (example * product[14] + head * product[15])
+            if m > 0:
+                sgemm(ROW_MAJOR, left, right, m, n, k, 1, of_a, row_a, of_b, row_b, 0, of_c, row_c)
+            for zeros in range(m, piece[3]):
+                result = floats(of_c + FLOAT * zeros * row_c)
+                for j in range(n):
+                    result[j] = 0
         use_threads(threads)
 
     @numba.cfunc(types.void(types.int64))
@@ -113,17 +159,18 @@ def register() -> bool:
         attributes = words(frame[ATTRIBUTES])  # in the order of their names
         pieces, product = words(attributes[0]), words(attributes[1])
         count = pieces[ARRAY_SIZE] // PIECE
+        a, b, c = words(operands[0])[BUFFER_DATA], words(operands[1])[BUFFER_DATA], words(results[0])[BUFFER_DATA]
         shared = allocate((count + 1) * TASK * WORD)
+        head = words(shared)
+        head[5], head[6] = count_used(product[ARRAY_DATA], a, b)
         for i in range(count):
             task = words(shared + (i + 1) * TASK * WORD)
             task[0], task[1] = product[ARRAY_DATA], pieces[ARRAY_DATA] + i * PIECE * WORD
-            task[2], task[3] = words(operands[0])[BUFFER_DATA], words(operands[1])[BUFFER_DATA]
-            task[4], task[5] = words(results[0])[BUFFER_DATA], shared
+            task[2], task[3], task[4], task[5] = a, b, c, shared
         if count == 1:
             multiply(shared + TASK * WORD)
             free(shared)
             return 0
-        head = words(shared)
         head[0], head[1] = count, api[SET_AVAILABLE]
         head[2], head[3] = 3 * WORD, 0  # what creates the future takes the same record as what ends it
         error = call(api[CREATE_FUTURE], shared + 2 * WORD)
