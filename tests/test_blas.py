@@ -1,6 +1,9 @@
 """MKL's products in the place of XLA's: the same numbers and gradients, and only where they are safe."""
 
+import importlib.metadata
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,7 +14,7 @@ import pytest
 from conftest import load_golden, nhwc
 
 from flair_jax import sharding
-from flair_jax.models import blas, layers, mkl
+from flair_jax.models import blas, layers
 from flair_jax.models.text import Text
 
 pytestmark = pytest.mark.skipif(
@@ -30,7 +33,7 @@ def mesh(devices: int):
 
 def calls(function, *operands) -> int:
     """Products of MKL's in the compiled function."""
-    return jax.jit(function).lower(*operands).compile().as_text().count(f'custom_call_target="{mkl.TARGET}"')
+    return jax.jit(function).lower(*operands).compile().as_text().count(f'custom_call_target="{blas.TARGET}"')
 
 
 def value_and_gradients(product):
@@ -188,14 +191,33 @@ def test_other_programs_keep_xla_s_products():
 
 @pytest.mark.parametrize("missing", ["mkl", "intel-openmp"])
 def test_without_the_library_xla_multiplies(missing, monkeypatch):
-    files = mkl.importlib.metadata.files
-    monkeypatch.setattr(mkl.importlib.metadata, "files", lambda name: [] if name == missing else files(name))
-    assert not mkl.register.__wrapped__()
+    files = importlib.metadata.files
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [] if name == missing else files(name))
+    monkeypatch.delitem(sys.modules, "flair_jax.models.mkl", raising=False)
+    assert not blas.register.__wrapped__()
 
 
 def test_without_numba_xla_multiplies(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    assert not mkl.register.__wrapped__()
+    monkeypatch.delitem(sys.modules, "flair_jax.models.mkl", raising=False)
+    assert not blas.register.__wrapped__()
+
+
+def test_the_interface_is_the_header_s():
+    """What the machine code takes from XLA's table of functions stands where this jaxlib has it."""
+    mkl = pytest.importorskip("flair_jax.models.mkl")
+    header = (pathlib.Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
+    assert tuple(int(re.search(rf"XLA_FFI_API_{name} (\d+)", header)[1]) for name in ("MAJOR", "MINOR")) == mkl.VERSION
+    functions = re.findall(r"_XLA_FFI_API_STRUCT_FIELD\(XLA_FFI_(\w+)\);", header)
+    before = mkl._API.names.index("create_error")
+    for ours, theirs in {
+        "create_error": "Error_Create",
+        "destroy_error": "Error_Destroy",
+        "schedule": "ThreadPool_Schedule",
+        "create_future": "Future_Create",
+        "set_available": "Future_SetAvailable",
+    }.items():
+        assert mkl._API.names.index(ours) == before + functions.index(theirs)
 
 
 def test_a_compiled_program_is_found_again_and_runs(tmp_path):

@@ -1,5 +1,6 @@
 """Products of float32 matrices by the CPU's own library; XLA's take a third longer there (docs/speed.md)."""
 
+import functools
 import itertools
 import math
 import os
@@ -10,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flair_jax.models import mkl
-from flair_jax.models.mkl import AS_IS, TRANSPOSED
+from flair_jax import JAXLIB_IS_KNOWN
 
+TARGET = "flair_jax_sgemm"  # the product's name among XLA's custom calls
+AS_IS, TRANSPOSED = 0, 1
 LEAST_WORK = 2**23  # multiplications and additions in a piece, a tenth of a millisecond of one core
 ALIGNED = 16  # floats in the widest register
 
@@ -26,7 +28,20 @@ def multiplies(*arrays: jax.Array) -> bool:
     devices = jax.device_count() if mesh.empty else mesh.size
     if jax.default_backend() != "cpu" or devices > 1 or mesh.manual_axes:
         return False
-    return all(x.dtype == jnp.float32 and x.size for x in arrays) and mkl.register()
+    return all(x.dtype == jnp.float32 and x.size for x in arrays) and register()
+
+
+@functools.cache
+def register() -> bool:
+    """Makes the product known to XLA; False where MKL or numba is missing, or jax may have changed its ways."""
+    if not JAXLIB_IS_KNOWN:
+        return False
+    try:
+        import flair_jax.models.mkl as mkl
+    except (ImportError, OSError):
+        return False
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(mkl.start.ctypes), platform="cpu", api_version=1)
+    return True
 
 
 @jax.custom_vjp
@@ -143,7 +158,7 @@ def _sgemm(a, b, shape, matrices, examples=1, heads=1, *, left=AS_IS, right=AS_I
         (several.start, several.stop, high.start, len(high), wide.start, len(wide))
         for several, high, wide in _cut(number, rows, columns, between)
     ]
-    call = jax.ffi.ffi_call(mkl.TARGET, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
     return call(a, b, pieces=np.array(pieces).ravel(), product=np.array(product))
 
 
