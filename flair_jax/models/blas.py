@@ -164,7 +164,7 @@ def _sgemm(a, b, shape, matrices, examples=1, heads=1, *, left=AS_IS, right=AS_I
 
 def _cut(matrices: int, rows: int, columns: int, between: int) -> Iterator[tuple[range, range, range]]:
     """Pieces for XLA's threads, two for each so that none waits long at the end: their matrices, rows and columns."""
-    wanted = min(2 * len(os.sched_getaffinity(0)), matrices * rows * columns * between // LEAST_WORK)
+    wanted = max(1, min(2 * len(os.sched_getaffinity(0)), matrices * rows * columns * between // LEAST_WORK))
     several, high, wide = wanted if matrices > 1 else 1, 1, 1
     while several * high * wide < wanted:  # nearly square: each piece packs its parts of the operands anew
         if rows * wide > columns * high:
@@ -176,5 +176,5 @@ def _cut(matrices: int, rows: int, columns: int, between: int) -> Iterator[tuple
 
 def _parts(length: int, count: int, multiple: int = 1) -> list[range]:
     """At most so many parts of one length, which is a multiple of this one; the last may be shorter."""
-    step = multiple * max(1, math.ceil(length / max(1, count) / multiple))
+    step = multiple * math.ceil(length / count / multiple)
     return [range(start, min(start + step, length)) for start in range(0, length, step)]
