@@ -12,6 +12,7 @@ With `--topology` the account is the TPU compiler's own.
 """
 
 import collections
+import functools
 import importlib
 import json
 import math
@@ -41,6 +42,9 @@ FILL = 1.05  # packed rows, over what the tokens alone would take: README, "Pack
 _COLLECTIVE = re.compile(
     r" = (?P<shapes>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
+_HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
+_BODY = re.compile(r"\b(?:body|calls|to_apply)=%?([\w.-]+)")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(?P<turns>\d+)"')
 _SHAPE = re.compile(r"\b(?P<dtype>pred|[a-z]+(?P<bits>\d+))\[(?P<sizes>[\d,]*)\]")
 
 
@@ -128,22 +132,38 @@ def chip_hours(operations: float, chip: str, mfu: float) -> float:
 
 
 def collectives(compiled: str) -> dict[str, tuple[int, int]]:
-    """Communication in a compiled program.
+    """Communication in a compiled program, as often as its loops go round.
 
     Args:
-      compiled: its text. What stands in a loop counts once, so `model.scan_blocks` hides some.
+      compiled: its text. A loop whose turns the compiler does not know counts once.
 
     Returns:
       Kind -> how often, and the bytes of the results on one device.
     """
-    found = collections.defaultdict(lambda: (0, 0))
-    for match in _COLLECTIVE.finditer(compiled):
-        number, size = found[match["kind"]]
-        for shape in _SHAPE.finditer(match["shapes"]):
-            places = math.prod(int(n) for n in shape["sizes"].split(",") if n)
-            size += places * max(int(shape["bits"] or 8) // 8, 1)
-        found[match["kind"]] = number + 1, size
-    return dict(found)
+    own = collections.defaultdict(collections.Counter)  # computation -> (kind, what is counted) -> number
+    called = collections.defaultdict(list)  # computation -> other ones, and how often each
+    entry = current = ""
+    for line in compiled.splitlines():
+        if header := _HEADER.match(line):
+            current = header["name"]
+            entry = current if header["entry"] else entry
+        if match := _COLLECTIVE.search(line):
+            own[current][match["kind"], "number"] += 1
+            for shape in _SHAPE.finditer(match["shapes"]):
+                places = math.prod(int(n) for n in shape["sizes"].split(",") if n)
+                own[current][match["kind"], "bytes"] += places * max(int(shape["bits"] or 8) // 8, 1)
+        turns = _TURNS.search(line)
+        called[current] += [(name, int(turns["turns"]) if turns else 1) for name in _BODY.findall(line)]
+
+    @functools.cache
+    def total(computation: str) -> collections.Counter:
+        counts = collections.Counter(own[computation])
+        for name, turns in called[computation]:
+            counts.update({key: turns * count for key, count in total(name).items()})
+        return counts
+
+    counts = total(entry)
+    return {kind: (counts[kind, "number"], counts[kind, "bytes"]) for kind in sorted({kind for kind, _ in counts})}
 
 
 def measure(
@@ -177,7 +197,7 @@ def measure(
         "output_bytes_in_place": memory.alias_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
-    for kind, (number, size) in sorted(collectives(compiled.as_text()).items()):
+    for kind, (number, size) in collectives(compiled.as_text()).items():
         figures |= {f"{kind}_number": number, f"{kind}_bytes": size}
     return figures
 

@@ -1,5 +1,7 @@
 """The losses against the original's, on one device and on many, and their laws."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,13 +18,26 @@ LOSS = load_golden("tiny_loss.json")
 DIST = load_golden("tiny_dist.json")
 
 
-def batch_of(images, tokens, negatives):
-    """Images (..., 3, H, W), tokens (..., K, T) and draws of the reference, any leading axes, as one global batch."""
-    text = Text.padded(tokens.reshape(-1, tokens.shape[-1]))
+def batch_of(images, tokens, rows):
+    """Images (..., 3, H, W), tokens (..., K, T) and rows of the reference, any leading axes, as one global batch.
+
+    Row i of rank s, ascending numbers of captions below B * K, is what every image at place i meets of that rank's: all
+    captions of the image at place i and one of each other one, in (B, N) of which the first is no draw.
+    """
+    text, per_image = Text.padded(tokens.reshape(-1, tokens.shape[-1])), tokens.shape[-2]
+    rows = rows.reshape(-1, rows.shape[-1])
+    block = rows.shape[1] + 1 - per_image
+    draws = np.zeros((block, len(rows)), np.int32)
+    for n, row in enumerate(rows):
+        place, rank = n % block, n // block
+        assert row[place : place + per_image].tolist() == [place * per_image + c for c in range(per_image)]
+        for column, caption in enumerate(np.delete(row, np.arange(1, per_image) + place)):
+            assert caption // per_image == column
+            draws[place, rank * block + column] = caption % per_image
     return {
         "images": nhwc(images).reshape(-1, *nhwc(images).shape[-3:]),
         "texts": {"tokens": text.tokens, "ends": text.ends},
-        "negatives": negatives.reshape(-1, negatives.shape[-1]),
+        "draws": draws,
     }
 
 
@@ -73,26 +88,23 @@ def test_loss_of_many_processes_on_any_number_of_devices(world, mps, devices, ch
 
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        draws, params = jax.device_put((batch.pop("draws"), params), NamedSharding(mesh, PartitionSpec()))
+        batch = {**jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data"))), "draws": draws}
         value, grads = value_and_grad(model, params, batch)
     np.testing.assert_allclose(value, DIST[case]["loss"], rtol=2e-6)
     compare_grads(grads, load_golden(f"tiny_dist_grads_{case}.safetensors"), DIST[case]["grad_tolerance"])
 
 
-def test_drawn_rows_hold_every_own_caption_and_one_of_each_other_image():
-    rows = np.asarray(sigmoid.draw_captions(jax.random.key(3), images=12, block_size=4, captions=3))
-    assert rows.shape == (12, 6)
-    for n, row in enumerate(rows):
-        place = n % 4
-        assert np.all(np.diff(row) > 0)
-        assert row[place : place + 3].tolist() == [3 * place, 3 * place + 1, 3 * place + 2]
-        assert sorted(set(row // 3)) == [0, 1, 2, 3]
-    again = sigmoid.draw_captions(jax.random.key(3), images=12, block_size=4, captions=3)
-    np.testing.assert_array_equal(rows, again)
-    draws = sigmoid.draw_captions(jax.random.key(4), images=4096, block_size=4, captions=3)[:, -1] % 3
-    shares = np.bincount(np.asarray(draws[np.arange(4096) % 4 != 3]), minlength=3) / 3072
-    np.testing.assert_allclose(shares, 1 / 3, atol=0.04)  # four standard errors
+def test_a_draw_is_even_and_depends_on_its_two_images_alone():
+    rng = jax.random.key(3)
+    draws = np.asarray(sigmoid.draw_captions(rng, jnp.arange(4), jnp.arange(3000), captions=3))
+    assert draws.shape == (4, 3000) and draws.min() == 0 and draws.max() == 2
+    again = sigmoid.draw_captions(rng, jnp.array([3, 1]), jnp.arange(2990, 3000), captions=3)
+    np.testing.assert_array_equal(again, draws[[3, 1], 2990:])
+    # Pairs of draws of two places are even too, and so are those of neighbours: four standard errors.
+    pairs = np.bincount(draws[0] * 3 + draws[1], minlength=9), np.bincount(draws[0, 1:] * 3 + draws[0, :-1])
+    np.testing.assert_allclose(np.divide(pairs, 3000), 1 / 9, atol=0.023)
+    assert np.mean(draws != sigmoid.draw_captions(jax.random.key(4), jnp.arange(4), jnp.arange(3000), 3)) > 0.6
 
 
 def random_sides(images, captions, width=16, heads=2, keys=5):
@@ -117,7 +129,7 @@ def test_loss_equals_its_definition_term_by_term():
     images, captions, block = 6, 2, 3
     image, text = random_sides(images, captions)
     weight = jnp.eye(16)
-    chosen = sigmoid.draw_captions(jax.random.key(0), images, block, captions)
+    chosen = np.asarray(sigmoid.draw_captions(jax.random.key(0), jnp.arange(block), jnp.arange(images), captions))
     scale, bias = 1.3, -0.7
     value, parts = sigmoid.flair_loss(
         image, text, attend, weight, scale, bias, rng=jax.random.key(0), block_size=block, chunk_size=2
@@ -133,9 +145,10 @@ def test_loss_equals_its_definition_term_by_term():
 
     tcs, mps, logits = 0.0, 0.0, {True: [], False: []}
     for n in range(images):
-        for s in range(images // block):
-            for index in np.asarray(chosen)[s * block + n % block]:
-                t = s * block * captions + index
+        for m in range(images):
+            same = m % block == n % block
+            for caption in range(captions) if same else [chosen[n % block, m]]:
+                t = m * captions + caption
                 pooled = attend(weight, text.queries[None, t][None], image.keys[n][None], image.values[n][None])
                 cosine, own = unit(pooled[0, 0]) @ unit(text.pooled[t]), t // captions == n
                 tcs += cost(cosine, own)
@@ -149,23 +162,89 @@ def test_loss_equals_its_definition_term_by_term():
     np.testing.assert_allclose([parts["positive_logit"], parts["negative_logit"]], means, rtol=1e-5)
 
 
-def temporary_bytes(images, captions, chunk_size, block_size=128):
-    """Temporary memory of the loss and its gradient by compile-time analysis; nothing runs."""
-    shapes = jax.eval_shape(lambda: random_sides(images, captions, width=64, heads=8, keys=17))
+@pytest.fixture
+def mesh():
+    """Makes meshes of so many devices."""
+    return lambda count: jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
+
+
+@pytest.mark.parametrize(
+    ("images", "block", "devices"),
+    [(24, 4, 2), (24, None, 8), (24, 12, 8), (24, 6, 8), (24, 4, 4), (24, 8, 4), (24, 1, 8), (8, 8, 8)],
+)
+def test_blocks_and_shards_of_any_sizes(images, block, devices, mesh):
+    """Shards hold whole blocks, parts of one, or the end of one and the beginning of the next."""
+    image, text = random_sides(images, captions=3)
+
+    def loss(image, text, weight, scale):
+        return sigmoid.flair_loss(image, text, attend, weight, scale, -0.7, rng=jax.random.key(5), block_size=block)
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
+    weight, scale = jnp.eye(16) + 0.1, jnp.float32(1.3)
+    expected = step(image, text, weight, scale)
+    many = mesh(devices)
+    with jax.set_mesh(many):
+        found = step(*jax.device_put((image, text), NamedSharding(many, PartitionSpec("data"))), weight, scale)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), found, expected)
+
+
+def compiled_loss(mesh, images, chunk_size, dtype=jnp.float32):
+    """The gradient's program, from 4 captions of 64 numbers an image."""
+    shapes = jax.eval_shape(lambda: jax.tree.map(lambda x: x.astype(dtype), random_sides(images, 4, 64, 8, keys=17)))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shapes)
 
     def loss(image, text, weight):
         return sigmoid.flair_loss(
-            image, text, attend, weight, 1.0, -1.0,
-            rng=jax.random.key(0), block_size=block_size, chunk_size=chunk_size,
-        )[0]  # fmt: skip
+            image, text, attend, weight, 1.0, -1.0, rng=jax.random.key(0), block_size=32, chunk_size=chunk_size
+        )[0]
 
-    arguments = (*shapes, jax.ShapeDtypeStruct((64, 64), jnp.float32))
-    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    with jax.set_mesh(mesh):
+        weight = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes, weight).compile()
 
 
-def test_chunks_bound_the_memory():
-    dense, chunked = temporary_bytes(256, 4, None), temporary_bytes(256, 4, 4)
+def test_chunks_bound_the_memory(mesh):
+    dense, chunked = (compiled_loss(mesh(1), 256, chunk).memory_analysis().temp_size_in_bytes for chunk in (None, 4))
     assert chunked < dense / 8
+
+
+def test_no_device_holds_the_texts_of_the_others(mesh):
+    """Texts and their gradients go from device to device, sums to all, and that is all that travels."""
+    program = compiled_loss(mesh(8), 256, 4).as_text()
+    texts = 256 * 4 * 64  # numbers in a feature of all
+    assert max(np.prod(size) for size in sizes_of(program)) < texts
+    found = re.findall(
+        r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", program
+    )
+    permuted = {shape for shapes, kind in found if kind == "collective-permute" for shape in sizes_of(shapes)}
+    assert {kind for _, kind in found} == {"collective-permute", "all-reduce"}
+    assert permuted == {(128, 64), (128, 8, 8)}
+    # The gradient of the weight, and scalars.
+    assert {shape for shapes, kind in found if kind == "all-reduce" for shape in sizes_of(shapes)} <= {(64, 64), ()}
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_gradients_of_pairs_are_summed_in_float32(chunk_size):
+    """A text has pairs with all images; summed in bfloat16 its gradient would be off by over a hundredth."""
+    sides = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_sides(256, captions=2))
+
+    def gradient(sides):
+        def loss(sides):
+            options = dict(rng=jax.random.key(5), block_size=32, chunk_size=chunk_size)
+            return sigmoid.flair_loss(*sides, attend, jnp.eye(16), 1.3, -0.7, **options)[0]
+
+        return jax.jit(jax.grad(loss))(sides)
+
+    exact = gradient(jax.tree.map(lambda x: x.astype(jnp.float32), sides))
+    for a, b in zip(jax.tree.leaves(gradient(sides)), jax.tree.leaves(exact), strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert jnp.linalg.norm(a.astype(jnp.float32) - b) < 0.005 * jnp.linalg.norm(b)
+
+
+def sizes_of(shapes):
+    """The sizes in a type of a compiled program."""
+    return [tuple(int(n) for n in size.split(",") if n) for size in re.findall(r"\b[a-z]+\d+\[([\d,]*)\]", shapes)]
 
 
 @pytest.mark.parametrize("options", [dict(block_size=5), dict(chunk_size=3)])

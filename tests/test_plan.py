@@ -94,6 +94,22 @@ def test_collectives_are_counted_in_bytes():
     assert found == {"all-reduce": (1, 1000), "all-gather": (1, 240)}
 
 
+def test_collectives_count_as_often_as_their_loops_go_round():
+    mesh = sharding.create_mesh(data=8)
+    split = PartitionSpec(("data", "fsdp"))
+
+    def turn(x, _):
+        return jax.lax.ppermute(x, "data", [(d, (d + 1) % 8) for d in range(8)]), None
+
+    def work(x):
+        x, _ = jax.lax.scan(lambda x, _: jax.lax.scan(turn, x, length=3), x, length=5)
+        return turn(x, None)[0]
+
+    work = jax.shard_map(work, mesh=mesh, in_specs=split, out_specs=split)
+    compiled = jax.jit(work).lower(jax.ShapeDtypeStruct((8, 250), jnp.float32)).compile()
+    assert plan.collectives(compiled.as_text()) == {"collective-permute": (16, 16_000)}
+
+
 def test_collectives_of_several_arrays_and_of_tpus():
     text = """
   %all-reduce.1 = (f32[512]{0}, bf16[2,3]{1,0}, /*index=2*/f32[]) all-reduce(%a, %b, %c), channel_id=1

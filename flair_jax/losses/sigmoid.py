@@ -16,6 +16,8 @@ MPS, multi-positive: every image's class token meets every caption.
 y is +1 where the caption belongs to the image and -1 elsewhere. Both are sums over images divided by numbers of texts.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
+
+from flair_jax.losses import ring
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes over which batches are split
 
@@ -54,24 +58,57 @@ def normalize(x: jax.Array) -> jax.Array:
     return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def draw_captions(rng: jax.Array, images: int, block_size: int, captions: int) -> jax.Array:
-    """Draws the row of texts of every image: all its own captions and one of each other image of its block.
+def draw_captions(rng: jax.Array, place: jax.Array, other: jax.Array, captions: int) -> jax.Array:
+    """Draws which caption of each other image an image meets.
+
+    A draw is a function of its own two numbers, so that each device can make those that it needs, when it needs them.
+
+    Args:
+      rng: key of the training step.
+      place: int (N,), place of the image within its block.
+      other: int (M,), number of the other image in the batch.
+      captions: K, captions an image.
 
     Returns:
-      int32 (images, B + K - 1), indices into the B * K texts of the image's block, ascending, so that the own captions
-      of the block's image i stand at columns i to i + K - 1.
+      int32 (N, M) below K.
     """
-    place = jnp.arange(images)[:, None] % block_size  # (N, 1), i
-    column = jnp.arange(block_size + captions - 1)[None]  # (1, J)
-    draws = jax.random.randint(rng, (images, block_size + captions - 1), 0, captions)
-    own = (column >= place) & (column < place + captions)
-    other = jnp.where(column < place, column, column - captions + 1)
-    return jnp.where(own, place * captions + column - place, other * captions + draws)
+
+    def draw(key, other):
+        return jax.random.randint(jax.random.fold_in(key, other), (), 0, captions)
+
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, place)
+    return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(keys, other)
 
 
-def log_sigmoid_sum(logits: jax.Array, positive: jax.Array) -> jax.Array:
-    """Sum of -log sigmoid(y z) over all pairs, y = +1 where `positive`."""
-    return jnp.sum(jax.nn.softplus(jnp.where(positive, -logits, logits)))
+def met_captions(
+    place: jax.Array, first: jax.Array, drawn: jax.Array, block_size: int, captions: int
+) -> tuple[jax.Array, jax.Array]:
+    """What images meet of a shard of M images: one caption of each image and, of those at their own place, the others.
+
+    Args:
+      place: int (N,), place of each image within its block.
+      first: number of the shard's first image in the batch.
+      drawn: int (N, M), the caption of each image of the shard that is met, unless it is at the same place.
+      block_size: images a block.
+      captions: K, captions an image.
+
+    Returns:
+      Captions (N, J), as columns of the shard's M * K, and whether each counts (N, J) or is fill: a shard that cuts
+      blocks does not have as many images at every place.
+    """
+    images = drawn.shape[1]
+    same = (first + jnp.arange(images)) % block_size == place[:, None]
+    one = jnp.arange(images) * captions + jnp.where(same, 0, drawn)
+    twins = (place - first)[:, None] % block_size + jnp.arange(0, images, block_size)  # images at the same place
+    others = twins[..., None] * captions + jnp.arange(1, captions)
+    column = jnp.concatenate([one, others.reshape(len(place), -1)], axis=1)
+    counts = column < images * captions
+    return jnp.where(counts, column, 0), counts
+
+
+def log_sigmoid_sum(logits: jax.Array, positive: jax.Array, counts: jax.Array | None = None) -> jax.Array:
+    """Sum of -log sigmoid(y z) over all pairs, or those that count; y = +1 where `positive`."""
+    return jnp.sum(jax.nn.softplus(jnp.where(positive, -logits, logits)), where=counts)
 
 
 def flair_loss(
@@ -83,14 +120,15 @@ def flair_loss(
     logit_bias: jax.Array,
     *,
     rng: jax.Array,
-    captions: jax.Array | None = None,
+    draws: jax.Array | None = None,
     block_size: int | None = None,
     mps: bool = True,
     chunk_size: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """FLAIR's objective on a global batch, (TCS + MPS) / 2.
 
-    Under a mesh (`jax.set_mesh`) each device works on its own images; only text features travel.
+    Under a mesh (`jax.set_mesh`) each device works on its own images; only text features travel, from device to device
+    in a ring.
 
     Args:
       image: features of N images.
@@ -99,7 +137,8 @@ def flair_loss(
       params: parameters of `attend`.
       logit_scale, logit_bias: scalars; the scale as its logarithm.
       rng: key of `draw_captions`.
-      captions: the result of `draw_captions`, to replace the draw.
+      draws: int (B, N), to replace the draw: which caption of image m those at place i of their block meet, if m is not
+        at place i itself.
       block_size: images a block, B; None: the batch is one block.
       mps: False leaves TCS alone.
       chunk_size: images to work on at a time on a device, for bounded memory; None: all at once.
@@ -118,65 +157,51 @@ def flair_loss(
     if texts % images:
         raise ValueError(f"{texts} texts are no multiple of {images} images")
     per_image, blocks = texts // images, images // block_size
-    if captions is None:
-        captions = draw_captions(rng, images, block_size, per_image)
 
-    # Rows of global text indices by place within the block: `rows[i]` is what every image at place i meets.
-    starts = jnp.arange(blocks)[:, None, None] * block_size * per_image
-    rows = (captions.reshape(blocks, block_size, -1) + starts).swapaxes(0, 1).reshape(block_size, -1)  # (B, W * J)
-
-    def local_loss(image, text, params, logit_scale, logit_bias, rows, *, axes):
-        """The sums over the images of one device; `text` and `rows` are whole."""
-        shard = image.pooled.shape[0]
-        first = lax.axis_index(axes) * shard if axes else 0
-        if axes:
-            text = jax.tree.map(lambda x: lax.all_gather(x, axes, tiled=True), text)
-        unit_texts = normalize(text.pooled)  # (N * K, D)
+    def pair_sums(image, number, shared, constants, texts, shard):
+        """The sums over pairs of some images, the first of which has this number, and the texts of a shard."""
+        params, logit_scale, logit_bias = shared
+        unit_texts, queries = texts  # (T, D), (T, H, D/H), all captions of the shard
+        number, first = number + jnp.arange(len(image.pooled)), shard * shard_images  # (C,), ()
         scale = jnp.exp(logit_scale)
-
-        def chunk_loss(image, number):  # C images and their numbers (C,) in the batch
-            row = rows[number % block_size]  # (C, M)
-            pooled = attend(params, text.queries[row], image.keys, image.values)  # (C, M, D)
-            cosine = jnp.einsum("cmd,cmd->cm", normalize(pooled), unit_texts[row])
-            logits, own = scale * cosine + logit_bias, row // per_image == number[:, None]
-            sums = {"tcs": log_sigmoid_sum(logits, own)}
-            fixed = lax.stop_gradient(logits)
-            sums |= {"positive": jnp.sum(fixed, where=own), "negative": jnp.sum(fixed, where=~own)}
-            if mps:
-                cosine = normalize(image.pooled) @ unit_texts.T  # (C, N * K)
-                owner = jnp.arange(texts) // per_image
-                sums["mps"] = log_sigmoid_sum(scale * cosine + logit_bias, owner == number[:, None])
-            return sums
-
-        number = first + jnp.arange(shard)
-        if chunk_size is None or chunk_size >= shard:
-            sums = chunk_loss(image, number)
-        else:
-            if shard % chunk_size:
-                raise ValueError(f"loss.chunk_size {chunk_size} does not divide the {shard} images of a device")
-            # Only the checkpoint bounds memory: a scan alone keeps every chunk's intermediates for the backward pass.
-            step = jax.checkpoint(lambda chunk: chunk_loss(*chunk))
-            chunks = jax.tree.map(lambda x: x.reshape(-1, chunk_size, *x.shape[1:]), (image, number))
-            _, sums = lax.scan(lambda _, chunk: (None, step(chunk)), None, chunks)
-            sums = jax.tree.map(jnp.sum, sums)
-        return lax.psum(sums, axes) if axes else sums
+        place, others = number % block_size, first + jnp.arange(shard_images)
+        rng, draws = constants
+        drawn = draw_captions(rng, place, others, per_image) if draws is None else draws[place][:, others]
+        column, counts = met_captions(place, first, drawn, block_size, per_image)  # (C, M)
+        met_queries = queries.astype(jnp.float32)[column].astype(queries.dtype)  # so gradients are summed in float32
+        pooled = attend(params, met_queries, image.keys, image.values)  # (C, M, D)
+        cosine = jnp.einsum("cmd,cmd->cm", normalize(pooled), unit_texts[column])
+        owner = first + jnp.arange(len(unit_texts)) // per_image
+        logits, positive = scale * cosine + logit_bias, owner[column] == number[:, None]
+        fixed = lax.stop_gradient(logits)
+        sums = {
+            "tcs": log_sigmoid_sum(logits, positive, counts),
+            "positive": jnp.sum(fixed, where=counts & positive),
+            "negative": jnp.sum(fixed, where=counts & ~positive),
+        }
+        if mps:
+            cosine = normalize(image.pooled) @ unit_texts.T  # (C, T)
+            sums["mps"] = log_sigmoid_sum(scale * cosine + logit_bias, owner == number[:, None])
+        return sums
 
     axes = batch_axes()
-    arguments = (image, text, params, logit_scale, logit_bias, rows)
+    mesh = jax.sharding.get_abstract_mesh()
+    shard_images = images // math.prod(mesh.shape[axis] for axis in axes)
+    if chunk_size and shard_images % min(chunk_size, shard_images):
+        raise ValueError(f"loss.chunk_size {chunk_size} does not divide the {shard_images} images of a device")
+    sum_over_pairs = functools.partial(ring.sum_over_pairs, pair_sums, axes=axes, chunk_size=chunk_size)
     if axes:
         split, whole = PartitionSpec(axes), PartitionSpec()
-        specs = (split, split, whole, whole, whole, whole)
-        sharded = jax.shard_map(lambda *a: local_loss(*a, axes=axes), in_specs=specs, out_specs=whole)
-        sums = sharded(*arguments)
-    else:
-        sums = local_loss(*arguments, axes=())
+        sum_over_pairs = jax.shard_map(sum_over_pairs, in_specs=(split, whole, whole, split), out_specs=whole)
+    shared = params, jnp.asarray(logit_scale), jnp.asarray(logit_bias)
+    sums = sum_over_pairs(image, shared, (rng, draws), (normalize(text.pooled), text.queries))
 
-    met = blocks * (block_size + per_image - 1)  # texts of an image
-    tcs = sums["tcs"] / met
+    met_texts = blocks * (block_size + per_image - 1)  # of an image
+    tcs = sums["tcs"] / met_texts
     parts = {
         "tcs": tcs,
         "positive_logit": sums["positive"] / texts,
-        "negative_logit": sums["negative"] / (images * met - texts),
+        "negative_logit": sums["negative"] / (images * met_texts - texts),
     }
     if not mps:
         return tcs, parts

@@ -128,7 +128,7 @@ class FLAIR(nn.Module):
 
         Args:
           batch: `images` (N, H, W, 3) normalised; `texts`, the fields of `Text`, caption c of image i at i * K + c;
-            optionally `negatives` (N, B + K - 1), a draw of `sigmoid.draw_captions` to use instead of an own one.
+            optionally `draws` (B, N) to use instead of own ones, see `sigmoid.flair_loss`.
           rng: key for the draws of the negative captions and of the patches to keep.
 
         Returns:
@@ -146,6 +146,6 @@ class FLAIR(nn.Module):
             self.logit_scale,
             self.logit_bias,
             rng=rng,
-            captions=batch.get("negatives"),
+            draws=batch.get("draws"),
             **self.loss_options,
         )

@@ -1,0 +1,122 @@
+"""Sums over all pairs of two batches that are split over devices, while no device ever holds either one whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def sum_over_pairs(
+    work: Callable[..., Any],
+    own: Any,
+    shared: Any,
+    constants: Any,
+    passing: Any,
+    *,
+    axes: tuple[str, ...] = (),
+    chunk_size: int | None = None,
+) -> Any:
+    """Sum of `work(chunk, first, shared, constants, shard, number)` over all chunks and shards of all devices.
+
+    Called inside `jax.shard_map`. The shards of one batch go round: a device works on the one that it holds, with one
+    chunk of its own rows of the other batch after another, while the next shard arrives. The backward pass sends them
+    round again, each with its gradient behind it, and does all work anew. So the memory is that of one chunk's work,
+    of two shards and of the gradients, however many devices there are. One chunk on one device is done only once.
+
+    Args:
+      work: gives a tree of sums for a chunk of `own`, whose first row is row `first` of the whole batch, and the shard
+        of `passing` that device `number` had.
+      own: tree of float arrays (S, …), this device's rows.
+      shared: tree of float arrays, the same on all devices.
+      constants: tree of any arrays, the same on all devices and without a gradient.
+      passing: tree of float arrays, this device's shard. Gradients reach `own`, `shared` and `passing`, summed in
+        float32.
+      axes: mesh axes over which rows and shards are split, () for one device.
+      chunk_size: rows at a time, None for all; it divides S.
+    """
+    devices = lax.axis_size(axes) if axes else 1
+    rows = jax.tree.leaves(own)[0].shape[0]
+    chunk_size = min(chunk_size or rows, rows)
+
+    def split(x: jax.Array) -> jax.Array:
+        return lax.pcast(x, axes, to="varying") if axes else x
+
+    def zeros(tree: Any) -> Any:
+        return jax.tree.map(lambda x: split(jnp.zeros(x.shape, jnp.float32)), tree)
+
+    def add(total: Any, part: Any) -> Any:
+        return jax.tree.map(lambda total, part: total + part.astype(jnp.float32), total, part)
+
+    def pass_on(tree: Any) -> Any:
+        if devices == 1:
+            return tree
+        return jax.tree.map(lambda x: lax.ppermute(x, axes, [(d, (d + 1) % devices) for d in range(devices)]), tree)
+
+    def here() -> jax.Array | int:
+        return lax.axis_index(axes) if axes else 0
+
+    def rows_at(tree: Any, first: jax.Array) -> Any:
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, chunk_size), tree)
+
+    def every_pair(step: Callable[..., Any], carry: Any, passing: Any) -> Any:
+        """`step(carry, first, shard, number)` for each chunk, from its row `first` here on, with each shard. The second
+        part of the carry goes along with the shard.
+        """
+
+        def turn(state, turn):
+            (staying, moving), shard = state
+            arriving = pass_on(shard)
+            carry, _ = lax.scan(
+                lambda carry, first: (step(carry, first, shard, (here() - turn) % devices), None),
+                (staying, moving),
+                jnp.arange(0, rows, chunk_size),
+            )
+            return ((carry[0], pass_on(carry[1])), arriving), None
+
+        (carry, _), _ = lax.scan(turn, (carry, passing), jnp.arange(devices))
+        return carry
+
+    @jax.custom_vjp
+    def run(own, shared, constants, passing):
+        def step(carry, first, shard, number):
+            total, _ = carry
+            part = work(rows_at(own, first), here() * rows + first, shared, constants, shard, number)
+            return add(total, part), ()
+
+        sums = jax.eval_shape(work, rows_at(own, 0), 0, shared, constants, passing, 0)
+        total, _ = every_pair(step, (zeros(sums), ()), passing)
+        return total
+
+    def forward(own, shared, constants, passing):
+        return run(own, shared, constants, passing), (own, shared, constants, passing)
+
+    def backward(arguments, gradient):
+        own, shared, constants, passing = arguments
+
+        def step(carry, first, shard, number):
+            (of_own, of_shared), of_shard = carry
+
+            def sums(chunk, shared, shard):
+                return work(chunk, here() * rows + first, shared, constants, shard, number)
+
+            _, pull = jax.vjp(sums, rows_at(own, first), shared, shard)
+            more_of_chunk, more_of_shared, more_of_shard = pull(gradient)
+            of_chunk = add(rows_at(of_own, first), more_of_chunk)
+            of_own = jax.tree.map(lambda x, part: lax.dynamic_update_slice_in_dim(x, part, first, 0), of_own, of_chunk)
+            return (of_own, add(of_shared, more_of_shared)), add(of_shard, more_of_shard)
+
+        start = (zeros(own), zeros(shared)), zeros(passing)
+        (of_own, of_shared), of_passing = every_pair(step, start, passing)
+        found, likes = (of_own, of_shared, of_passing), (own, shared, passing)
+        of_own, of_shared, of_passing = jax.tree.map(lambda x, like: x.astype(like.dtype), found, likes)
+        return of_own, of_shared, None, of_passing
+
+    run.defvjp(forward, backward)
+    shared = jax.tree.map(split, shared)  # each device has a gradient of its own; this is what sums them
+    if devices == 1 and chunk_size == rows:
+        total = work(own, 0, shared, constants, passing, 0)
+    else:
+        total = run(own, shared, constants, passing)
+    return lax.psum(total, axes) if axes else total
