@@ -40,10 +40,13 @@ MEAN_TOKENS = 27.0  # of a caption of DreamLIP's kind, one to three sentences, w
 FILL = 1.05  # packed rows, over what the tokens alone would take: README, "Packed rows"
 
 _COLLECTIVE = re.compile(
-    r" = (?P<shapes>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+    r" = (?P<shapes>.*?) "
+    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
 )
 _HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
-_BODY = re.compile(r"\b(?:body|calls|to_apply)=%?([\w.-]+)")
+_CALL = re.compile(r"\b(?:calls|to_apply)=%?(?P<name>[\w.-]+)")
+_WHILE = re.compile(r" while\(.*condition=%?(?P<condition>[\w.-]+), body=%?(?P<body>[\w.-]+)")
+_LIMIT = re.compile(r" = s32\[\]\S* constant\((?P<limit>\d+)\)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(?P<turns>\d+)"')
 _SHAPE = re.compile(r"\b(?P<dtype>pred|[a-z]+(?P<bits>\d+))\[(?P<sizes>[\d,]*)\]")
 
@@ -141,25 +144,39 @@ def collectives(compiled: str) -> dict[str, tuple[int, int]]:
       Kind -> how often, and the bytes of the results on one device.
     """
     own = collections.defaultdict(collections.Counter)  # computation -> (kind, what is counted) -> number
-    called = collections.defaultdict(list)  # computation -> other ones, and how often each
+    called = collections.defaultdict(list)  # computation -> others that it calls or repeats, and how often
+    limits = collections.defaultdict(list)  # computation -> its integer constants
     entry = current = ""
     for line in compiled.splitlines():
         if header := _HEADER.match(line):
             current = header["name"]
             entry = current if header["entry"] else entry
-        if match := _COLLECTIVE.search(line):
+        elif match := _COLLECTIVE.search(line):
+            shapes = list(_SHAPE.finditer(match["shapes"]))
+            if match["start"] and match["kind"] in ("all-gather", "collective-permute"):
+                shapes = [shape for shape in shapes if shape["sizes"]]
+                shapes = shapes[len(shapes) // 2 :]  # the first half are the operands
             own[current][match["kind"], "number"] += 1
-            for shape in _SHAPE.finditer(match["shapes"]):
+            for shape in shapes:
                 places = math.prod(int(n) for n in shape["sizes"].split(",") if n)
                 own[current][match["kind"], "bytes"] += places * max(int(shape["bits"] or 8) // 8, 1)
-        turns = _TURNS.search(line)
-        called[current] += [(name, int(turns["turns"]) if turns else 1) for name in _BODY.findall(line)]
+        elif match := _LIMIT.search(line):
+            limits[current].append(int(match["limit"]))
+        elif match := _WHILE.search(line):
+            called[current].append((match["body"], match["condition"], _TURNS.search(line)))
+        elif match := _CALL.search(line):
+            called[current].append((match["name"], None, None))
+
+    def turns(condition: str | None, known: re.Match | None) -> int:
+        if known:
+            return int(known["turns"])
+        return limits[condition][0] if len(limits[condition]) == 1 else 1
 
     @functools.cache
     def total(computation: str) -> collections.Counter:
         counts = collections.Counter(own[computation])
-        for name, turns in called[computation]:
-            counts.update({key: turns * count for key, count in total(name).items()})
+        for name, *loop in called[computation]:
+            counts.update({key: turns(*loop) * count for key, count in total(name).items()})
         return counts
 
     counts = total(entry)

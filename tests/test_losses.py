@@ -19,25 +19,12 @@ DIST = load_golden("tiny_dist.json")
 
 
 def batch_of(images, tokens, rows):
-    """Images (..., 3, H, W), tokens (..., K, T) and rows of the reference, any leading axes, as one global batch.
-
-    Row i of rank s, ascending numbers of captions below B * K, is what every image at place i meets of that rank's: all
-    captions of the image at place i and one of each other one, in (B, N) of which the first is no draw.
-    """
-    text, per_image = Text.padded(tokens.reshape(-1, tokens.shape[-1])), tokens.shape[-2]
-    rows = rows.reshape(-1, rows.shape[-1])
-    block = rows.shape[1] + 1 - per_image
-    draws = np.zeros((block, len(rows)), np.int32)
-    for n, row in enumerate(rows):
-        place, rank = n % block, n // block
-        assert row[place : place + per_image].tolist() == [place * per_image + c for c in range(per_image)]
-        for column, caption in enumerate(np.delete(row, np.arange(1, per_image) + place)):
-            assert caption // per_image == column
-            draws[place, rank * block + column] = caption % per_image
+    """Images (..., 3, H, W), tokens (..., K, T) and rows of the reference, any leading axes, as one global batch."""
+    text = Text.padded(tokens.reshape(-1, tokens.shape[-1]))
     return {
         "images": nhwc(images).reshape(-1, *nhwc(images).shape[-3:]),
         "texts": {"tokens": text.tokens, "ends": text.ends},
-        "draws": draws,
+        "draws": sigmoid.draws_of_rows(rows.reshape(-1, rows.shape[-1]), tokens.shape[-2]),
     }
 
 
@@ -105,6 +92,18 @@ def test_a_draw_is_even_and_depends_on_its_two_images_alone():
     pairs = np.bincount(draws[0] * 3 + draws[1], minlength=9), np.bincount(draws[0, 1:] * 3 + draws[0, :-1])
     np.testing.assert_allclose(np.divide(pairs, 3000), 1 / 9, atol=0.023)
     assert np.mean(draws != sigmoid.draw_captions(jax.random.key(4), jnp.arange(4), jnp.arange(3000), 3)) > 0.6
+
+
+def test_rows_of_the_reference_are_draws():
+    rows = load_golden("tiny_dist_indices_ws2.npz")["combined_indices"].reshape(8, -1)
+    block, per_image = 4, rows.shape[1] - 3
+    draws = np.asarray(sigmoid.draws_of_rows(rows, per_image))
+    assert draws.shape == (block, 8)
+    for n, row in enumerate(rows):
+        place, rank = n % block, n // block
+        own = set(range(place * per_image, (place + 1) * per_image))
+        drawn = {other * per_image + draws[place, rank * block + other] for other in range(block) if other != place}
+        assert own | drawn == set(row.tolist())
 
 
 def random_sides(images, captions, width=16, heads=2, keys=5):

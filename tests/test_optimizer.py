@@ -10,6 +10,7 @@ from conftest import TINY, load_golden, nhwc
 
 from convert import names
 from flair_jax import models, optimizer, train
+from flair_jax.losses import sigmoid
 from flair_jax.models.text import Text
 from flair_jax.state import TrainState
 
@@ -37,7 +38,8 @@ def run(params, clip_norm):
     for images, tokens, indices in zip(INPUTS["images"], INPUTS["tokens"], INPUTS["indices"], strict=True):
         text = Text.padded(tokens.reshape(-1, tokens.shape[-1]))
         texts = {"tokens": text.tokens, "ends": text.ends}
-        state, numbers = step(state, {"images": nhwc(images), "texts": texts, "negatives": indices})
+        draws = sigmoid.draws_of_rows(indices, tokens.shape[-2])
+        state, numbers = step(state, {"images": nhwc(images), "texts": texts, "draws": draws})
         trace.append(jax.device_get(numbers))
     return state, {name: [float(numbers[name]) for numbers in trace] for name in trace[0]}
 

@@ -119,6 +119,26 @@ def test_collectives_of_several_arrays_and_of_tpus():
     assert plan.collectives(text) == {"all-reduce": (1, 4 * 512 + 12 + 4), "all-gather": (1, 16)}
 
 
+def test_collectives_that_tpus_start_in_a_loop():
+    """Whose turns only its condition tells; what is sent stands before what arrives."""
+    text = """
+%condition.1 (state: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(6)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+%body.2 (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %one = s32[]{:T(128)} constant(1)
+  %p = (f32[8]{0:T(128)S(1)}, f32[8]{0:T(128)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x)
+  %d = f32[8]{0:T(128)S(1)} collective-permute-done(%p)
+}
+ENTRY %main.3 (x: f32[8]) -> f32[8] {
+  %w = (s32[]{:T(128)}, f32[8]{0:T(128)}) while(%start), condition=%condition.1, body=%body.2, metadata={op_name="w"}
+  %g = (f32[2]{0}, f32[16]{0}) all-gather-start(%y), dimensions={0}
+}
+"""
+    assert plan.collectives(text) == {"all-gather": (1, 64), "collective-permute": (6, 6 * 32)}
+
+
 def test_hours():
     assert plan.chip_hours(312e12 * 3600, "A100", 0.5) == pytest.approx(2)
     lines = plan.estimates(989e12 * 3600 * 0.4 * 64, 32, ["NVIDIA H200"])

@@ -80,6 +80,23 @@ def draw_captions(rng: jax.Array, place: jax.Array, other: jax.Array, captions: 
     return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(keys, other)
 
 
+def draws_of_rows(rows: jax.Array, captions: int) -> jax.Array:
+    """What the reference's ranks drew, in the form that `flair_loss` takes.
+
+    Args:
+      rows: int (N, B + K - 1), ascending; row i of rank s names the captions, of that rank's B * K, which every image
+        at place i meets: all of the rank's own image i and one of each other image.
+      captions: K.
+
+    Returns:
+      int32 (B, N), `draws` of `flair_loss`.
+    """
+    block_size = rows.shape[1] + 1 - captions
+    place, other = jnp.arange(len(rows))[:, None] % block_size, jnp.arange(block_size)
+    drawn = jnp.take_along_axis(rows, other + (other > place) * (captions - 1), axis=1) % captions  # (N, B)
+    return drawn.reshape(-1, block_size, block_size).swapaxes(0, 1).reshape(block_size, -1).astype(jnp.int32)
+
+
 def met_captions(
     place: jax.Array, first: jax.Array, drawn: jax.Array, block_size: int, captions: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -194,7 +211,8 @@ def flair_loss(
         split, whole = PartitionSpec(axes), PartitionSpec()
         sum_over_pairs = jax.shard_map(sum_over_pairs, in_specs=(split, whole, whole, split), out_specs=whole)
     shared = params, jnp.asarray(logit_scale), jnp.asarray(logit_bias)
-    sums = sum_over_pairs(image, shared, (rng, draws), (normalize(text.pooled), text.queries))
+    constants = rng, None if draws is None else jnp.asarray(draws)
+    sums = sum_over_pairs(image, shared, constants, (normalize(text.pooled), text.queries))
 
     met_texts = blocks * (block_size + per_image - 1)  # of an image
     tcs = sums["tcs"] / met_texts
