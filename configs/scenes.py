@@ -3,8 +3,8 @@
     python -m flair_jax.main --config configs/scenes.py --workdir RUN      # or `make demo`
 
 Hardware: 2 CPU cores, 8 to 11 minutes.
-Expected on 512 unseen scenes: parts text→image R@1 0.37 (global 0.29) and R@5 0.86, pointing 0.87, colour mIoU 0.94,
-shape mIoU 0.32 (chance 0.11); with half of the steps R@5 is 0.60 and shape mIoU 0.20.
+Expected on 512 unseen scenes: parts text→image R@1 0.31 (global 0.22) and R@5 0.81, pointing 0.86, colour mIoU 0.87,
+shape mIoU 0.31 (chance 0.11); with half of the steps R@5 is 0.60 and shape mIoU 0.20.
 
 It is the recipe of the paper at toy size. What small data want differently: a bias near the prior of a pair in a small
 batch (-10 learns far more slowly), and position embeddings as strong as the pixels (with the reference's small ones the
