@@ -221,16 +221,14 @@ def test_the_interface_is_the_header_s():
 
 def test_a_compiled_program_is_found_again_and_runs(tmp_path):
     code = """
-import sys, jax, jax.numpy as jnp
-from flair_jax import compilation
+import jax, jax.numpy as jnp
 from flair_jax.models import layers
-compilation.use_cache(sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.monitoring.register_event_listener(lambda name, **_: print(name) if "cache_hits" in name else None)
 print(jax.jit(layers.project)(jnp.ones((300, 400)), jnp.full((400, 200), 2.0)).sum())
 """
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    run = [sys.executable, "-c", code, str(tmp_path)]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    run = [sys.executable, "-c", code]
     first, second = (subprocess.run(run, env=environment, check=True, text=True, capture_output=True) for _ in "12")
     assert "cache_hits" not in first.stdout and "cache_hits" in second.stdout
     assert float(first.stdout.split()[-1]) == float(second.stdout.split()[-1]) == 300 * 200 * 800

@@ -55,7 +55,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((64, 64)))
 """
     chosen = tmp_path / "chosen"
-    environment = {**os.environ, **({"JAX_COMPILATION_CACHE_DIR": str(chosen)} if variable else {})}
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(chosen)}
+    if not variable:
+        del environment["JAX_COMPILATION_CACHE_DIR"]
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], env=environment, check=True)
     assert any(chosen.glob("*lambda*")) == variable
     assert any((tmp_path / "run").glob("*lambda*")) != variable

@@ -28,6 +28,10 @@ def batch_of(images, tokens, rows):
     }
 
 
+def mesh_of(devices):
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+
+
 def value_and_grad(model, params, batch):
     def loss(params, batch):
         return model.apply({"params": params}, batch, jax.random.key(0), method="loss")[0]
@@ -73,7 +77,7 @@ def test_loss_of_many_processes_on_any_number_of_devices(world, mps, devices, ch
     params = names.to_flax(load_golden("tiny_dist.safetensors"), config=section)
     batch = batch_of(inputs["images"], inputs["tokens"], indices)
 
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    mesh = mesh_of(devices)
     with jax.set_mesh(mesh):
         draws, params = jax.device_put((batch.pop("draws"), params), NamedSharding(mesh, PartitionSpec()))
         batch = {**jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data"))), "draws": draws}
@@ -161,17 +165,11 @@ def test_loss_equals_its_definition_term_by_term():
     np.testing.assert_allclose([parts["positive_logit"], parts["negative_logit"]], means, rtol=1e-5)
 
 
-@pytest.fixture
-def mesh():
-    """Makes meshes of so many devices."""
-    return lambda count: jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
-
-
 @pytest.mark.parametrize(
     ("images", "block", "devices"),
     [(24, 4, 2), (24, None, 8), (24, 12, 8), (24, 6, 8), (24, 4, 4), (24, 8, 4), (24, 1, 8), (8, 8, 8)],
 )
-def test_blocks_and_shards_of_any_sizes(images, block, devices, mesh):
+def test_blocks_and_shards_of_any_sizes(images, block, devices):
     """Shards hold whole blocks, parts of one, or the end of one and the beginning of the next."""
     image, text = random_sides(images, captions=3)
 
@@ -181,15 +179,15 @@ def test_blocks_and_shards_of_any_sizes(images, block, devices, mesh):
     step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
     weight, scale = jnp.eye(16) + 0.1, jnp.float32(1.3)
     expected = step(image, text, weight, scale)
-    many = mesh(devices)
+    many = mesh_of(devices)
     with jax.set_mesh(many):
         found = step(*jax.device_put((image, text), NamedSharding(many, PartitionSpec("data"))), weight, scale)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), found, expected)
 
 
-def compiled_loss(mesh, images, chunk_size, dtype=jnp.float32):
+def compiled_loss(mesh, images, chunk_size):
     """The gradient's program, from 4 captions of 64 numbers an image."""
-    shapes = jax.eval_shape(lambda: jax.tree.map(lambda x: x.astype(dtype), random_sides(images, 4, 64, 8, keys=17)))
+    shapes = jax.eval_shape(lambda: random_sides(images, 4, 64, 8, keys=17))
     split = NamedSharding(mesh, PartitionSpec("data"))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shapes)
 
@@ -203,14 +201,14 @@ def compiled_loss(mesh, images, chunk_size, dtype=jnp.float32):
         return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes, weight).compile()
 
 
-def test_chunks_bound_the_memory(mesh):
-    dense, chunked = (compiled_loss(mesh(1), 256, chunk).memory_analysis().temp_size_in_bytes for chunk in (None, 4))
+def test_chunks_bound_the_memory():
+    dense, chunked = (compiled_loss(mesh_of(1), 256, chunk).memory_analysis().temp_size_in_bytes for chunk in (None, 4))
     assert chunked < dense / 8
 
 
-def test_no_device_holds_the_texts_of_the_others(mesh):
+def test_no_device_holds_the_texts_of_the_others():
     """Texts and their gradients go from device to device, sums to all, and that is all that travels."""
-    program = compiled_loss(mesh(8), 256, 4).as_text()
+    program = compiled_loss(mesh_of(8), 256, 4).as_text()
     texts = 256 * 4 * 64  # numbers in a feature of all
     assert max(np.prod(size) for size in sizes_of(program)) < texts
     found = re.findall(

@@ -134,8 +134,9 @@ class FLAIR(nn.Module):
         Returns:
           The loss and its parts, float32 scalars.
         """
+        of_patches, of_captions = jax.random.split(rng)
         parts = self.micro_batches
-        image = self.encode_image(batch["images"], rng=jax.random.fold_in(rng, 1), micro_batches=parts)
+        image = self.encode_image(batch["images"], rng=of_patches, micro_batches=parts)
         text = self.encode_text(Text(**batch["texts"]), local=False, micro_batches=parts)
         pool = self.pooling.clone(parent=None)
         return sigmoid.flair_loss(
@@ -145,7 +146,7 @@ class FLAIR(nn.Module):
             self.pooling.variables["params"],
             self.logit_scale,
             self.logit_bias,
-            rng=rng,
+            rng=of_captions,
             draws=batch.get("draws"),
             **self.loss_options,
         )
