@@ -7,7 +7,7 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices on one CPU, so that sharded code runs as it does on eight chips. Most of a test's time is compilation,
-# which takes half as long without LLVM's optimisations.
+# which takes half as long without LLVM's optimisations, and a quarter with XLA's older way to write loops.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 # What several tests or their processes compile is compiled once. jax locks the folder only if its size has a bound.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -21,7 +21,10 @@ import pytest
 import safetensors.numpy
 
 from convert import names
-from flair_jax import models
+from flair_jax import JAXLIB_IS_KNOWN, models
+
+if JAXLIB_IS_KNOWN:
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # XLA reads it when it is first used
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
