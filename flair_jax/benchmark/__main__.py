@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from data import records
-from flair_jax.benchmark import checkpoint, data, encode, loss, soak, sweep, tokenizer, train
+from flair_jax.benchmark import checkpoint, data, encode, loss, soak, sweep, tokenizer, torch_twin, train
 
 WITHOUT_OPEN_CLIP = "open_clip is not installed, so {}: pip install --no-deps open_clip_torch"
 
@@ -71,7 +71,7 @@ def _config(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sides(arguments: argparse.Namespace) -> Sequence[str]:
-    return {None: (), "torch": train.SIDES, "eager": ("eager",), "compiled": ("compiled",)}[arguments.beside]
+    return {None: (), "torch": torch_twin.SIDES, "eager": ("eager",), "compiled": ("compiled",)}[arguments.beside]
 
 
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -141,7 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the config: model.dtype=bfloat16")
     model.add_argument("--shards", help="whose images and captions to take; made up if absent")
     model.add_argument(
-        "--beside", choices=["torch", *train.SIDES], help="run the PyTorch twin, too: eager, compiled, or both (torch)"
+        "--beside",
+        choices=["torch", *torch_twin.SIDES],
+        help="run the PyTorch twin, too: eager, compiled, or both (torch)",
     )
     model.add_argument("--turns", type=int, default=3, metavar="N", help="of each side (%(default)s)")
     steps = argparse.ArgumentParser(add_help=False)

@@ -1,7 +1,6 @@
 """Images and texts through the towers and pairs through the pooling, as evaluation does it, beside the PyTorch twin."""
 
 import contextlib
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,8 +9,6 @@ from typing import Any
 import numpy as np
 
 from flair_jax.benchmark import inputs, torch_twin
-from flair_jax.benchmark.contender import Contender, in_turns
-from flair_jax.benchmark.train import TWIN_ENVIRONMENT
 
 
 def measure(
@@ -43,12 +40,8 @@ def measure(
     figures = {"dtype": config["model"]["dtype"], "images": images, "texts": texts, "text_batch": text_batch}
     count = {"images": images, "texts": texts, "pairs": images * texts}
     for kind in kinds:
-        arguments = (config, kind, images, texts, text_batch)
-        sides = {"flair_jax": functools.partial(Contender, ours, *arguments)}
-        for side in beside:
-            rival = twin, *arguments, side == "compiled"
-            sides[side] = functools.partial(Contender, *rival, environment=TWIN_ENVIRONMENT)
-        results = in_turns(sides, 1, turns)
+        arguments = config, kind, images, texts, text_batch
+        results = torch_twin.in_turns(ours, twin, arguments, beside, 1, turns)
         seconds = {name: statistics.median(turn["seconds"] for turn in turns) for name, turns in results.items()}
         figures[f"{kind}_per_second"] = count[kind] / seconds["flair_jax"]
         for side in beside:

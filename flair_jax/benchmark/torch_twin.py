@@ -6,6 +6,7 @@ as the reference trains.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,27 @@ import numpy as np
 
 from data.images import MEAN, STD
 from flair_jax import compilation
-from flair_jax.benchmark import inputs, processes
+from flair_jax.benchmark import contender, inputs, processes
+
+SIDES = ("eager", "compiled")
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # its process has our input code, and leaves the accelerator to PyTorch
+
+
+def in_turns(
+    ours: Callable, twin: Callable, arguments: Sequence[Any], beside: Sequence[str], count: int, turns: int
+) -> dict[str, list[contender.Figures]]:
+    """Turns of ours, under the name "flair_jax", and of sides of the twin, from the same arguments.
+
+    Args:
+      ours, twin: see `contender.Contender`; the twin is told last whether to compile.
+      beside: of `SIDES`.
+      count, turns: see `contender.in_turns`.
+    """
+    sides = {"flair_jax": functools.partial(contender.Contender, ours, *arguments)}
+    for side in beside:
+        rival = twin, *arguments, side == "compiled"
+        sides[side] = functools.partial(contender.Contender, *rival, environment=ENVIRONMENT)
+    return contender.in_turns(sides, count, turns)
 
 
 def _start(config: Mapping[str, Any]):

@@ -13,11 +13,8 @@ from etils import epath
 
 from data import packing
 from flair_jax.benchmark import inputs, processes, torch_twin
-from flair_jax.benchmark.contender import Contender, in_turns
 
 TWIN_BATCHES = 4  # different ones, which come again and again
-SIDES = ("eager", "compiled")
-TWIN_ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # its process has our input code, and leaves the accelerator to PyTorch
 
 
 def measure(
@@ -33,7 +30,7 @@ def measure(
     Args:
       config: of a run; `batch_size`, `model`, `loss`, `optimizer`, `mesh` and `data` are looked at. Without
         `data.shards` batches are made up.
-      beside: sides of the twin to run as well, of `SIDES`, in turns with ours.
+      beside: sides of the twin to run as well, of `torch_twin.SIDES`, in turns with ours.
       steps: in a turn.
       turns: of each side; medians count.
       trace: folder for a profile of one more turn of ours.
@@ -44,11 +41,8 @@ def measure(
       (of the device, or of the process on a CPU), compile_seconds, fill (share of token places with a token). Of each
       side of the twin `eager_…` or `compiled_` images_per_second, memory_mb, and `ratio_…`, ours over theirs.
     """
-    sides = {"flair_jax": functools.partial(Contender, training, config, trace)}
-    for side in beside:
-        arguments = twin_training, config, side == "compiled"
-        sides[side] = functools.partial(Contender, *arguments, environment=TWIN_ENVIRONMENT)
-    results = in_turns(sides, steps, turns)
+    training_ours = functools.partial(training, trace=trace)
+    results = torch_twin.in_turns(training_ours, twin_training, [config], beside, steps, turns)
     ours = results["flair_jax"]
 
     def median(turns, name):
