@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import json
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,8 +107,9 @@ def test_captions_are_as_long_as_real_ones():
     assert lengths.min() >= 4 and lengths.max() <= 77
 
 
-def test_a_side_that_dies_says_so(alone):
-    with contender.Contender(_dying) as side, pytest.raises(RuntimeError, match="exit code"):
+@pytest.mark.parametrize("death, words", [("exits", "exit code 3$"), ("is killed", "exit code -9, .* memory")])
+def test_a_side_that_dies_says_so(death, words, alone):
+    with contender.Contender(_dying, death) as side, pytest.raises(RuntimeError, match=words):
         side.turn(1)
 
 
@@ -132,5 +135,7 @@ def test_where_jax_computes_is_asked_without_taking_it(alone):
     assert processes.default_backend() == "cpu"
 
 
-def _dying():
+def _dying(death):
+    if death == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     raise SystemExit(3)

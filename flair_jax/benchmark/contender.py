@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -48,7 +49,9 @@ class Contender:
             return self._connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             self._process.join()
-            raise RuntimeError(f"a side's process ended with exit code {self._process.exitcode}") from error
+            code = self._process.exitcode
+            why = ", as the system kills for want of memory: fewer sides need less" if code == -signal.SIGKILL else ""
+            raise RuntimeError(f"a side's process ended with exit code {code}{why}") from error
 
     def rest(self) -> None:
         """Waits until its processes have done what they do ahead."""
