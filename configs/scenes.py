@@ -2,9 +2,9 @@
 
     python -m flair_jax.main --config configs/scenes.py --workdir RUN      # or `make demo`
 
-Hardware: 2 CPU cores, 8 to 11 minutes.
-Expected on 512 unseen scenes: parts text→image R@1 0.31 (global 0.22) and R@5 0.81, pointing 0.86, colour mIoU 0.87,
-shape mIoU 0.31 (chance 0.11); with half of the steps R@5 is 0.60 and shape mIoU 0.20.
+Hardware: 2 CPU cores, 7 to 11 minutes.
+Expected on 512 unseen scenes: parts text→image R@1 0.28 (global 0.22) and R@5 0.80, pointing 0.87, colour mIoU 0.86,
+shape mIoU 0.20 (chance 0.11). Seeds 0 to 3 give R@1 0.29 to 0.35, colour mIoU 0.86 to 0.92, shape mIoU 0.20 to 0.61.
 
 It is the recipe of the paper at toy size. What small data want differently: a bias near the prior of a pair in a small
 batch (-10 learns far more slowly), and position embeddings as strong as the pixels (with the reference's small ones the
