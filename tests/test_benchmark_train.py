@@ -62,7 +62,8 @@ def test_training_beside_the_twin(config_file, tmp_path, alone):
 
 
 def test_encoding_and_scoring_beside_the_twin(config_file, tmp_path, alone):
-    arguments = ["--config", config_file, "--images", "4", "--texts", "10", "--text-batch", "4", "--turns", "1"]
+    sizes = ["--images", "4", "--image-batch", "2", "--texts", "10", "--text-batch", "4"]
+    arguments = ["--config", config_file, *sizes, "--turns", "1"]
     for name, kinds in (("encode", ("images", "texts")), ("score", ("pairs",))):
         figures = figures_of(tmp_path, name, *arguments, "--beside", "eager")
         for kind in kinds:

@@ -80,7 +80,7 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _encode(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("images", "texts", "text_batch", "turns")
+    names = ("images", "texts", "image_batch", "text_batch", "turns")
     options = {name: getattr(arguments, name) for name in names}
     return encode.measure(_config(arguments), kinds=arguments.kinds, beside=_sides(arguments), **options)
 
@@ -164,14 +164,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     command.set_defaults(run=_sweep)
 
-    for name, kinds, words in (
-        ("encode", ("images", "texts"), "images and texts encoded per second"),
-        ("score", ("pairs",), "text-conditioned scores per second"),
+    for name, kinds, images, words in (
+        ("encode", ("images", "texts"), 64, "images and texts encoded per second"),
+        ("score", ("pairs",), 16, "text-conditioned scores per second"),
     ):
         command = benchmarks.add_parser(name, parents=[model], help=words)
-        command.add_argument("--images", type=int, default=16, metavar="N", help="in a turn (%(default)s)")
+        command.add_argument("--images", type=int, default=images, metavar="N", help="in a turn (%(default)s)")
         command.add_argument("--texts", type=int, default=256, metavar="N", help="in a turn (%(default)s)")
-        command.add_argument("--text-batch", type=int, default=64, metavar="N", help="at a time (%(default)s)")
+        command.add_argument(
+            "--image-batch", type=int, default=16, metavar="N", help="to encode at a time (%(default)s)"
+        )
+        command.add_argument("--text-batch", type=int, default=64, metavar="N", help="encoded at a time (%(default)s)")
         command.set_defaults(run=_encode, kinds=kinds)
 
     command = benchmarks.add_parser("soak", parents=[common], help="memory of the training stream over many batches")

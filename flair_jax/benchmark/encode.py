@@ -16,8 +16,9 @@ def measure(
     *,
     kinds: Sequence[str] = ("images", "texts"),
     beside: Sequence[str] = (),
-    images: int = 16,
+    images: int = 64,
     texts: int = 256,
+    image_batch: int = 16,
     text_batch: int = 64,
     turns: int = 5,
 ) -> dict[str, Any]:
@@ -30,18 +31,18 @@ def measure(
       beside: sides of the twin to run as well, "eager" and "compiled", in turns with ours. Texts are padded to the
         context there, as the original encodes them.
       images, texts: encoded, or scored against each other, in a turn.
-      text_batch: texts at a time on either side.
+      image_batch, text_batch: images and texts to encode at a time on either side.
       turns: of each; medians count.
 
     Returns:
       Of each kind `…_per_second`, and for each side of the twin `{side}_…_per_second` and `ratio_…_{side}`, its time
       over ours.
     """
-    figures = {"dtype": config["model"]["dtype"], "images": images, "texts": texts, "text_batch": text_batch}
+    sizes = dict(images=images, texts=texts, image_batch=image_batch, text_batch=text_batch)
+    figures = {"dtype": config["model"]["dtype"], **sizes}
     count = {"images": images, "texts": texts, "pairs": images * texts}
     for kind in kinds:
-        arguments = config, kind, images, texts, text_batch
-        results = torch_twin.in_turns(ours, twin, arguments, beside, 1, turns)
+        results = torch_twin.in_turns(ours, twin, (config, kind, *sizes.values()), beside, 1, turns)
         seconds = {name: statistics.median(turn["seconds"] for turn in turns) for name, turns in results.items()}
         figures[f"{kind}_per_second"] = count[kind] / seconds["flair_jax"]
         for side in beside:
@@ -78,9 +79,12 @@ def host_inputs(config: Mapping[str, Any], images: int, texts: int) -> tuple[np.
 
 
 @contextlib.contextmanager
-def ours(config: Mapping[str, Any], kind: str, images: int, texts: int, text_batch: int) -> Iterator[Callable]:
+def ours(
+    config: Mapping[str, Any], kind: str, images: int, texts: int, image_batch: int, text_batch: int
+) -> Iterator[Callable]:
     """Turns of the evaluators' encoder."""
     import jax
+    import jax.numpy as jnp
 
     from data.images import normalize
     from flair_jax import compilation, models, state
@@ -88,7 +92,7 @@ def ours(config: Mapping[str, Any], kind: str, images: int, texts: int, text_bat
 
     compilation.keep_heap()
     model = models.create(config["model"])
-    encoder = Encoder(model, normalize, image_batch=images, text_batch=text_batch)
+    encoder = Encoder(model, normalize, image_batch=image_batch, text_batch=text_batch)
     params = encoder.place(jax.jit(lambda: state.init_params(model, 0))())
     pixels, tokens = host_inputs(config, images, texts)
 
@@ -99,7 +103,7 @@ def ours(config: Mapping[str, Any], kind: str, images: int, texts: int, text_bat
         return encoder.texts(params, tokens)
 
     if kind == "pairs":
-        [image_features], text_features = encode_images(), encode_texts()
+        image_features, text_features = jax.tree.map(lambda *x: jnp.concatenate(x), *encode_images()), encode_texts()
         score = encoder.jit(encoder.method("score"))
         run = lambda: score(params, image_features, text_features)  # noqa: E731
     else:
@@ -116,8 +120,9 @@ def ours(config: Mapping[str, Any], kind: str, images: int, texts: int, text_bat
 
 @contextlib.contextmanager
 def twin(
-    config: Mapping[str, Any], kind: str, images: int, texts: int, text_batch: int, compiled: bool
+    config: Mapping[str, Any], kind: str, images: int, texts: int, image_batch: int, text_batch: int, compiled: bool
 ) -> Iterator[Callable]:
     """Turns of the twin on the same arrays."""
-    with torch_twin.encoding(config, kind, *host_inputs(config, images, texts), text_batch, compiled) as turn:
+    arrays = host_inputs(config, images, texts)
+    with torch_twin.encoding(config, kind, *arrays, image_batch, text_batch, compiled) as turn:
         yield turn

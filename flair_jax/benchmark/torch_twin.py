@@ -139,9 +139,15 @@ def _rows(rng: np.random.Generator, images: int, captions: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def encoding(
-    config: Mapping[str, Any], kind: str, images: np.ndarray, tokens: np.ndarray, text_batch: int, compiled: bool
+    config: Mapping[str, Any],
+    kind: str,
+    images: np.ndarray,
+    tokens: np.ndarray,
+    image_batch: int,
+    text_batch: int,
+    compiled: bool,
 ) -> Iterator[Callable]:
-    """Turns of encoding images (B, H, W, 3), or texts (N, T) in batches, or of scoring their features, see `encode`."""
+    """Turns of encoding images (B, H, W, 3) or texts (N, T) in batches, or of scoring their features, see `encode`."""
     import torch
 
     from convert.torch_flair import unit
@@ -154,12 +160,15 @@ def encoding(
 
     encode_image, encode_text = wrap(twin.encode_image), wrap(twin.encode_text_pooled)
 
+    def batches(x: np.ndarray, size: int) -> list[np.ndarray]:
+        return np.split(x, range(size, len(x), size))
+
     def encode_images():
-        return encode_image(_images(images, device))
+        return [encode_image(_images(batch, device)) for batch in batches(images, image_batch)]
 
     def encode_texts():
-        batches = np.split(tokens.astype(np.int64), range(text_batch, len(tokens), text_batch))
-        return torch.cat([encode_text(torch.from_numpy(batch).to(device)) for batch in batches])
+        tokens_of = [torch.from_numpy(batch).to(device) for batch in batches(tokens.astype(np.int64), text_batch)]
+        return torch.cat([encode_text(batch) for batch in tokens_of])
 
     @wrap
     def score(local, text):
@@ -173,10 +182,10 @@ def encoding(
 
     with torch.inference_mode(), autocast:
         if kind == "pairs":
-            (_, local), text = encode_images(), encode_texts()
+            local, text = torch.cat([local for _, local in encode_images()]), encode_texts()
             run = lambda: score(local, text).float().cpu()  # noqa: E731
         elif kind == "images":
-            run = lambda: [part.float().cpu() for part in encode_images()]  # noqa: E731
+            run = lambda: [[part.float().cpu() for part in features] for features in encode_images()]  # noqa: E731
         else:
             run = lambda: encode_texts().float().cpu()  # noqa: E731
         yield turn
