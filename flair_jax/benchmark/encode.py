@@ -36,19 +36,22 @@ def measure(
 
     Returns:
       Of each kind `…_per_second`, and for each side of the twin `{side}_…_per_second` and `ratio_…_{side}`, its time
-      over ours.
+      over that of ours in the turns between.
     """
     sizes = dict(images=images, texts=texts, image_batch=image_batch, text_batch=text_batch)
     figures = {"dtype": config["model"]["dtype"], **sizes}
     count = {"images": images, "texts": texts, "pairs": images * texts}
     for kind in kinds:
-        results = torch_twin.in_turns(ours, twin, (config, kind, *sizes.values()), beside, 1, turns)
-        seconds = {name: statistics.median(turn["seconds"] for turn in turns) for name, turns in results.items()}
-        figures[f"{kind}_per_second"] = count[kind] / seconds["flair_jax"]
-        for side in beside:
-            figures[f"{side}_{kind}_per_second"] = count[kind] / seconds[side]
-            figures[f"ratio_{kind}_{side}"] = seconds[side] / seconds["flair_jax"]
+        all_ours, pairs = torch_twin.in_turns(ours, twin, (config, kind, *sizes.values()), beside, 1, turns)
+        figures[f"{kind}_per_second"] = count[kind] / _median(all_ours)
+        for side, (beside_it, theirs) in pairs.items():
+            figures[f"{side}_{kind}_per_second"] = count[kind] / _median(theirs)
+            figures[f"ratio_{kind}_{side}"] = _median(theirs) / _median(beside_it)
     return figures
+
+
+def _median(turns: Sequence[Mapping[str, float]]) -> float:
+    return statistics.median(turn["seconds"] for turn in turns)
 
 
 def host_inputs(config: Mapping[str, Any], images: int, texts: int) -> tuple[np.ndarray, np.ndarray]:

@@ -23,19 +23,30 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # its process has our input code, and le
 
 def in_turns(
     ours: Callable, twin: Callable, arguments: Sequence[Any], beside: Sequence[str], count: int, turns: int
-) -> dict[str, list[contender.Figures]]:
-    """Turns of ours, under the name "flair_jax", and of sides of the twin, from the same arguments.
+) -> tuple[list[contender.Figures], dict[str, tuple[list[contender.Figures], list[contender.Figures]]]]:
+    """Turns of ours and of sides of the twin, from the same arguments.
+
+    One side of the twin at a time: three processes that train want 25 GB.
 
     Args:
       ours, twin: see `contender.Contender`; the twin is told last whether to compile.
       beside: of `SIDES`.
       count, turns: see `contender.in_turns`.
+
+    Returns:
+      All turns of ours, and for each side those of ours that ran beside it, and its own.
     """
-    sides = {"flair_jax": functools.partial(contender.Contender, ours, *arguments)}
-    for side in beside:
-        rival = twin, *arguments, side == "compiled"
-        sides[side] = functools.partial(contender.Contender, *rival, environment=ENVIRONMENT)
-    return contender.in_turns(sides, count, turns)
+    all_ours, pairs = [], {}
+    for side in beside or [None]:
+        sides = {"ours": functools.partial(contender.Contender, ours, *arguments)}
+        if side is not None:
+            rival = twin, *arguments, side == "compiled"
+            sides["twin"] = functools.partial(contender.Contender, *rival, environment=ENVIRONMENT)
+        results = contender.in_turns(sides, count, turns)
+        all_ours += results["ours"]
+        if side is not None:
+            pairs[side] = results["ours"], results["twin"]
+    return all_ours, pairs
 
 
 def _start(config: Mapping[str, Any]):

@@ -39,11 +39,11 @@ def measure(
       images_per_second, step_seconds, data_wait_seconds and logging_seconds within it; tflop_per_step, useful work as
       `flops.train_step` counts it; tflop_per_second, and `mfu` where the chip's peak is known; memory_mb, the peak
       (of the device, or of the process on a CPU), compile_seconds, fill (share of token places with a token). Of each
-      side of the twin `eager_…` or `compiled_` images_per_second, memory_mb, and `ratio_…`, ours over theirs.
+      side of the twin `eager_…` or `compiled_` images_per_second, memory_mb, and `ratio_…`, its time over that of ours
+      in the turns between.
     """
     training_ours = functools.partial(training, trace=trace)
-    results = torch_twin.in_turns(training_ours, twin_training, [config], beside, steps, turns)
-    ours = results["flair_jax"]
+    ours, pairs = torch_twin.in_turns(training_ours, twin_training, [config], beside, steps, turns)
 
     def median(turns, name):
         return statistics.median(turn[name] for turn in turns)
@@ -58,11 +58,11 @@ def measure(
     if ours[-1]["peak"] is not None:
         figures["mfu"] = 1e12 * figures["tflop_per_second"] / ours[-1]["peak"]
     figures["memory_mb"] = max(turn["memory_mb"] for turn in ours)
-    for side in beside:
-        seconds = median(results[side], "seconds")
+    for side, (beside_it, twin) in pairs.items():
+        seconds = median(twin, "seconds")
         figures[f"{side}_images_per_second"] = config["batch_size"] / seconds
-        figures[f"{side}_memory_mb"] = max(turn["memory_mb"] for turn in results[side])
-        figures[f"ratio_{side}"] = seconds / figures["step_seconds"]
+        figures[f"{side}_memory_mb"] = max(turn["memory_mb"] for turn in twin)
+        figures[f"ratio_{side}"] = seconds / median(beside_it, "seconds")
     return figures
 
 
