@@ -34,6 +34,16 @@ def keep_heap() -> None:
         mallopt(parameter, value)
 
 
+def finish_on_cpu(x: Any) -> None:
+    """Waits for the arrays of a step before the next one is started, if they are on a CPU.
+
+    A program takes its temporaries there when it is started, though it runs after the one before: two steps would hold
+    theirs at a time (14.8 GB in place of 9.0 at batch 8).
+    """
+    if jax.default_backend() == "cpu":
+        jax.block_until_ready(x)
+
+
 def jit_step(step: Callable, state: Any) -> Callable:
     """Jits a training step that takes the state for its own and gives it back where it was, array by array."""
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))

@@ -165,7 +165,7 @@ def _train(config, workdir, mesh, signals):
         return numbers
 
     # The order is fixed: save and evaluate the state as it is, draw the batch, step, report the step before. So a
-    # checkpoint holds the position of the very batch that comes next, and the host never waits for the device.
+    # checkpoint holds the position of the very batch that comes next, and an accelerator never waits for the host.
     pending, tracing = None, False
     try:
         for step in range(first, steps):
@@ -196,6 +196,8 @@ def _train(config, workdir, mesh, signals):
             if step == profile_first:
                 jax.profiler.start_trace(str(workdir / "profile"))
                 tracing = True
+            if pending:
+                compilation.finish_on_cpu(pending[1])
             current, numbers = step_function(current, placed)
             if pending:
                 report(*pending)

@@ -83,3 +83,12 @@ print(min(faults() for _ in range(3)))
         return int(subprocess.run([sys.executable, "-c", code, how], check=True, capture_output=True, text=True).stdout)
 
     assert run("kept") < 100 < run("given back")
+
+
+def test_a_step_on_a_cpu_is_done_before_the_next_one_starts():
+    chain = jax.jit(lambda x: jax.lax.fori_loop(0, 100, lambda _, y: jnp.tanh(y @ y), x))
+    x = jnp.eye(512)
+    chain(x).block_until_ready()
+    result = chain(x)
+    compilation.finish_on_cpu({"loss": result})
+    assert result.is_ready()

@@ -100,7 +100,10 @@ def training(config: Mapping[str, Any], trace: str | None = None) -> Iterator[Ca
                 lengths = packing.text_lengths(batch["texts"])
                 work += flops.train_step(config["model"], config["loss"], config["batch_size"], lengths)
                 tokens, places = tokens + int(lengths.sum()), places + batch["texts"]["tokens"].size
-                current, numbers = step(current, sharding.global_batch(mesh, batch))
+                placed = sharding.global_batch(mesh, batch)
+                if pending is not None:
+                    compilation.finish_on_cpu(pending)
+                current, numbers = step(current, placed)
                 if pending is not None:
                     values = {name: float(value) for name, value in jax.device_get(pending).items()}
                     with clock.measure("logging"):
