@@ -26,7 +26,7 @@ def in_turns(
 ) -> tuple[list[contender.Figures], dict[str, tuple[list[contender.Figures], list[contender.Figures]]]]:
     """Turns of ours and of sides of the twin, from the same arguments.
 
-    One side of the twin at a time: three processes that train want 25 GB.
+    One side of the twin at a time: three processes that train at full size are more than 24 GB of memory bear.
 
     Args:
       ours, twin: see `contender.Contender`; the twin is told last whether to compile.
