@@ -1,5 +1,6 @@
 """MKL's products in the place of XLA's: the same numbers and gradients, and only where they are safe."""
 
+import ctypes
 import importlib.metadata
 import os
 import pathlib
@@ -217,6 +218,69 @@ def test_the_interface_is_the_header_s():
         "set_available": "Future_SetAvailable",
     }.items():
         assert mkl._API.names.index(ours) == before + functions.index(theirs)
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 4])
+def test_pieces_that_the_pool_refuses_are_done_at_once(accepted):
+    """A call as XLA makes it, whose pool of threads takes so many of the four pieces, and does them afterwards."""
+    mkl = importlib.import_module("flair_jax.models.mkl")
+    function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
+    taken, events, kept = [], [], []
+
+    def at(address, record):
+        return np.frombuffer((ctypes.c_char * record.itemsize).from_address(address), record)[0]
+
+    def create_future(address):
+        np.frombuffer((ctypes.c_char * 24).from_address(address), np.int64)[2] = 77
+        return 0
+
+    def schedule(address):
+        if len(taken) == accepted:
+            return 99  # the address of an error
+        task = at(address, mkl._OF_TASK)
+        taken.append((int(task["function"]), int(task["data"])))
+        return 0
+
+    def destroy_error(address):
+        events.append(("error", int(at(address, mkl._OF_ERROR)["error"])))
+        return 0
+
+    def set_available(address):
+        events.append(("available", int(at(address, mkl._OF_FUTURE)["future"])))
+        return 0
+
+    def place(record, **fields) -> int:
+        kept.append(np.zeros((), record))
+        for name, value in fields.items():
+            kept[-1][name] = value
+        return kept[-1].ctypes.data
+
+    def pointers(addresses) -> int:
+        kept.append(np.array(addresses, np.int64))
+        return kept[-1].ctypes.data
+
+    table = {}
+    for called in (create_future, schedule, destroy_error, set_available):
+        kept.append(function(called))
+        table[called.__name__] = ctypes.cast(kept[-1], ctypes.c_void_p).value
+    rng = np.random.default_rng(0)
+    a, b, c = rng.random((64, 48), np.float32), rng.random((48, 32), np.float32), np.full((64, 32), np.nan, np.float32)
+    pieces = np.array([(0, 1, row, 16, 0, 32) for row in range(0, 64, 16)])
+    product = np.array([blas.AS_IS, blas.AS_IS, 64, 32, 48, 1, 1, 48, 0, 0, 32, 0, 0, 32, 0, 0])
+    of_a, of_b, of_c = (place(mkl._BUFFER, data=x.ctypes.data) for x in (a, b, c))
+    attributes = [place(mkl._ARRAY, count=x.size, data=x.ctypes.data) for x in (pieces, product)]
+    frame = np.zeros((), mkl._FRAME)
+    frame["api"] = place(mkl._API, **table)
+    frame["arguments"]["items"], frame["results"]["items"] = pointers([of_a, of_b]), pointers([of_c])
+    frame["attributes"]["items"] = pointers(attributes)
+
+    assert function(mkl.start.address)(frame.ctypes.data) == 0
+    assert frame["future"] == 77
+    for run, data in taken:
+        assert ("available", 77) not in events
+        ctypes.CFUNCTYPE(None, ctypes.c_int64)(run)(data)
+    assert events == [("error", 99)] * (4 - accepted) + [("available", 77)]
+    np.testing.assert_allclose(c, a @ b, rtol=1e-5)
 
 
 def test_a_compiled_program_is_found_again_and_runs(tmp_path):
