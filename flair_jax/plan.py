@@ -7,7 +7,8 @@
 
 The training step is compiled for as many devices as asked, which need not exist. By default the compiler is the CPU's:
 the arguments, outputs and collectives are those of any device, but it computes in float32 where the config says
-bfloat16 and fuses little, so that its temporaries are several times a GPU's or TPU's, good for comparing settings only.
+bfloat16 and fuses little, so that its temporaries are several times a GPU's or TPU's, good for comparing settings only,
+and `model.remat` only with `model.scan_blocks`, for it finds in unrolled blocks what would be computed twice.
 With `--topology` the account is the TPU compiler's own.
 """
 
