@@ -2,7 +2,7 @@
 
     python -m flair_jax.main --config configs/scenes.py --workdir RUN      # or `make demo`
 
-Hardware: 2 CPU cores, 7 to 11 minutes.
+Hardware: 2 CPU cores, 6 to 11 minutes.
 Expected on 512 unseen scenes: parts text→image R@1 0.28 (global 0.22) and R@5 0.80, pointing 0.87, colour mIoU 0.86,
 shape mIoU 0.20 (chance 0.11). Seeds 0 to 3 give R@1 0.29 to 0.35, colour mIoU 0.86 to 0.92, shape mIoU 0.20 to 0.61.
 

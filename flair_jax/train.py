@@ -196,8 +196,7 @@ def _train(config, workdir, mesh, signals):
             if step == profile_first:
                 jax.profiler.start_trace(str(workdir / "profile"))
                 tracing = True
-            if pending:
-                compilation.finish_on_cpu(pending[1])
+            compilation.finish_on_cpu(pending)
             current, numbers = step_function(current, placed)
             if pending:
                 report(*pending)

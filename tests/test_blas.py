@@ -231,7 +231,7 @@ def test_pieces_that_the_pool_refuses_are_done_at_once(accepted):
         return np.frombuffer((ctypes.c_char * record.itemsize).from_address(address), record)[0]
 
     def create_future(address):
-        np.frombuffer((ctypes.c_char * 24).from_address(address), np.int64)[2] = 77
+        at(address, mkl._OF_FUTURE)["future"] = 77
         return 0
 
     def schedule(address):

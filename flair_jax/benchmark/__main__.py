@@ -171,9 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = benchmarks.add_parser(name, parents=[model], help=words)
         command.add_argument("--images", type=int, default=images, metavar="N", help="in a turn (%(default)s)")
         command.add_argument("--texts", type=int, default=256, metavar="N", help="in a turn (%(default)s)")
-        command.add_argument(
-            "--image-batch", type=int, default=16, metavar="N", help="to encode at a time (%(default)s)"
-        )
+        command.add_argument("--image-batch", type=int, default=16, metavar="N", help="encoded at a time (%(default)s)")
         command.add_argument("--text-batch", type=int, default=64, metavar="N", help="encoded at a time (%(default)s)")
         command.set_defaults(run=_encode, kinds=kinds)
 

@@ -4,8 +4,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -75,6 +76,11 @@ def _serve(connection, make: Callable[..., AbstractContextManager[Turn]], *argum
     with make(*arguments) as turn, contextlib.suppress(EOFError):
         while True:
             connection.send(turn(connection.recv()))
+
+
+def median(turns: Sequence[Figures], name: str) -> float:
+    """Of one figure over all turns."""
+    return statistics.median(turn[name] for turn in turns)
 
 
 def in_turns(sides: Mapping[str, Callable[[], Contender]], count: int, turns: int) -> dict[str, list[Figures]]:

@@ -87,7 +87,7 @@ def measure(
                 contender.rest()
     stages = _stages(settings, pixels)
     medians = {
-        name: {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+        name: {key: contender.median(turns, key) for key in turns[0]}
         for name, turns in results.items()
     }
     prefixes = {"reference": "", "fast": "fast_", "device": "device_", "loader": "reference_loader_"}

@@ -1,7 +1,6 @@
 """Images and texts through the towers and pairs through the pooling, as evaluation does it, beside the PyTorch twin."""
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flair_jax.benchmark import inputs, torch_twin
+from flair_jax.benchmark.contender import median
 
 
 def measure(
@@ -43,15 +43,12 @@ def measure(
     count = {"images": images, "texts": texts, "pairs": images * texts}
     for kind in kinds:
         all_ours, pairs = torch_twin.in_turns(ours, twin, (config, kind, *sizes.values()), beside, 1, turns)
-        figures[f"{kind}_per_second"] = count[kind] / _median(all_ours)
+        figures[f"{kind}_per_second"] = count[kind] / median(all_ours, "seconds")
         for side, (beside_it, theirs) in pairs.items():
-            figures[f"{side}_{kind}_per_second"] = count[kind] / _median(theirs)
-            figures[f"ratio_{kind}_{side}"] = _median(theirs) / _median(beside_it)
+            seconds = median(theirs, "seconds")
+            figures[f"{side}_{kind}_per_second"] = count[kind] / seconds
+            figures[f"ratio_{kind}_{side}"] = seconds / median(beside_it, "seconds")
     return figures
-
-
-def _median(turns: Sequence[Mapping[str, float]]) -> float:
-    return statistics.median(turn["seconds"] for turn in turns)
 
 
 def host_inputs(config: Mapping[str, Any], images: int, texts: int) -> tuple[np.ndarray, np.ndarray]:

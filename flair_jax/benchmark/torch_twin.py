@@ -178,8 +178,8 @@ def encoding(
         return [encode_image(_images(batch, device)) for batch in batches(images, image_batch)]
 
     def encode_texts():
-        tokens_of = [torch.from_numpy(batch).to(device) for batch in batches(tokens.astype(np.int64), text_batch)]
-        return torch.cat([encode_text(batch) for batch in tokens_of])
+        ids = batches(tokens.astype(np.int64), text_batch)
+        return torch.cat([encode_text(torch.from_numpy(batch).to(device)) for batch in ids])
 
     @wrap
     def score(local, text):

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from etils import epath
 
 from data import packing
 from flair_jax.benchmark import inputs, processes, torch_twin
+from flair_jax.benchmark.contender import median
 
 TWIN_BATCHES = 4  # different ones, which come again and again
 
@@ -44,9 +44,6 @@ def measure(
     """
     training_ours = functools.partial(training, trace=trace)
     ours, pairs = torch_twin.in_turns(training_ours, twin_training, [config], beside, steps, turns)
-
-    def median(turns, name):
-        return statistics.median(turn[name] for turn in turns)
 
     figures = {name: ours[-1][name] for name in ("device", "devices", "compile_seconds", "fill")}
     figures |= {"batch_size": config["batch_size"], "dtype": config["model"]["dtype"]}
@@ -101,8 +98,7 @@ def training(config: Mapping[str, Any], trace: str | None = None) -> Iterator[Ca
                 work += flops.train_step(config["model"], config["loss"], config["batch_size"], lengths)
                 tokens, places = tokens + int(lengths.sum()), places + batch["texts"]["tokens"].size
                 placed = sharding.global_batch(mesh, batch)
-                if pending is not None:
-                    compilation.finish_on_cpu(pending)
+                compilation.finish_on_cpu(pending)
                 current, numbers = step(current, placed)
                 if pending is not None:
                     values = {name: float(value) for name, value in jax.device_get(pending).items()}
