@@ -20,7 +20,7 @@ import numpy as np
 
 from data import captions, fast_images, images, packing, pipeline, records, tokenizer
 from flair_jax.benchmark import processes, reference_loader
-from flair_jax.benchmark.contender import Contender, Turn
+from flair_jax.benchmark.contender import Contender, Turn, median
 from flair_jax.benchmark.python_tokenizer import PythonTokenizer
 from flair_jax.benchmark.tokenizer import open_clip_tokenizer
 
@@ -86,10 +86,7 @@ def measure(
                 results[name].append(contender.turn(batches))
                 contender.rest()
     stages = _stages(settings, pixels)
-    medians = {
-        name: {key: contender.median(turns, key) for key in turns[0]}
-        for name, turns in results.items()
-    }
+    medians = {name: {key: median(turns, key) for key in turns[0]} for name, turns in results.items()}
     prefixes = {"reference": "", "fast": "fast_", "device": "device_", "loader": "reference_loader_"}
     figures = {**dataclasses.asdict(settings), "shards": len(settings.shards), "batches": batches, "turns": turns}
     for name, speed in medians.items():
