@@ -5,6 +5,13 @@ import pathlib
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
+# The rooms stay folders of the repository; installed, all of them live under one name that no user's module shadows.
+FOLDERS = {
+    "flair_jax": "flair_jax",
+    "flair_jax.configs": "configs",
+    "flair_jax.convert": "convert",
+    "flair_jax.data": "data",
+}
 
 # Each lower bound is the oldest release that the test suite was run with; jax 0.10.2 is the last for Python 3.11.
 REQUIRES = [
@@ -68,8 +75,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["flair_jax*", "configs*", "data*", "convert*"]),
-    package_data={"data": ["*.txt.gz"], "convert": ["*.ipynb"]},
+    packages=[*FOLDERS, *(f"{name}.{part}" for name, folder in FOLDERS.items() for part in find_packages(folder))],
+    package_dir=FOLDERS,
+    package_data={"flair_jax.data.transforms": ["*.txt.gz"], "flair_jax.convert": ["*.ipynb"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

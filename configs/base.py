@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import variants
+from flair_jax.configs import variants
 
 DREAMLIP_FIELDS = (
     "raw_caption",
@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     config.data.shards = config_dict.placeholder(str)
     config.data.weights = config_dict.placeholder(tuple)  # how often each set of "one::another" comes; None: all once
     config.data.shuffle_window = config_dict.placeholder(int)  # samples, for slow stores; None: the whole epoch
-    config.data.captions = ConfigDict()  # see CaptionOptions in data/captions.py
+    config.data.captions = ConfigDict()  # see CaptionOptions in data/transforms/captions.py
     config.data.captions.fields = DREAMLIP_FIELDS
     config.data.captions.splitting = "every_stop"  # of a field that is one string; "sentences" knows abbreviations
     config.data.captions.first = config_dict.placeholder(int)  # sentences to draw from; None: all

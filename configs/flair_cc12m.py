@@ -12,7 +12,7 @@ Source: the reference's `train_cc12m_slurm.sh` at commit 0f9ce05 and its README,
 
 from ml_collections import ConfigDict
 
-from configs import flair_recipe
+from flair_jax.configs import flair_recipe
 
 
 def get_config() -> ConfigDict:

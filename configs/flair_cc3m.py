@@ -15,7 +15,7 @@ Zero-shot retrieval during training, on shards of your own:
 
 from ml_collections import ConfigDict
 
-from configs import flair_recipe
+from flair_jax.configs import flair_recipe
 
 
 def get_config() -> ConfigDict:

@@ -24,7 +24,7 @@ follows the script in how to train, and the README in how many GPUs the publishe
 
 from ml_collections import ConfigDict
 
-from configs import flair_recipe
+from flair_jax.configs import flair_recipe
 
 
 def get_config() -> ConfigDict:

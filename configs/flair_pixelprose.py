@@ -8,13 +8,13 @@ Length: 15,037,386 images, 32 epochs, 78,336 steps of 6,144 images.
 Expected: no scores are published.
 Source: the reference trained on PixelProse and released neither script nor weights, only the switch `--pixelprose`:
 one text an image, `caption`, split at full stops. The rest is the recipe of CC12M, our choice; shards and images are
-those of COSMOS, of the same authors. `python -m data.prepare pixelprose` writes such shards.
+those of COSMOS, of the same authors. `python -m flair_jax.data.prepare pixelprose` writes such shards.
 Another number of images asks for other steps: --config.steps=…
 """
 
 from ml_collections import ConfigDict
 
-from configs import flair_recipe
+from flair_jax.configs import flair_recipe
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ of its 48 loader processes, which repeat a few samples for that. Here 32 such ep
 
 from ml_collections import ConfigDict, config_dict
 
-from configs import base
+from flair_jax.configs import base
 
 
 def recipe(gpus: int, images: int, epoch_steps: int) -> ConfigDict:

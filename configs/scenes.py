@@ -13,7 +13,7 @@ model learns what is in a picture, but not where).
 
 import ml_collections
 
-from configs import base
+from flair_jax.configs import base
 
 SIZE = 48
 

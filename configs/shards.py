@@ -12,7 +12,7 @@ data and training fit together. Real quality needs real data, see flair_cc3m.py.
 import ml_collections
 from ml_collections import config_dict
 
-from configs import base
+from flair_jax.configs import base
 
 
 def get_config() -> ml_collections.ConfigDict:

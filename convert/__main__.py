@@ -1,4 +1,4 @@
-"""python -m convert: FLAIR's weights from PyTorch to Flax, back, and a look at what a file holds."""
+"""python -m flair_jax.convert: FLAIR's weights from PyTorch to Flax, back, and a look at what a file holds."""
 
 import argparse
 import collections
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from convert import flax_files, names, torch_files
-from convert.tables import KINDS, Arrays, ConversionError, Side
+from flair_jax.convert import flax_files, names, torch_files
+from flair_jax.convert.tables import KINDS, Arrays, ConversionError, Side
 
 PUBLISHED = {150_674_434: "ViT-B-16-FLAIR"}
 WIDTH = 14  # of the first column of `check`
@@ -115,7 +115,7 @@ def read_model(path: Path | None) -> dict[str, Any] | None:
 
 
 def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(prog="python -m convert", description=__doc__.partition(": ")[2])
+    main = argparse.ArgumentParser(prog="python -m flair_jax.convert", description=__doc__.partition(": ")[2])
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     torch, flax = "weights with PyTorch's names, .safetensors, .pt, .pth or .bin", "Flax parameters, .safetensors"
 

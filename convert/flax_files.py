@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from convert import names, torch_files
-from convert.tables import flatten, refuse, unflatten
+from flair_jax.convert import names, torch_files
+from flair_jax.convert.tables import flatten, refuse, unflatten
 
 KEY = "flair_jax"
 FORMAT = 1

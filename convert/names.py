@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from configs import variants
-from convert.tables import (
+from flair_jax.configs import variants
+from flair_jax.convert.tables import (
     CONVOLUTION,
     LINEAR,
     ConversionError,

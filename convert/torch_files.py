@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from convert.names import state_dict_of
+from flair_jax.convert.names import state_dict_of
 
 PICKLES = (".pt", ".pth", ".bin")
 

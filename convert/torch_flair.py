@@ -1,8 +1,8 @@
 """FLAIR as a PyTorch module: oracle of the parity tests, baseline of the speed figures, home of exported weights.
 
 Parameters have the names of the original's state dict, so `model.load_state_dict` takes released checkpoints and what
-`python -m convert to-torch` writes. Ready for `torch.autocast` and `torch.compile`: shapes are all that control flow
-depends on, attention is `scaled_dot_product_attention` without masks, and scores and losses are float32.
+`python -m flair_jax.convert to-torch` writes. Ready for `torch.autocast` and `torch.compile`: control flow depends on
+shapes alone, attention is `scaled_dot_product_attention` without masks, and scores and losses are float32.
 
 This is the one file of the project that imports torch at the top; import it where it is used.
 """

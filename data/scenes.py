@@ -4,7 +4,7 @@ A scene has two to four shapes of two sizes in different cells of a 3 x 3 grid, 
 8 to 12 sentences in the seven caption fields of DreamLIP. Everything follows from (seed, split, index). Which split a
 scene belongs to is decided by its content (what lies where), so two splits share no scene whatever their seeds are.
 
-    python -m data.scenes OUT --count 20000 --seed 0        # webdataset shards like those of CC3M-recap
+    python -m flair_jax.data.scenes OUT --count 20000 --seed 0        # webdataset shards like those of CC3M-recap
 """
 
 import argparse
@@ -21,7 +21,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from data.captions import FIELDS
+from flair_jax.data.transforms.captions import FIELDS
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = {
@@ -364,7 +364,9 @@ def _members(key: str, scene: Scene, seed: int, index: int, split: str) -> list[
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.scenes", description="Draws scenes as webdataset shards.")
+    parser = argparse.ArgumentParser(
+        prog="python -m flair_jax.data.scenes", description="Draws scenes as webdataset shards."
+    )
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--count", type=int, required=True, help="scenes")
     parser.add_argument("--seed", type=int, required=True)

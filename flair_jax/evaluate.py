@@ -12,10 +12,11 @@ from absl import logging
 from etils import epath
 from PIL import Image
 
-from data import captions, pipeline, scenes
-from data.images import normalize
-from data.tokenizer import Tokenizer
 from flair_jax import attention_maps, models, pretrained, sharding
+from flair_jax.data import loader, scenes
+from flair_jax.data.transforms import captions
+from flair_jax.data.transforms.images import normalize
+from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators import Pointing, PointingSet, Retrieval, RetrievalSet, Segmentation, SegmentationSet
 from flair_jax.evaluators.segmentation import IGNORE
 
@@ -58,7 +59,7 @@ def shards_evaluators(
     if not shards:
         logging.warning("evaluators.%s.shards is empty: not evaluated", name)
         return []
-    samples = pipeline.evaluation_samples(shards, model.image_size, fields=tuple(fields))
+    samples = loader.evaluation_samples(shards, model.image_size, fields=tuple(fields))
     images, texts, owners = [], [], []
     for _, image, sentences in samples:
         owners += [len(images)] * len(sentences)
@@ -171,7 +172,7 @@ def attention_sheets(config: Mapping[str, Any], model: nn.Module, params: Any) -
                 texts[image].append(phrase)
                 boxes[image].append(tuple(box))
         elif section["shards"]:
-            samples = pipeline.evaluation_samples(section["shards"], model.image_size)
+            samples = loader.evaluation_samples(section["shards"], model.image_size)
             chosen = list(itertools.islice(samples, SHEET_IMAGES))
             images, texts = [image for _, image, _ in chosen], [sentences[:4] for _, _, sentences in chosen]
         else:

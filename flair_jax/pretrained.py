@@ -12,10 +12,10 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from PIL import Image
 
-from convert import flax_files
-from data import images as image_rules
-from data.tokenizer import Tokenizer
 from flair_jax import checkpoint, models, state
+from flair_jax.convert import flax_files
+from flair_jax.data.transforms import images as image_rules
+from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.models.flair import ImageFeatures, TextFeatures
 from flair_jax.models.text import Text
 
@@ -113,7 +113,7 @@ class Pretrained:
         return self._pairs("attention_maps", images, texts)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes parameters and config as one .safetensors file, which `load` and `python -m convert` read."""
+        """Writes parameters and config as one .safetensors file, which `load` and `flair_jax.convert` read."""
         flax_files.write(path, jax.device_get(self.params), self.config)
 
     def _pairs(self, method, images, texts):

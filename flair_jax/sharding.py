@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flair_jax.losses.sigmoid import BATCH_AXES
+from flair_jax.objectives.sigmoid import BATCH_AXES
 
 # Below this many elements a parameter is cheaper to copy than to gather.
 MIN_SHARDED_SIZE = 2**16

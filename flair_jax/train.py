@@ -15,9 +15,6 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from data import packing, pipeline, positions, scenes
-from data.images import normalize
-from data.tokenizer import VOCAB_SIZE
 from flair_jax import (
     checkpoint,
     compilation,
@@ -32,6 +29,10 @@ from flair_jax import (
     state,
 )
 from flair_jax.augmentation import crop_and_resize
+from flair_jax.data import iterator_state, loader, scenes
+from flair_jax.data.transforms import packing
+from flair_jax.data.transforms.images import normalize
+from flair_jax.data.transforms.tokenizer import VOCAB_SIZE
 
 SECTIONS = {
     "seed", "batch_size", "steps", "epochs", "init_from", "log_every", "save_every", "keep", "keep_every", "eval_every",
@@ -122,7 +123,7 @@ def _train(config, workdir, mesh, signals):
     position = None
     if latest is not None:
         check_same_run(saved.config(latest), config)
-        position = positions.redistribute(saved.positions(latest), jax.process_count())[jax.process_index()]
+        position = iterator_state.redistribute(saved.positions(latest), jax.process_count())[jax.process_index()]
 
     # 2. Data: a position of its own for every process.
     stream = open_stream(config, model, workdir, position)
@@ -250,7 +251,7 @@ def _work(config: Mapping[str, Any], texts: Mapping[str, np.ndarray]) -> tuple[f
     return work, int(lengths.sum()), texts["tokens"].size
 
 
-def open_stream(config: Mapping[str, Any], model: nn.Module, workdir: epath.Path, position=None) -> pipeline.Stream:
+def open_stream(config: Mapping[str, Any], model: nn.Module, workdir: epath.Path, position=None) -> loader.Stream:
     """The training batches of a config's `data` section.
 
     With `data.scenes` the embedded data set is drawn into `WORKDIR/scenes` first and read from there like any other.
@@ -264,7 +265,7 @@ def open_stream(config: Mapping[str, Any], model: nn.Module, workdir: epath.Path
         options["shards"] = str(folder)
     if not options["shards"]:
         raise ValueError("config.data.shards is empty; expected shards, such as '/data/{00000..00575}.tar'")
-    return pipeline.make_stream(
+    return loader.make_stream(
         batch_size=config["batch_size"],
         image_size=model.image_size,
         context_length=model.context_length,

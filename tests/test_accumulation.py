@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from data import pipeline
 from flair_jax import models, sharding
+from flair_jax.data import loader
 from flair_jax.models.accumulation import in_micro_batches
 from flair_jax.models.text import Text
 
@@ -31,7 +31,7 @@ def make_batch(packed: bool) -> dict:
     tokens[np.arange(len(sizes)), sizes - 1] = 63
     tokens = np.where(np.arange(LENGTH) < sizes[:, None], tokens, 0)
     if packed:
-        texts, shortened = pipeline.Pack(row_length=LENGTH, rows=8, parts=8)(tokens)
+        texts, shortened = loader.Pack(row_length=LENGTH, rows=8, parts=8)(tokens)
         assert shortened == 0
     else:
         padded = Text.padded(tokens)

@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data import images, scenes, tokenizer
-from data.tokenizer import Tokenizer
 from flair_jax.benchmark import __main__ as command_line
 from flair_jax.benchmark import data, loss, reference_loader, soak
 from flair_jax.benchmark import tokenizer as tokenizer_benchmark
 from flair_jax.benchmark.python_tokenizer import PythonTokenizer
+from flair_jax.data import scenes
+from flair_jax.data.transforms import images, tokenizer
+from flair_jax.data.transforms.tokenizer import Tokenizer
 
 SIZES = dict(images=256, captions=4, block_size=64, chunk_size=4)  # nothing is run, so this is as fast as fewer
 ARGUMENTS = ["--images", "256", "--captions", "4", "--block-size", "64", "--chunk-size", "4"]

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from configs import scenes as scenes_config
-from data import packing, scenes
 from flair_jax.benchmark import __main__ as command_line
 from flair_jax.benchmark import contender, inputs, processes, sweep
+from flair_jax.configs import scenes as scenes_config
+from flair_jax.data import scenes
+from flair_jax.data.transforms import packing
 
 SMALL = """
 from configs import scenes

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from configs import base
-from data import captions
-from data.captions import CaptionError, CaptionOptions
+from flair_jax.configs import base
+from flair_jax.data.transforms import captions
+from flair_jax.data.transforms.captions import CaptionError, CaptionOptions
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden/caption_sampling.json").read_text())
 

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from data import captions
 from flair_jax import models, optimizer, plan, sharding, state, train
+from flair_jax.data.transforms import captions
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOOLS = {"__init__", "variants", "flair_recipe"}

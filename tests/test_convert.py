@@ -19,12 +19,12 @@ import torch
 from conftest import TINY, load_golden
 from flax.traverse_util import flatten_dict
 
-from configs import variants
-from convert import __main__ as command
-from convert import flax_files, names, torch_files
-from convert.tables import ConversionError, flatten
-from convert.torch_files import UnsafeFileError, WeightsFileError
 from flair_jax import models
+from flair_jax.configs import variants
+from flair_jax.convert import __main__ as command
+from flair_jax.convert import flax_files, names, torch_files
+from flair_jax.convert.tables import ConversionError, flatten
+from flair_jax.convert.torch_files import UnsafeFileError, WeightsFileError
 
 FULL = load_golden("full_state_dict.json")
 
@@ -241,7 +241,7 @@ def current_umask():
 
 
 def test_torch_loads_what_is_written(tmp_path, tiny_params):
-    from convert.torch_flair import TorchFLAIR
+    from flair_jax.convert.torch_flair import TorchFLAIR
 
     torch_files.write(tmp_path / "a.pt", names.to_torch(tiny_params))
     model = TorchFLAIR(TINY)

@@ -13,9 +13,9 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from data import fast_images, images
-from data.images import ImageError
 from flair_jax.augmentation import crop_and_resize
+from flair_jax.data.transforms import fast_images, images
+from flair_jax.data.transforms.images import ImageError
 
 SIZE = 64
 

@@ -18,7 +18,9 @@ from PIL import Image
 from processes import worker_processes
 from shard_files import write_tar
 
-from data import pipeline, records, tokenizer
+from flair_jax.data import loader
+from flair_jax.data.sources.base import ShardError
+from flair_jax.data.transforms import tokenizer
 
 LENGTH = 16
 SAMPLES = 12  # in two shards
@@ -79,7 +81,7 @@ def write(folder, change=lambda found: found, **contents):
 def open_stream(folder, **options):
     defaults = dict(batch_size=3, image_size=16, context_length=LENGTH, seed=1, max_skipped=1.0)
     captions = dict(count=1, max_merged=1)
-    return pipeline.make_stream(folder, **{**defaults, "captions": captions, **options})
+    return loader.make_stream(folder, **{**defaults, "captions": captions, **options})
 
 
 def two_epochs(batches) -> list[int]:
@@ -265,7 +267,7 @@ def test_a_shard_that_is_replaced_during_the_run(tmp_path):
     with open_stream(folder) as batches:
         next(batches)
         write_tar(folder / "00000.tar", members(range(3)))
-        with pytest.raises(records.ShardError, match=r"00000\.tar was replaced"):
+        with pytest.raises(ShardError, match=r"00000\.tar was replaced"):
             two_epochs(batches)
     with open_stream(folder) as batches:  # the cached index notices
         assert len(batches.source) == 9
@@ -276,7 +278,7 @@ def test_a_shard_that_vanishes_during_the_run(tmp_path):
     with open_stream(folder) as batches:
         next(batches)
         (folder / "00001.tar").unlink()
-        with pytest.raises(records.ShardError, match=r"00001\.tar"):
+        with pytest.raises(ShardError, match=r"00001\.tar"):
             two_epochs(batches)
 
 
@@ -312,7 +314,7 @@ def test_more_processes_than_shards(tmp_path, count):
 def test_more_than_the_stated_share_stops_the_run_with_the_table(tmp_path):
     folder = write(tmp_path / "shards", image=b"<html>404</html>")
     write_tar(folder / "00002.tar", [("x.jpg", picture()), ("x.json", b"{}")])
-    with open_stream(folder, max_skipped=0.1) as batches, pytest.raises(pipeline.TooManySkipped) as raised:
+    with open_stream(folder, max_skipped=0.1) as batches, pytest.raises(loader.TooManySkipped) as raised:
         two_epochs(batches)
     message = str(raised.value)
     assert "max_skipped allows 10.00% of 13" in message

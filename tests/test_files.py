@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from shard_files import samples, write_tar
 
-from data import files, index, records, webdataset
-from data.examples import Example
+from flair_jax.data.sources import files, index, webdataset
+from flair_jax.data.sources.base import ShardError
+from flair_jax.data.sources.open import expand, open_source
+from flair_jax.data.sources.tf_example import Example
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -154,9 +156,9 @@ def test_a_stream_seeks_and_reads_like_a_file(store):
 def test_tars_over_http(store, tmp_path):
     write_tar(store.folder / "0.tar", samples("a", "b"))
     write_tar(store.folder / "1.tar", [*samples("c"), ("d.jpg", b"")])
-    source = records.open_source(store.url + "/{0..1}.tar")
+    source = open_source(store.url + "/{0..1}.tar")
     assert source.skipped == {"image without json": 1}
-    local = records.open_source(store.folder)
+    local = open_source(store.folder)
     assert [(r.key, r.image, r.json) for r in records_of(source)] == [
         (r.key, r.image, r.json) for r in records_of(local)
     ]
@@ -169,7 +171,7 @@ def test_an_index_over_http_is_read_in_one_go_and_kept(store):
     write_tar(store.folder / "0.tar", samples(*(f"{number:04d}" for number in range(500))))
     for expected in (1, 0):
         store.requests.clear()
-        source = records.open_source(f"{store.url}/0.tar")
+        source = open_source(f"{store.url}/0.tar")
         assert store.requests.count("GET") == expected
     store.requests.clear()
     for number in range(499, 0, -50):
@@ -181,7 +183,7 @@ def test_an_index_over_http_is_read_in_one_go_and_kept(store):
 def test_a_tar_of_many_blocks_is_streamed_once(store, monkeypatch):
     monkeypatch.setattr(files, "READ_AHEAD", 1 << 14)
     write_tar(store.folder / "0.tar", samples(*(f"{number:04d}" for number in range(100))))
-    source = records.open_source(f"{store.url}/0.tar")
+    source = open_source(f"{store.url}/0.tar")
     assert [record.key for record in records_of(source)] == [f"{number:04d}" for number in range(100)]
     assert store.requests.count("GET") - 100 <= 15  # 210 kB
 
@@ -189,68 +191,68 @@ def test_a_tar_of_many_blocks_is_streamed_once(store, monkeypatch):
 def test_a_worker_process_reads_from_a_store(store):
     write_tar(store.folder / "0.tar", samples("a", "b"))
     code = "import pickle, sys; print(pickle.load(sys.stdin.buffer)[1].key)"
-    source = pickle.dumps(records.open_source(f"{store.url}/0.tar"))
+    source = pickle.dumps(open_source(f"{store.url}/0.tar"))
     assert subprocess.run([sys.executable, "-c", code], input=source, stdout=subprocess.PIPE).stdout == b"b\n"
 
 
 def test_signed_urls(store):
     write_tar(store.folder / "0.tar", samples("a"))
-    assert records.open_source(f"{store.url}/0.tar?key=1*2&x=[y]")[0].key == "a"
+    assert open_source(f"{store.url}/0.tar?key=1*2&x=[y]")[0].key == "a"
 
 
 def test_a_shard_that_is_replaced_in_a_store(store, monkeypatch):
     write_tar(store.folder / "0.tar", samples("a"))
-    source = records.open_source(f"{store.url}/0.tar")
+    source = open_source(f"{store.url}/0.tar")
     assert source[0].key == "a"
     write_tar(store.folder / "0.tar", samples("b"))  # as long as before, with another ETag
-    assert records.open_source(f"{store.url}/0.tar")[0].key == "b"
+    assert open_source(f"{store.url}/0.tar")[0].key == "b"
     monkeypatch.setattr(files, "RECHECK", 0.0)
-    with pytest.raises(records.ShardError, match=r"0\.tar was replaced or changed"):
+    with pytest.raises(ShardError, match=r"0\.tar was replaced or changed"):
         source[0]
     (store.folder / "0.tar").unlink()
-    with pytest.raises(records.ShardError, match=r"0\.tar.*cannot be read"):
+    with pytest.raises(ShardError, match=r"0\.tar.*cannot be read"):
         source[0]
 
 
 def test_a_store_that_fails_for_a_moment(store, caplog):
     write_tar(store.folder / "0.tar", samples("a"))
     store.failures = 2
-    source = records.open_source(f"{store.url}/0.tar")
+    source = open_source(f"{store.url}/0.tar")
     store.failures = 2
     assert source[0].key == "a"
     assert caplog.text.count("again in 0 s") == 4
     store.failures = 3
-    with pytest.raises(records.ShardError, match=r"0\.tar: sample 'a' cannot be read: .*503"):
+    with pytest.raises(ShardError, match=r"0\.tar: sample 'a' cannot be read: .*503"):
         source[0]
 
 
 def test_a_store_without_ranges_is_named(store):
     write_tar(store.folder / "0.tar", samples("a"))
-    source = records.open_source(f"{store.url}/0.tar")
+    source = open_source(f"{store.url}/0.tar")
     store.ranges = False
-    with pytest.raises(records.ShardError, match=r"0\.tar.*bytes at 512 instead of"):
+    with pytest.raises(ShardError, match=r"0\.tar.*bytes at 512 instead of"):
         source[0]
 
 
 def test_what_is_not_in_the_store(store):
     with pytest.raises(FileNotFoundError, match=r"1\.tar"):
-        records.open_source(f"{store.url}/1.tar")
+        open_source(f"{store.url}/1.tar")
     store.shutdown()
     store.server_close()
-    with pytest.raises(records.ShardError, match=r"2\.tar cannot be read"):
-        records.open_source(f"{store.url}/2.tar")
+    with pytest.raises(ShardError, match=r"2\.tar cannot be read"):
+        open_source(f"{store.url}/2.tar")
 
 
 def test_damaged_tars_in_a_store(store):
     whole = pathlib.Path(write_tar(store.folder / "0.tar", samples("a", "b"))).read_bytes()
     (store.folder / "1.tar").write_bytes(whole[:2600])
     (store.folder / "2.tar").touch()
-    source = records.open_source(f"{store.url}/{{0..2}}.tar")
+    source = open_source(f"{store.url}/{{0..2}}.tar")
     assert [record.key for record in records_of(source)] == ["a", "b", "a"]
     assert source.skipped == {"shard cut short": 1, "image without json": 1, "empty file": 1}
     (store.folder / "3.tar").write_bytes(b"no tar" * 1000)
-    with pytest.raises(records.ShardError, match=r"3\.tar is not a tar file"):
-        records.open_source(f"{store.url}/3.tar")
+    with pytest.raises(ShardError, match=r"3\.tar is not a tar file"):
+        open_source(f"{store.url}/3.tar")
 
 
 def test_tfrecord_over_http(store, tmp_path):
@@ -259,32 +261,32 @@ def test_tfrecord_over_http(store, tmp_path):
         for number in range(3):
             value = {"bytes_list": {"value": [b"%d" % number]}}
             writer.write(Example(features={"feature": {"image": value, "json": value}}).SerializeToString())
-    source = records.open_source(f"{store.url}/x.tfrecord")
+    source = open_source(f"{store.url}/x.tfrecord")
     assert [(record.key, record.image) for record in records_of(source)] == [
         (f"x.tfrecord:{number}", b"%d" % number) for number in range(3)
     ]
-    assert source.checksum == records.open_source(store.folder).checksum
+    assert source.checksum == open_source(store.folder).checksum
 
 
 def test_patterns_in_a_store(memory, tmp_path):
     for name in ("a/0.tar", "a/1.tar", "a/note.txt", "b/2.tar", "c/x.tfrecord", "c/3.tar"):
         put(memory, f"/{name}", write_tar(tmp_path / "x.tar", samples(name[2])))
-    assert records.expand("memory://a") == ["memory:///a/0.tar", "memory:///a/1.tar"]
-    assert records.expand("memory://*/?.tar::memory://b/2.tar") == [
+    assert expand("memory://a") == ["memory:///a/0.tar", "memory:///a/1.tar"]
+    assert expand("memory://*/?.tar::memory://b/2.tar") == [
         *(f"memory:///{name}" for name in ("a/0.tar", "a/1.tar", "b/2.tar", "c/3.tar")),
         "memory://b/2.tar",
     ]
-    assert [record.key for record in records_of(records.open_source("memory://{a,b}"))] == ["0", "1", "2"]
-    with pytest.raises(records.ShardError, match="several formats"):
-        records.expand("memory://c")
+    assert [record.key for record in records_of(open_source("memory://{a,b}"))] == ["0", "1", "2"]
+    with pytest.raises(ShardError, match="several formats"):
+        expand("memory://c")
     for pattern in ("memory://none", "memory://a/5*.tar", "memory://a/none.txt"):
         with pytest.raises(FileNotFoundError, match=re.escape(pattern)):
-            records.expand(pattern)
+            expand(pattern)
 
 
 def test_the_same_keys_in_tars_of_a_store_and_of_this_machine(memory, tmp_path):
     path = write_tar(tmp_path / "0.tar", samples("a"))
     put(memory, "/0.tar", path)
-    source = records.open_source(f"{path}::memory://0.tar")
+    source = open_source(f"{path}::memory://0.tar")
     assert [record.shard for record in records_of(source)] == [path, "memory://0.tar"]
     assert webdataset.scan("memory://0.tar").spans.tolist() == webdataset.scan(path).spans.tolist()

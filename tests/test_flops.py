@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import variants
 from flair_jax import flops, models
+from flair_jax.configs import variants
 
 B16 = variants.flair("B/16").to_dict()
 

@@ -8,7 +8,13 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-ROOMS = ("configs", "data", "convert", "flair_jax")
+# Folder -> the name it is imported by.
+ROOMS = {
+    "configs": "flair_jax.configs",
+    "data": "flair_jax.data",
+    "convert": "flair_jax.convert",
+    "flair_jax": "flair_jax",
+}
 # Modules of flair_jax that may use the rooms beside it.
 DOORS = {"main", "train", "evaluate", "pretrained", "benchmark"}
 LEARNING = {"jax", "jaxlib", "flax", "optax", "orbax"}
@@ -34,37 +40,53 @@ def files(room: str):
 
 
 def roots(path, **options):
-    return {name.split(".")[0] for name in imports(path, **options)}
+    """Packages that a file imports from, `flair_jax.data` and the like for the rooms."""
+    return {room_of(name) or name.split(".")[0] for name in imports(path, **options) if name != "flair_jax"}
+
+
+def room_of(name: str) -> str | None:
+    if name.split(".")[0] != "flair_jax":
+        return None
+    return next(
+        (room for room in ROOMS.values() if room != "flair_jax" and f"{name}.".startswith(f"{room}.")), "flair_jax"
+    )
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_nobody_imports_tests(room):
     for path in files(room):
-        assert not roots(path) & {"tests", "conftest", "pytest"}, path
+        assert not roots(path) & {"tests", "conftest", "pytest", "benchmarks"}, path
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_are_imported_under_one_name(room):
+    for path in files(room):
+        assert not roots(path) & {"data", "configs", "convert"}, path
 
 
 def test_configs_import_ml_collections_alone():
     for path in files("configs"):
-        assert roots(path) <= {"ml_collections", "configs", "math"}, path
+        assert roots(path) <= {"ml_collections", "flair_jax.configs", "math"}, path
 
 
 def test_data_knows_neither_jax_nor_the_model():
     for path in files("data"):
-        assert not roots(path) & (LEARNING | {"flair_jax", "convert", "configs", "torch"}), path
+        outside = LEARNING | {"flair_jax", "flair_jax.convert", "flair_jax.configs", "torch"}
+        assert not roots(path) & outside, path
 
 
 def test_convert_does_not_know_the_data_and_loads_torch_inside_functions():
     for path in files("convert"):
-        assert "data" not in roots(path), path
+        assert not roots(path) & {"flair_jax.data", "flair_jax", *LEARNING}, path
         if path.name != "torch_flair.py":  # a PyTorch module, which only its users import
             assert "torch" not in roots(path, top_level_only=True), path
-            assert "convert.torch_flair" not in set(imports(path, top_level_only=True)), path
+            assert "flair_jax.convert.torch_flair" not in set(imports(path, top_level_only=True)), path
 
 
 def test_only_the_doors_of_flair_jax_lead_outside():
     for path in files("flair_jax"):
         relative = path.relative_to(ROOT / "flair_jax")
-        outside = roots(path) & {"data", "convert"}
+        outside = roots(path) & {"flair_jax.data", "flair_jax.convert"}
         door = relative.parts[0].removesuffix(".py")
         if door not in DOORS:
             assert not outside, path
@@ -79,7 +101,7 @@ def test_importing_the_package_loads_neither_tensorflow_nor_torch():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_data_workers_load_no_jax():
-    """grain's workers import the pipeline, and the main module, again in every process."""
-    code = "import sys, data.pipeline, flair_jax.main; print('tensorflow' in sys.modules, 'torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False False"
+def test_data_workers_load_neither_tensorflow_nor_torch():
+    """grain's workers import the loader, and the main module, again in every process."""
+    code = "import sys, flair_jax.data.loader, flair_jax.main as m; print({'tensorflow', 'torch'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import images
-from data.images import ImageError
+from flair_jax.data.transforms import images
+from flair_jax.data.transforms.images import ImageError
 
 GOLDEN = dict(np.load(pathlib.Path(__file__).parent / "golden/preprocess.npz"))
 NAMES = sorted(name.removesuffix("_input") for name in GOLDEN if name.endswith("_input"))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import TINY, load_golden, model_section, nhwc
 
-from configs import variants
 from flair_jax import models
+from flair_jax.configs import variants
 from flair_jax.models import layers, vision
 from flair_jax.models.text import Text
 
@@ -308,7 +308,7 @@ def test_rectangular_images():
 
 def test_initialisation_of_every_tensor_is_the_reference_s():
     """Mean and deviation of each of the 313 tensors of ViT-B-16-FLAIR, and their number of elements."""
-    from convert import names
+    from flair_jax.convert import names
 
     golden = load_golden("full_init.json")
     model = models.create(variants.flair("B/16"))

@@ -8,10 +8,10 @@ import optax
 import pytest
 from conftest import TINY, load_golden, nhwc
 
-from convert import names
 from flair_jax import models, optimizer, train
-from flair_jax.losses import sigmoid
+from flair_jax.convert import names
 from flair_jax.models.text import Text
+from flair_jax.objectives import sigmoid
 from flair_jax.state import TrainState
 
 GOLDEN = load_golden("tiny_train.json")

@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from data import order
+from flair_jax.data import order
 
 
 def take(dataset, count, start=0):

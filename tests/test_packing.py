@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from data import packing, tokenizer
+from flair_jax.data.transforms import packing, tokenizer
 from flair_jax.models.text import Text
 
 END = tokenizer.EOT

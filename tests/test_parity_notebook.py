@@ -6,8 +6,8 @@ import nbformat
 import torch
 from nbclient import NotebookClient
 
-import convert
-from convert.torch_flair import TorchFLAIR
+from flair_jax import convert
+from flair_jax.convert.torch_flair import TorchFLAIR
 
 PATH = pathlib.Path(convert.__file__).parent / "parity.ipynb"
 SMALL = dict(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from configs import flair_cc3m
-from configs import scenes as scenes_config
 from flair_jax import models, plan, sharding, state, train
+from flair_jax.configs import flair_cc3m
+from flair_jax.configs import scenes as scenes_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 

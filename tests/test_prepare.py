@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import images as pixels
-from data import records
-from data.captions import FIELDS
-from data.prepare import __main__ as command
-from data.prepare import atomic, inputs, job, pictures, report, runner, store
+from flair_jax.data.prepare import __main__ as command
+from flair_jax.data.prepare import atomic, inputs, job, pictures, report, runner, store
+from flair_jax.data.sources.open import open_source
+from flair_jax.data.transforms import images as pixels
+from flair_jax.data.transforms.captions import FIELDS
 
 LONG = "A dog runs.\nIt is brown.</s>The sky, too, is blue."
 LONG_SPLIT = ["A dog runs", "It is brown", "The sky, too, is blue"]
@@ -69,7 +69,7 @@ def prepare(capsys, *arguments) -> str:
 def read(folder) -> dict[str, dict]:
     """{image's source: record} of all shards, through the reader that training uses."""
     info = atomic.read_json(pathlib.Path(folder) / job.INFO)
-    source = records.open_source(str(pathlib.Path(folder) / info["pattern"]))
+    source = open_source(str(pathlib.Path(folder) / info["pattern"]))
     assert not source.skipped and len(source) == info["samples"]
     found = {}
     for index in range(len(source)):
@@ -426,7 +426,7 @@ def test_unusable_files_are_named(cc3m, capsys):
 
 
 def test_a_quotation_mark_that_never_closes(cc3m, capsys, monkeypatch):
-    monkeypatch.setattr("data.prepare.rows.MAX_CELL", 1000)
+    monkeypatch.setattr("flair_jax.data.prepare.rows.MAX_CELL", 1000)
     with open(cc3m / "cc3m.csv", "a") as file:
         file.write('"http://x' + "\n1,2,3,4,5,6,7,8" * 200)
     with pytest.raises(atomic.PrepareError, match=r"cc3m.csv, before line .* never closed"):
@@ -483,7 +483,7 @@ def _contents_of_shards(folder) -> dict[str, bytes]:
 def test_workers_end_with_a_killed_run(cc3m):
     """The processes of the local runner do not live on, and do not disturb the next run."""
     arguments = [*map(str, dreamlip(cc3m)), "--workers", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "data.prepare", *arguments], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "flair_jax.data.prepare", *arguments], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (workers := _workers(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -523,7 +523,7 @@ def test_interrupted_work_with_other_options_or_inputs_is_refused(cc3m, capsys, 
     def stop(*arguments):
         raise atomic.PrepareError("stopped")
 
-    monkeypatch.setattr("data.prepare.stages.plan", stop)
+    monkeypatch.setattr("flair_jax.data.prepare.stages.plan", stop)
     with pytest.raises(atomic.PrepareError, match="stopped"):
         prepare(capsys, *dreamlip(cc3m))
     with pytest.raises(atomic.PrepareError, match="another run, which differs in settings"):

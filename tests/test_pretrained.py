@@ -6,7 +6,7 @@ from conftest import GOLDEN, TINY, load_golden, nhwc
 from PIL import Image
 
 import flair_jax
-from convert import torch_files
+from flair_jax.convert import torch_files
 
 INPUTS, OUTPUTS = load_golden("tiny_inputs.npz"), load_golden("tiny_outputs.npz")
 IMAGES, TOKENS = nhwc(INPUTS["images"]), INPUTS["tokens"]

@@ -6,8 +6,9 @@ import pickle
 import pytest
 from shard_files import samples, write_array_record, write_tar
 
-from data import records
-from data.examples import Example
+from flair_jax.data.sources.base import RecordError, ShardError
+from flair_jax.data.sources.open import expand, open_source
+from flair_jax.data.sources.tf_example import Example
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Patterns
@@ -48,38 +49,38 @@ def tree(tmp_path):
     ],
 )
 def test_patterns(tree, pattern, expected):
-    assert records.expand(pattern.replace("T", str(tree))) == [str(tree / name) for name in expected]
+    assert expand(pattern.replace("T", str(tree))) == [str(tree / name) for name in expected]
 
 
 def test_lists_and_paths(tree):
-    assert records.expand([tree / "b", f"{tree}/a/{{08..09}}.tar"]) == [
+    assert expand([tree / "b", f"{tree}/a/{{08..09}}.tar"]) == [
         str(tree / name) for name in ("b/x.tar", "b/y.tar", "a/08.tar", "a/09.tar")
     ]
-    assert records.expand((str(tree / "a/08.tar"),)) == [str(tree / "a/08.tar")]
+    assert expand((str(tree / "a/08.tar"),)) == [str(tree / "a/08.tar")]
 
 
 @pytest.mark.parametrize("pattern", ["T/a/{08..12}.tar", "T/none-*.tar", "T/empty", "T/a/08.tar::T/d.tar", ""])
 def test_a_pattern_without_files_is_named(tree, pattern):
     pattern = pattern.replace("T", str(tree))
     with pytest.raises(FileNotFoundError) as raised:
-        records.expand(pattern)
+        expand(pattern)
     assert repr(pattern.split("::")[-1]) in str(raised.value)
 
 
 def test_missing_files_of_a_range_are_counted(tree):
     with pytest.raises(FileNotFoundError, match=r"11\.tar' and 1 more"):
-        records.expand(f"{tree}/a/{{08..12}}.tar")
+        expand(f"{tree}/a/{{08..12}}.tar")
 
 
 @pytest.mark.parametrize("shards", [None, 3, [b"x"], {"a": 1}])
 def test_shards_of_a_wrong_type(shards):
     with pytest.raises(TypeError, match="shards must be"):
-        records.expand(shards)
+        expand(shards)
 
 
 def test_no_shards():
     with pytest.raises(FileNotFoundError, match="empty"):
-        records.expand([])
+        expand([])
 
 
 @pytest.mark.parametrize(
@@ -92,27 +93,27 @@ def test_no_shards():
 def test_folders_hold_shards_of_any_format(tmp_path, name):
     for file in (name, "info.json", f"{name}.index.npz", "x.tar.gz", "tfrecord"):
         (tmp_path / file).touch()
-    assert records.expand(tmp_path) == [str(tmp_path / name)]
-    assert records.expand(f"{tmp_path}/{name[:12]}*") == [str(tmp_path / name)]
+    assert expand(tmp_path) == [str(tmp_path / name)]
+    assert expand(f"{tmp_path}/{name[:12]}*") == [str(tmp_path / name)]
 
 
 def test_a_folder_of_several_formats_is_refused(tmp_path):
     for name in ("0.tar", "1.tar", "x.tfrecord"):
         (tmp_path / name).touch()
-    with pytest.raises(records.ShardError, match=r"several formats \(\{'webdataset': 2, 'TFRecord': 1\}\).*\*\.tar"):
-        records.expand(tmp_path)
-    assert len(records.expand(f"{tmp_path}/*.tar")) == 2
+    with pytest.raises(ShardError, match=r"several formats \(\{'webdataset': 2, 'TFRecord': 1\}\).*\*\.tar"):
+        expand(tmp_path)
+    assert len(expand(f"{tmp_path}/*.tar")) == 2
 
 
 def test_a_folder_with_the_splits_of_a_data_set_is_refused(tmp_path):
     for name in ("a-test.array_record-00000-of-00001", "a-train.array_record-00000-of-00001", "dataset_info.json"):
         (tmp_path / name).touch()
-    with pytest.raises(records.ShardError, match=rf"tfds:{tmp_path}\?split=train"):
-        records.expand(tmp_path)
+    with pytest.raises(ShardError, match=rf"tfds:{tmp_path}\?split=train"):
+        expand(tmp_path)
 
 
 def test_what_is_not_on_this_machine_is_left_to_those_who_open_it():
-    assert records.expand("gs://b/{0..1}.tar::tfds:a/b:1.0.0?split=train[:5%]+test::https://h/x.tar?key=a*") == [
+    assert expand("gs://b/{0..1}.tar::tfds:a/b:1.0.0?split=train[:5%]+test::https://h/x.tar?key=a*") == [
         "gs://b/0.tar",
         "gs://b/1.tar",
         "tfds:a/b:1.0.0?split=train[:5%]+test",
@@ -123,13 +124,13 @@ def test_what_is_not_on_this_machine_is_left_to_those_who_open_it():
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.tfrecord.gz", "x.zip", "x"])
 def test_a_name_of_no_format(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(records.ShardError, match=rf"{name}: the name says no format.*unpack \.gz"):
-        records.open_source(tmp_path / name)
+    with pytest.raises(ShardError, match=rf"{name}: the name says no format.*unpack \.gz"):
+        open_source(tmp_path / name)
 
 
 def test_no_such_kind_of_store():
     with pytest.raises(FileNotFoundError, match=r"nowhere://a/0\.tar.*no kind of store"):
-        records.open_source("nowhere://a/0.tar")
+        open_source("nowhere://a/0.tar")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def joined(tmp_path):
 
 def test_sources_of_several_formats_are_joined_in_order(joined):
     shards, tars, path = joined
-    source = records.open_source(shards)
+    source = open_source(shards)
     assert len(source) == 6
     assert source.shards == [*tars[:2], path, tars[2]]
     assert source.skipped == {"image without json": 3}
@@ -158,7 +159,7 @@ def test_sources_of_several_formats_are_joined_in_order(joined):
     for copy in (source, pickle.loads(pickle.dumps(source))):
         for index, place in enumerate(expected):
             if place is None:
-                with pytest.raises(records.RecordError, match="no image"):
+                with pytest.raises(RecordError, match="no image"):
                     copy[index]
             else:
                 record = copy[index]
@@ -173,7 +174,7 @@ def test_sources_of_several_formats_are_joined_in_order(joined):
 
 def test_the_checksum_of_joined_sources_knows_their_order(joined):
     shards, tars, path = joined
-    checksums = {records.open_source(list(order)).checksum for order in itertools.permutations([tars[0], path])}
-    checksums |= {records.open_source(shards).checksum, records.open_source(tars).checksum}
+    checksums = {open_source(list(order)).checksum for order in itertools.permutations([tars[0], path])}
+    checksums |= {open_source(shards).checksum, open_source(tars).checksum}
     assert len(checksums) == 4
-    assert records.open_source(shards.split("::")).checksum == records.open_source(shards).checksum
+    assert open_source(shards.split("::")).checksum == open_source(shards).checksum

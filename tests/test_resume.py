@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from shard_files import write_tar
 
-from data import pipeline, positions
+from flair_jax.data import iterator_state, loader
 
 BATCHES, KILLS = 200, 10
 OPTIONS = dict(batch_size=6, image_size=24, context_length=20, seed=5, max_skipped=1.0, captions=dict(count=3))
@@ -32,7 +32,7 @@ from data import pipeline
 if __name__ == "__main__":
     state = pathlib.Path({state!r})
     saved = json.loads(state.read_text()) if state.exists() else dict(position=None, digests=[])
-    with pipeline.make_stream({shards!r}, workers=1, position=saved["position"], **OPTIONS) as batches:
+    with loader.make_stream({shards!r}, workers=1, position=saved["position"], **OPTIONS) as batches:
         while len(saved["digests"]) < BATCHES:
             saved["digests"].append(digest(next(batches)))
             saved["position"] = batches.position
@@ -71,7 +71,7 @@ def progress(state: pathlib.Path) -> int:
 
 def test_ten_kills_change_nothing(tmp_path):
     shards = write_shards(tmp_path / "shards")
-    with pipeline.make_stream(shards, **OPTIONS) as batches:
+    with loader.make_stream(shards, **OPTIONS) as batches:
         expected = [digest(next(batches)) for _ in range(BATCHES)]
         skipped = dict(batches.skipped)
     assert len(set(expected)) == BATCHES  # so that a repeated batch would show
@@ -101,15 +101,15 @@ def test_ten_kills_change_nothing(tmp_path):
 
 
 def test_other_numbers_of_workers_and_hosts(tmp_path):
-    """Workers may change at will. Hosts may, too, by `positions.redistribute`: each reads a part of its own."""
+    """Workers may change at will. Hosts may, too, by `iterator_state.redistribute`: each reads a part of its own."""
     shards = write_shards(tmp_path / "shards")
-    with pipeline.make_stream(shards, **OPTIONS) as batches:
+    with loader.make_stream(shards, **OPTIONS) as batches:
         expected = [digest(next(batches)) for _ in range(30)]
     position, found = None, []
     for workers in (0, 2, 1):
-        with pipeline.make_stream(shards, **OPTIONS, workers=workers, position=position) as batches:
+        with loader.make_stream(shards, **OPTIONS, workers=workers, position=position) as batches:
             found += [digest(next(batches)) for _ in range(10)]
             position = batches.position
     assert found == expected
-    with pytest.raises(positions.PositionError, match="process_count was 1, is 2"):
-        pipeline.make_stream(shards, **OPTIONS, position=position, process_index=0, process_count=2)
+    with pytest.raises(iterator_state.PositionError, match="process_count was 1, is 2"):
+        loader.make_stream(shards, **OPTIONS, position=position, process_index=0, process_count=2)

@@ -12,7 +12,7 @@ from conftest import TINY, load_golden, nhwc
 
 from flair_jax import models
 from flair_jax.evaluators import Retrieval, RetrievalSet, retrieval
-from flair_jax.evaluators.encoder import evaluation_mesh
+from flair_jax.evaluators.features import evaluation_mesh
 from flair_jax.evaluators.retrieval import retrieval_chance, retrieval_metrics
 
 ARRAYS = load_golden("retrieval.npz")

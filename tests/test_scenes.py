@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import scenes
+from flair_jax.data import scenes
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")

@@ -13,8 +13,8 @@ import ftfy
 import numpy as np
 import pytest
 
-from data import tokenizer
-from data.tokenizer import EOT, SOT, Tokenizer, ends
+from flair_jax.data.transforms import tokenizer
+from flair_jax.data.transforms.tokenizer import EOT, SOT, Tokenizer, ends
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden/tokenizer.json").read_text())["items"]
 TEXTS = [item["text"] for item in GOLDEN]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import TINY, load_golden
 
-from configs import variants
-from convert.torch_flair import TorchFLAIR
+from flair_jax.configs import variants
+from flair_jax.convert.torch_flair import TorchFLAIR
 
 INPUTS = load_golden("tiny_inputs.npz")
 OUTPUTS = load_golden("tiny_outputs.npz")

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
-from configs import scenes as scenes_config
 from flair_jax import checkpoint, evaluate, metrics, pretrained, train
+from flair_jax.configs import base
+from flair_jax.configs import scenes as scenes_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZE = 40

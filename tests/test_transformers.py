@@ -13,8 +13,8 @@ import torch
 import transformers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from data import tokenizer
 from flair_jax import models
+from flair_jax.data.transforms import tokenizer
 from flair_jax.models.text import Text
 
 VOCAB, EOT, CONTEXT, EMBED = 100, 99, 12, 40  # the end of text is the largest id, as in CLIP's vocabulary

@@ -9,7 +9,8 @@ import tarfile
 import pytest
 from shard_files import samples, write_tar
 
-from data import records
+from flair_jax.data.sources.base import Record, ShardError
+from flair_jax.data.sources.open import open_source
 
 
 def names(source) -> list[str]:
@@ -20,12 +21,12 @@ def test_samples_in_the_order_of_the_shards(tmp_path):
     write_tar(tmp_path / "0.tar", samples("000", "001"))
     write_tar(tmp_path / "1.tar", [])
     write_tar(tmp_path / "2.tar", samples("002", extension="png"))
-    source = records.open_source(tmp_path)
+    source = open_source(tmp_path)
     assert len(source) == 3
     assert [source[index] for index in range(3)] == [
-        records.Record("000", str(tmp_path / "0.tar"), b"I000", b"J000"),
-        records.Record("001", str(tmp_path / "0.tar"), b"I001", b"J001"),
-        records.Record("002", str(tmp_path / "2.tar"), b"I002", b"J002"),
+        Record("000", str(tmp_path / "0.tar"), b"I000", b"J000"),
+        Record("001", str(tmp_path / "0.tar"), b"I001", b"J001"),
+        Record("002", str(tmp_path / "2.tar"), b"I002", b"J002"),
     ]
     assert source.where(2) == (str(tmp_path / "2.tar"), "002")
     assert not source.skipped
@@ -38,21 +39,21 @@ def test_samples_in_the_order_of_the_shards(tmp_path):
 def test_long_and_foreign_names(tmp_path, format):
     long = "folder/" + "x" * 90 if format == tarfile.USTAR_FORMAT else "folder/" + "x" * 300
     keys = (long, "träumerei/日本", "short")
-    source = records.open_source(write_tar(tmp_path / "0.tar", samples(*keys), format=format))
+    source = open_source(write_tar(tmp_path / "0.tar", samples(*keys), format=format))
     assert names(source) == list(keys)
     assert [source[index].image for index in range(3)] == [b"I" + key.encode() for key in keys]
 
 
 def test_the_key_ends_at_the_first_dot_of_the_file_name(tmp_path):
     members = [("./v1.0/a.b.jpg", b"no"), ("./v1.0/a.JPG", b"image"), ("./v1.0/a.json", b"{}"), ("v1.0/a.txt", b"text")]
-    source = records.open_source(write_tar(tmp_path / "0.tar", members))
+    source = open_source(write_tar(tmp_path / "0.tar", members))
     assert [(record.key, record.image) for record in source] == [("v1.0/a", b"image")]
     assert not source.skipped
 
 
 def test_partners_need_not_be_neighbours(tmp_path):
     members = samples("0", "1")
-    source = records.open_source(write_tar(tmp_path / "0.tar", members[0::2] + members[1::2]))
+    source = open_source(write_tar(tmp_path / "0.tar", members[0::2] + members[1::2]))
     assert [(record.image, record.json) for record in source] == [(b"I0", b"J0"), (b"I1", b"J1")]
 
 
@@ -81,7 +82,7 @@ def test_what_is_left_out_is_counted(tmp_path, caplog, members, reasons):
     path = write_tar(tmp_path / "shard.tar", samples("0") + members + samples("1"))
     for _ in range(2):  # built, and read from its file
         caplog.clear()
-        source = records.open_source(path)
+        source = open_source(path)
         assert source.skipped == collections.Counter(reasons)
         assert [(record.key, record.image) for record in source] == [("0", b"I0"), ("1", b"I1")]
         assert all(reason in caplog.text and path in caplog.text for reason in reasons)
@@ -97,7 +98,7 @@ def test_a_tar_that_was_cut_keeps_its_complete_members(tmp_path):
     for size in range(2 * member + 100, 6 * member + 1024, 300):
         path = tmp_path / f"{size}.tar"
         path.write_bytes(content[:size])
-        source = records.open_source(str(path))
+        source = open_source(str(path))
         assert len(source) == min((size + 48) // (2 * member), 3), size  # the last 48 bytes of a member are padding
         assert source.skipped["shard cut short"] == (size < 6 * member + 512), size
         complete[len(source)] += 1
@@ -109,7 +110,7 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path):
     content = bytearray(path.read_bytes())
     content[2 * 1024 + 150] ^= 0xFF  # in the checksum of the third member
     path.write_bytes(content)
-    source = records.open_source(str(path))
+    source = open_source(str(path))
     assert names(source) == ["0"]
     assert source.skipped == {"damaged header, rest of the shard not read": 1}
 
@@ -117,7 +118,7 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path):
 def test_a_file_of_no_bytes_is_left_out(tmp_path):
     (tmp_path / "0.tar").touch()
     write_tar(tmp_path / "1.tar", samples("1"))
-    source = records.open_source(tmp_path)
+    source = open_source(tmp_path)
     assert names(source) == ["1"] and source.skipped == {"empty file": 1}
 
 
@@ -129,19 +130,19 @@ def test_a_file_that_is_no_tar_is_named(tmp_path, content):
             tar.addfile(tarfile.TarInfo("a.jpg"))
     else:
         path.write_bytes(content)
-    with pytest.raises(records.ShardError, match=r"shard\.tar is not a tar file"):
-        records.open_source(str(path))
+    with pytest.raises(ShardError, match=r"shard\.tar is not a tar file"):
+        open_source(str(path))
 
 
 def test_no_sample_at_all(tmp_path):
-    with pytest.raises(records.ShardError, match=r"no sample .*'image without json': 1"):
-        records.open_source(write_tar(tmp_path / "0.tar", [("a.jpg", b"")]))
+    with pytest.raises(ShardError, match=r"no sample .*'image without json': 1"):
+        open_source(write_tar(tmp_path / "0.tar", [("a.jpg", b"")]))
 
 
 @pytest.mark.parametrize("change", ["replaced", "appended", "touched", "removed"])
 def test_a_shard_that_changes_after_its_index_was_read(tmp_path, change):
     path = pathlib.Path(write_tar(tmp_path / "0.tar", samples("0", "1")))
-    source = records.open_source(str(path))
+    source = open_source(str(path))
     assert source[0].image == b"I0"
     if change == "replaced":
         os.replace(write_tar(tmp_path / "new", samples("2", "3")), path)
@@ -152,12 +153,12 @@ def test_a_shard_that_changes_after_its_index_was_read(tmp_path, change):
         os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
     else:
         path.unlink()
-    with pytest.raises(records.ShardError, match=r"0\.tar.*(replaced or changed|cannot be read)"):
+    with pytest.raises(ShardError, match=r"0\.tar.*(replaced or changed|cannot be read)"):
         source[0]
 
 
 def test_a_source_is_small_when_sent_to_a_worker(tmp_path):
-    source = records.open_source(write_tar(tmp_path / "0.tar", samples(*(f"{i:09d}" for i in range(2000)))))
+    source = open_source(write_tar(tmp_path / "0.tar", samples(*(f"{i:09d}" for i in range(2000)))))
     content = pickle.dumps(source)
     assert len(content) < 60 * len(source)
     assert [record.key for record in pickle.loads(content)] == names(source)
@@ -165,7 +166,7 @@ def test_a_source_is_small_when_sent_to_a_worker(tmp_path):
 
 def test_the_checksum_knows_the_data_not_its_place(tmp_path):
     def checksum(name, members, **options):
-        return records.open_source(write_tar(tmp_path / name, members, **options)).checksum
+        return open_source(write_tar(tmp_path / name, members, **options)).checksum
 
     first = checksum("a.tar", samples("0", "1"))
     assert checksum("b.tar", [("x.txt", b"moves the rest"), *samples("0", "1")]) == first

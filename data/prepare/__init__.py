@@ -1,4 +1,4 @@
-"""Public releases as training shards: `python -m data.prepare RELEASE --help`; data/README.md says what and why.
+"""Public releases as training shards: `python -m flair_jax.data.prepare RELEASE --help`; see data/README.md.
 
 Each module imports from those below it:
 

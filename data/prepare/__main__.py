@@ -1,4 +1,4 @@
-"""Command line: `python -m data.prepare RELEASE …`; data/README.md has the commands of every release."""
+"""Command line: `python -m flair_jax.data.prepare RELEASE …`; data/README.md has the commands of every release."""
 
 import argparse
 import os
@@ -6,9 +6,9 @@ import pathlib
 import re
 import sys
 
-from data import records
-from data.captions import SPLITTINGS
-from data.prepare import atomic, inputs, job, releases, report, runner, shards
+from flair_jax.data.prepare import atomic, inputs, job, releases, report, runner, shards
+from flair_jax.data.sources.open import expand
+from flair_jax.data.transforms.captions import SPLITTINGS
 
 
 def main(arguments: list[str]) -> None:
@@ -30,11 +30,11 @@ def main(arguments: list[str]) -> None:
 def _job(options: argparse.Namespace) -> job.Job:
     work = options.work or os.path.join(options.output, ".prepare")
     captions = getattr(options, "captions", None)  # cc3m has none
-    captions = tuple(records.expand(captions)) if captions else ()
+    captions = tuple(expand(captions)) if captions else ()
     if releases.RELEASES[options.release].images == "folder":
         images = inputs.list_folder(options.images, pathlib.Path(work) / "listing")
     else:
-        images = inputs.Tars(tuple(records.expand(options.images)), getattr(options, "partner", "json"))
+        images = inputs.Tars(tuple(expand(options.images)), getattr(options, "partner", "json"))
     return job.Job(
         release=options.release,
         captions=captions,
@@ -66,7 +66,7 @@ def _reader(options: argparse.Namespace) -> dict:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m data.prepare", description=__doc__)
+    parser = argparse.ArgumentParser("python -m flair_jax.data.prepare", description=__doc__)
     commands = parser.add_subparsers(dest="release", required=True)
     for name, release in releases.RELEASES.items():
         command = commands.add_parser(name, help=release.help, description=release.help)

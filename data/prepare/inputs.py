@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import files, webdataset
-from data.prepare import atomic
-from data.records import ShardError
+from flair_jax.data.prepare import atomic
+from flair_jax.data.sources import files, webdataset
+from flair_jax.data.sources.base import ShardError
 
 FOLDER_UNIT = 4096  # files of a folder in one unit
 MAX_IMAGE_BYTES = 1 << 28  # of an image file, as it is stored

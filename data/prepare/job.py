@@ -11,9 +11,9 @@ import shlex
 import shutil
 import sys
 
-from data import files
-from data.prepare import atomic, report, runner, shards, stages
-from data.prepare.stages import Job
+from flair_jax.data.prepare import atomic, report, runner, shards, stages
+from flair_jax.data.prepare.stages import Job
+from flair_jax.data.sources import files
 
 INFO = "info.json"
 FORMAT = "flair_jax prepared data"
@@ -72,7 +72,7 @@ def prepare(job: Job, options: runner.Options) -> dict:
         **_counts(job, folder, images),
         "fingerprint": fingerprint,
         "provenance": {
-            "command": shlex.join(["python", "-m", "data.prepare", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", "flair_jax.data.prepare", *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
             **description,

@@ -3,7 +3,7 @@
 import io
 from typing import NamedTuple
 
-from data import images
+from flair_jax.data.transforms import images
 
 # Formats that training reads as they are; the others become JPEG. MPO is a JPEG with more pictures behind it.
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}

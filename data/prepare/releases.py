@@ -4,8 +4,8 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 
-from data.captions import CaptionError
-from data.prepare import rows
+from flair_jax.data.prepare import rows
+from flair_jax.data.transforms.captions import CaptionError
 
 URL_FIELDS = ("url", "downloadurl")  # img2dataset's and pixparse's; YFCC's
 

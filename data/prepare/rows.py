@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from data.captions import FIELDS, SPLITTINGS, CaptionError, split
-from data.prepare.atomic import PrepareError
+from flair_jax.data.prepare.atomic import PrepareError
+from flair_jax.data.transforms.captions import FIELDS, SPLITTINGS, CaptionError, split
 
 MAX_CELL = 1 << 24  # characters; what is longer is a quotation mark that was never closed
 MAX_LIST = 1 << 20  # characters of a list written as text
@@ -42,7 +42,7 @@ def sentences(value, splitting: str = "every_stop") -> list[str]:
     """The sentences of one caption field, split already or not yet.
 
     A list is taken as it stands, blank entries left out, be it a list or the text of one (`["a", "b"]`, `['a', 'b']`);
-    other text is split by the rule `splitting`, a key of `data.captions.SPLITTINGS`.
+    other text is split by the rule `splitting`, a key of `transforms.captions.SPLITTINGS`.
 
     Raises:
       CaptionError: the value is something else.

@@ -22,12 +22,12 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 from tqdm import tqdm
 
-from data.prepare.atomic import PrepareError
+from flair_jax.data.prepare.atomic import PrepareError
 
 LOCAL = "local"
 PROGRESS = ".progress"  # ending of a file that says how much of a piece is done
 FAILED = ".failed"  # ending of a file that says why a piece could not be done
-WORKER = "data.prepare.worker"
+WORKER = "flair_jax.data.prepare.worker"
 POLL = 0.5  # seconds between two looks at the reports
 
 

@@ -9,8 +9,8 @@ import tarfile
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from data.examples import Example
-from data.prepare import atomic
+from flair_jax.data.prepare import atomic
+from flair_jax.data.sources.tf_example import Example
 
 SUFFIXES = {"tar": ".tar", "array_record": ".array_record"}
 

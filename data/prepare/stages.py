@@ -14,11 +14,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data import files
-from data.captions import CaptionError
-from data.images import ImageError
-from data.prepare import atomic, inputs, pictures, releases, report, rows, runner, shards
-from data.prepare.store import Store, Writer
+from flair_jax.data.prepare import atomic, inputs, pictures, releases, report, rows, runner, shards
+from flair_jax.data.prepare.store import Store, Writer
+from flair_jax.data.sources import files
+from flair_jax.data.transforms.captions import CaptionError
+from flair_jax.data.transforms.images import ImageError
 
 LOOKUP = 1024  # captions held in memory at a time
 NO_CAPTION = "no captions for this image in the caption files"

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.prepare import atomic
+from flair_jax.data.prepare import atomic
 
 RUN_ROWS = 1 << 21  # rows sorted at a time: some 150 MB while it is done
 CHUNK_ROWS = 1 << 18  # rows compared at a time where duplicates are counted

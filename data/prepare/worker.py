@@ -1,6 +1,6 @@
 """A worker process of the local runner: Beam's own, but quiet, and gone when the main process is.
 
-python -m data.prepare.worker PID_OF_THE_MAIN_PROCESS
+python -m flair_jax.data.prepare.worker PID_OF_THE_MAIN_PROCESS
 """
 
 import logging

@@ -11,9 +11,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import base
-from data import records
 from flair_jax.benchmark import checkpoint, data, encode, loss, soak, sweep, tokenizer, torch_twin, train
+from flair_jax.configs import base
+from flair_jax.data.sources.open import expand
 
 WITHOUT_OPEN_CLIP = "open_clip is not installed, so {}: pip install --no-deps open_clip_torch"
 
@@ -38,9 +38,7 @@ def _data(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("workers", "batch_size", "image_size", "captions")
     if arguments.workers < 1:
         raise SystemExit("--workers: at least 1; without workers the two loaders do not do the same")
-    settings = data.Settings(
-        shards=records.expand(arguments.shards), **{name: getattr(arguments, name) for name in names}
-    )
+    settings = data.Settings(shards=expand(arguments.shards), **{name: getattr(arguments, name) for name in names})
     names = ("pixels", "reference", "batches", "turns")
     figures = data.measure(settings, **{name: getattr(arguments, name) for name in names})
     if figures.get("reference_loader_tokenizer") == "python":

@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from data import captions, fast_images, images, packing, pipeline, records, tokenizer
 from flair_jax.benchmark import processes, reference_loader
 from flair_jax.benchmark.contender import Contender, Turn, median
 from flair_jax.benchmark.python_tokenizer import PythonTokenizer
 from flair_jax.benchmark.tokenizer import open_clip_tokenizer
+from flair_jax.data import loader
+from flair_jax.data.sources.open import open_source
+from flair_jax.data.transforms import captions, fast_images, images, packing, tokenizer
 
 WAYS = ("reference", "fast", "device")  # to the pixels: `data.pixels` of the config
 CONTEXT_LENGTH = 77
@@ -114,7 +116,7 @@ def measure(
 
 
 def _stream(settings: Settings, pixels: str) -> Iterator[Any]:
-    stream = pipeline.make_stream(
+    stream = loader.make_stream(
         settings.shards,
         batch_size=settings.batch_size,
         image_size=settings.image_size,
@@ -185,7 +187,7 @@ def _stages(settings: Settings, pixels: Sequence[str]) -> dict[str, dict[str, fl
 
 
 def _stages_here(settings: Settings, pixels: str) -> dict[str, float]:
-    source = records.open_source(settings.shards)
+    source = open_source(settings.shards)
     numbers = random.Random(0).choices(range(len(source)), k=STAGE_SAMPLES)
     tokenize = tokenizer.Tokenizer(CONTEXT_LENGTH)
     options = captions.CaptionOptions(count=settings.captions)

@@ -53,7 +53,7 @@ def measure(
 
 def host_inputs(config: Mapping[str, Any], images: int, texts: int) -> tuple[np.ndarray, np.ndarray]:
     """Images of noise, uint8 (B, H, W, 3), and different texts, int32 (N, T), padded to the context."""
-    from data import pipeline
+    from flair_jax.data import loader
 
     rng = np.random.default_rng(0)
     size, context = config["model"]["vision"]["image_size"], config["model"]["text"]["context_length"]
@@ -62,7 +62,7 @@ def host_inputs(config: Mapping[str, Any], images: int, texts: int) -> tuple[np.
     if not config["data"]["shards"]:
         return pixels, inputs.captions(rng, texts, context)
     count = config["data"]["captions"]["count"]
-    with pipeline.make_stream(
+    with loader.make_stream(
         config["data"]["shards"],
         batch_size=-(-2 * texts // count),  # some captions are drawn twice
         image_size=(height, width),
@@ -86,9 +86,9 @@ def ours(
     import jax
     import jax.numpy as jnp
 
-    from data.images import normalize
     from flair_jax import compilation, models, state
-    from flair_jax.evaluators.encoder import Encoder
+    from flair_jax.data.transforms.images import normalize
+    from flair_jax.evaluators.features import Encoder
 
     compilation.keep_heap()
     model = models.create(config["model"])

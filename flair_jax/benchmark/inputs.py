@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from data import packing, pipeline, tokenizer
+from flair_jax.data import loader
+from flair_jax.data.transforms import packing, tokenizer
 
 # Merged sub-captions of DreamLIP's kind: a gamma of this mean, in tokens with both ends (spec/anchors.md 2.1).
 MEAN_TOKENS, SHAPE = 27.0, 4.0
@@ -14,7 +15,7 @@ HELD = 4  # batches made up, which come again and again
 
 
 def made_up(config: Mapping[str, Any], batch_size: int, devices: int, image_size, context_length: int) -> Iterator:
-    """Endless batches as `pipeline.Stream` gives them, of noise."""
+    """Endless batches as `loader.Stream` gives them, of noise."""
     if batch_size % devices:
         raise ValueError(f"batch_size {batch_size} must be a multiple of the {devices} devices")
     rng = np.random.default_rng(0)
@@ -31,7 +32,7 @@ def made_up(config: Mapping[str, Any], batch_size: int, devices: int, image_size
         rows = packing.measure_rows(
             samples, batch_size=share, row_length=row_length, quantile=config["packing"]["quantile"]
         )
-        pack = pipeline.Pack(row_length, rows, devices)
+        pack = loader.Pack(row_length, rows, devices)
     batches = []
     for images, tokens in held:
         texts = {"tokens": tokens, "ends": tokenizer.ends(tokens)} if pack is None else pack(tokens).texts

@@ -49,10 +49,10 @@ def _temporary_bytes(mesh, images: int, captions: int, block_size: int, chunk_si
     import jax
     import jax.numpy as jnp
 
-    from configs import variants
     from flair_jax import sharding
-    from flair_jax.losses import sigmoid
+    from flair_jax.configs import variants
     from flair_jax.models.pooling import TextConditionedPooling
+    from flair_jax.objectives import sigmoid
 
     config = variants.flair("B/16")
     width, heads = config.embed_dim, config.pooling.heads

@@ -9,10 +9,10 @@ import itertools
 import pathlib
 from collections.abc import Sequence
 
-import data
-from data.tokenizer import EOT, SOT, VOCAB_SIZE
+from flair_jax.data.transforms import tokenizer
+from flair_jax.data.transforms.tokenizer import EOT, SOT, VOCAB_SIZE
 
-MERGES = pathlib.Path(data.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+MERGES = pathlib.Path(tokenizer.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
 WORDS = r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 

@@ -1,4 +1,4 @@
-"""The kind of loader that the reference trains with, as the rival of `data.pipeline`: its own libraries, at their best.
+"""The kind of loader that the reference trains with, as the rival of `data.loader`: its own libraries, at their best.
 
 webdataset reads and shuffles, Pillow and torch do what torchvision's transforms of PIL images do (RandomResizedCrop
 with antialiased bicubic weights, ToTensor, Normalize), a Python tokenizer makes the ids, and a torch DataLoader runs
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data import captions, images
+from flair_jax.data.transforms import captions, images
 
 # Of the reference's training scripts: shards and samples in the shuffle buffers, and how many before the first leaves.
 SHARD_BUFFER, SHARD_START = 2000, 500

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data import pipeline
 from flair_jax.benchmark import processes
+from flair_jax.data import loader
 
 SAMPLES, SIDE, SENTENCES = 512, 40, 12  # of the shard: small, since it is the number of batches that counts
 BATCH_SIZE, IMAGE_SIZE, CAPTIONS, CONTEXT_LENGTH = 8, 32, 2, 32
@@ -38,7 +38,7 @@ def measure(batches: int = 20_000, workers: int = 2, report: Callable[[str], Non
     readings = []
     with tempfile.TemporaryDirectory() as folder:
         _write_shard(pathlib.Path(folder) / "00000.tar")
-        stream = pipeline.make_stream(
+        stream = loader.make_stream(
             folder,
             batch_size=BATCH_SIZE,
             image_size=IMAGE_SIZE,

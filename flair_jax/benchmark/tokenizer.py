@@ -11,7 +11,7 @@ import numpy as np
 
 
 def measure(captions: Sequence[str], batch_size: int = 8, repeats: int = 5) -> dict[str, float]:
-    """Captions per second of `data.tokenizer`, and of open_clip's tokenizer where it is installed.
+    """Captions per second of `transforms.tokenizer`, and of open_clip's tokenizer where it is installed.
 
     Both take the same captions in batches of the same size, in turns, and the median of the turns counts. A first
     turn of each is not counted: it builds the vocabularies and fills the word caches that both have.
@@ -25,7 +25,7 @@ def measure(captions: Sequence[str], batch_size: int = 8, repeats: int = 5) -> d
       `captions`, `captions_per_second`, and with open_clip also `open_clip_captions_per_second`, `ratio` (ours over
       theirs) and `different_rows` (captions whose ids are not the same).
     """
-    from data.tokenizer import Tokenizer
+    from flair_jax.data.transforms.tokenizer import Tokenizer
 
     contenders = {"captions_per_second": Tokenizer()}
     if reference := open_clip_tokenizer():

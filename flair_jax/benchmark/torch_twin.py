@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from data.images import MEAN, STD
 from flair_jax import compilation
 from flair_jax.benchmark import contender, inputs, processes
+from flair_jax.data.transforms.images import MEAN, STD
 
 SIDES = ("eager", "compiled")
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # its process has our input code, and leaves the accelerator to PyTorch
@@ -53,7 +53,7 @@ def _start(config: Mapping[str, Any]):
     """The twin on the machine's device, and the autocast to run it under."""
     import torch
 
-    from convert.torch_flair import TorchFLAIR
+    from flair_jax.convert.torch_flair import TorchFLAIR
 
     compilation.keep_heap()  # as PyTorch's guides have it by another allocator
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -161,7 +161,7 @@ def encoding(
     """Turns of encoding images (B, H, W, 3) or texts (N, T) in batches, or of scoring their features, see `encode`."""
     import torch
 
-    from convert.torch_flair import unit
+    from flair_jax.convert.torch_flair import unit
 
     twin, device, autocast = _start(config)
     twin.eval()

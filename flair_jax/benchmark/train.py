@@ -10,9 +10,9 @@ from typing import Any
 
 from etils import epath
 
-from data import packing
 from flair_jax.benchmark import inputs, processes, torch_twin
 from flair_jax.benchmark.contender import median
+from flair_jax.data.transforms import packing
 
 TWIN_BATCHES = 4  # different ones, which come again and again
 

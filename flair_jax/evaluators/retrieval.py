@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flair_jax.evaluators.encoder import Encoder, check_texts, one_behind
+from flair_jax.evaluators.features import Encoder, check_texts, one_behind
 
 RECALLS = (1, 5, 10)
 MODES = ("flair", "topk", "global")

@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flair_jax.attention_maps import patch_grid
-from flair_jax.evaluators.encoder import Encoder, check_texts, one_behind
-from flair_jax.losses.sigmoid import normalize
+from flair_jax.evaluators.features import Encoder, check_texts, one_behind
+from flair_jax.objectives.sigmoid import normalize
 
 IGNORE = 255
 WAYS = ("value", "projected")

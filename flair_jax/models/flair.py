@@ -9,11 +9,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from flair_jax.losses import sigmoid
 from flair_jax.models import layers
 from flair_jax.models.pooling import TextConditionedPooling
 from flair_jax.models.text import Text, TextTower
 from flair_jax.models.vision import VisionTower, pair
+from flair_jax.objectives import sigmoid
 
 
 @flax.struct.dataclass

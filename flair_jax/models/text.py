@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from flair_jax.losses.sigmoid import batch_axes
 from flair_jax.models import layers
+from flair_jax.objectives.sigmoid import batch_axes
 
 
 @flax.struct.dataclass
@@ -16,7 +16,7 @@ class Text:
     """Captions in rows.
 
     Under a mesh (`jax.set_mesh`) rows and captions are split over the devices in order, and a packed caption stands in
-    the rows of its own device, as `data.pipeline.Pack` lays them.
+    the rows of its own device, as `data.loader.Pack` lays them.
 
     Attributes:
       tokens: int32 (R, T).

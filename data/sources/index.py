@@ -27,14 +27,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from data import files
-from data.records import INDEX_ENDING, ShardError
+from flair_jax.data.sources import files
+from flair_jax.data.sources.base import ShardError
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 2  # of the index files and tables; another number makes them be built again
 CACHE = "~/.cache/flair_jax"
-THREADS = 16  # to hide the latency of network file systems and stores
+INDEX_ENDING = ".index.npz"  # of the files beside shards
 PROCESS_BYTES = 1 << 30  # shards of more bytes than this are scanned by several processes
 CHUNK = 8  # shards that such a process scans, at most: to start it takes about half a second
 MAPPED_BYTES = 1 << 24  # tables of more bytes than this are mapped; smaller ones each process may have for itself
@@ -167,7 +167,7 @@ def _write(index: Index, file: pathlib.Path) -> None:
 
 def _indexes(shards: Sequence[str], states: Sequence[files.State], scan: Scan, index_dir: IndexDir) -> list[Index]:
     """Indexes of all shards, from their files where those are valid."""
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(files.THREADS) as pool:
         load = functools.partial(_load, index_dir=index_dir)
         found = dict(zip(shards, pool.map(load, shards, states), strict=True))
     sizes = {shard: state.size for shard, state in zip(shards, states, strict=True) if found[shard] is None}
@@ -196,7 +196,7 @@ def _scan_all(sizes: dict[str, int], scan: Scan, index_dir: IndexDir) -> Iterato
     chunks = [shards[start : start + size] for start in range(0, len(shards), size)]
     work = functools.partial(_scan_elsewhere if processes > 1 else _scan_here, scan=scan, index_dir=index_dir)
     with (
-        concurrent.futures.ThreadPoolExecutor(processes if processes > 1 else THREADS) as pool,
+        concurrent.futures.ThreadPoolExecutor(processes if processes > 1 else files.THREADS) as pool,
         tqdm(total=len(shards), desc="indexing", unit="shard", delay=1, disable=None) as bar,
     ):
         futures = {pool.submit(work, chunk): chunk for chunk in chunks}
@@ -302,7 +302,7 @@ def open_table(shards: Sequence[str], scan: Scan, index_dir: IndexDir) -> Table:
       FileNotFoundError: a shard does not exist.
       ShardError: a shard cannot be read, or `scan` refuses it.
     """
-    with concurrent.futures.ThreadPoolExecutor(4 * THREADS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(4 * files.THREADS) as pool:
         states = list(pool.map(_state, shards))
     home = _cache(index_dir) / f"{len(shards)}-shards-{_digest(chr(0).join(map(_absolute, shards)))}.table"
     folder = home / _version(states)
@@ -408,7 +408,7 @@ def _clean(home: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 class IndexedShards:
-    """What sources that read through a table have in common; see `data.records.Source`.
+    """What sources that read through a table have in common; see `base.Source`.
 
     Cheap to send to worker processes, and without open files: a shard is opened for each read. Under a global shuffle
     over more shards than a process may hold open, a cache of files would seldom hit.

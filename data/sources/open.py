@@ -1,84 +1,33 @@
-"""Image-caption records and where they come from: one interface, whatever the format of the shards.
+"""Opens shards of any format as one source.
 
     source = open_source("/data/cc3m/{0000..0575}.tar::gs://bucket/cc12m/*.array_record::tfds:my_set?split=train")
     source[7]  ->  Record(key, shard, image, json)
 
-The formats: webdataset tars (`data.webdataset`), and tf.train.Example in ArrayRecord or TFRecord files or in a data set
-of TensorFlow Datasets (`data.examples`). Tars, ArrayRecord and TFRecord are known by their names.
+The formats: webdataset tars, and tf.train.Example in ArrayRecord or TFRecord files or in a data set of TensorFlow
+Datasets. Tars, ArrayRecord and TFRecord are known by their names.
 """
 
-import bisect
 import collections
-import dataclasses
 import glob
 import itertools
 import os
 import re
-import zlib
 from collections.abc import Sequence
-from typing import Protocol
 
-from data import files
+from flair_jax.data.sources import array_record, files, tfrecord, webdataset
+from flair_jax.data.sources.base import ShardError, Source, join
+from flair_jax.data.sources.index import INDEX_ENDING
 
 TAR, ARRAY_RECORD, TFRECORD, TFDS = "webdataset", "ArrayRecord", "TFRecord", "TFDS"
-TFDS_PREFIX = "tfds:"
-# What file names end in. TensorFlow Datasets, Beam and others number shards behind the extension.
+# What file names end in. TensorFlow Datasets, Beam and others number shards after the extension.
 ENDINGS = {
     TAR: r"\.tar",
     ARRAY_RECORD: r"\.array_?record(-\d+-of-\d+)?",
     TFRECORD: r"\.tfrecords?(-\d+-of-\d+)?",
 }
-INDEX_ENDING = ".index.npz"  # of the files beside shards that `data.index` keeps
 TFDS_MARK = "dataset_info.json"  # lies in each folder of a data set of TensorFlow Datasets
 
 Shards = str | os.PathLike | Sequence["Shards"]
-
-
-class ShardError(RuntimeError):
-    """A shard that cannot be used, or that is not the one that was opened."""
-
-
-class RecordError(ValueError):
-    """One record that holds no image-caption pair; the others of its shard may be good."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One sample as it lies in its shard."""
-
-    key: str
-    shard: str
-    image: bytes  # encoded: JPEG, PNG, WebP
-    json: bytes  # an object with the caption fields
-
-
-class Source(Protocol):
-    """All records of a data set, by number.
-
-    Safe to use from many threads, and cheap to pickle for worker processes.
-
-    Attributes:
-      shards: what it was opened from.
-      skipped: what was left out when it was opened, by reason.
-      checksum: the same data gives the same number on every machine, other data another.
-    """
-
-    shards: list[str]
-    skipped: collections.Counter
-    checksum: int
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Record:
-        """
-        Raises:
-          IndexError: not 0 <= index < len(self).
-          RecordError: this record cannot be parsed.
-          ShardError: its shard changed since it was opened, or vanished.
-        """
-
-    def where(self, index: int) -> tuple[str, str]:
-        """(shard, key) of a record, without reading it."""
 
 
 def open_source(shards: Shards, index_dir: str | os.PathLike | None = None) -> Source:
@@ -92,48 +41,13 @@ def open_source(shards: Shards, index_dir: str | os.PathLike | None = None) -> S
       FileNotFoundError: see `expand`.
       ShardError: a file is not of the format that its name says, or of none, or there is no record in a format.
     """
-    from data import examples, webdataset  # here, because they know this module
-
     openers = {
         TAR: lambda paths: webdataset.WebDataset(paths, index_dir),
-        ARRAY_RECORD: examples.open_array_records,
-        TFRECORD: lambda paths: examples.TFRecord(paths, index_dir),
-        TFDS: lambda names: join([examples.open_tfds(name) for name in names]),
+        ARRAY_RECORD: array_record.open_files,
+        TFRECORD: lambda paths: tfrecord.TFRecord(paths, index_dir),
+        TFDS: lambda names: join([array_record.open_tfds(name) for name in names]),
     }
     return join([openers[format](list(paths)) for format, paths in itertools.groupby(expand(shards), _known_format)])
-
-
-def join(sources: Sequence[Source]) -> Source:
-    """Sources one after the other, as one."""
-    return sources[0] if len(sources) == 1 else Concatenation(sources)
-
-
-class Concatenation:
-    """Sources one after the other; see `Source`."""
-
-    def __init__(self, sources: Sequence[Source]):
-        self.shards = [shard for source in sources for shard in source.shards]
-        self.skipped = sum((source.skipped for source in sources), collections.Counter())
-        self.checksum = zlib.crc32(repr([(len(source), source.checksum) for source in sources]).encode())
-        self._sources = list(sources)
-        self._ends = list(itertools.accumulate(map(len, sources)))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> Record:
-        source, index = self._locate(index)
-        return source[index]
-
-    def where(self, index: int) -> tuple[str, str]:
-        source, index = self._locate(index)
-        return source.where(index)
-
-    def _locate(self, index: int) -> tuple[Source, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        number = bisect.bisect_right(self._ends, index)
-        return self._sources[number], index - (self._ends[number - 1] if number else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +88,7 @@ def sets(shards: Shards) -> list[str]:
 
 
 def _expand_pattern(pattern: str) -> list[str]:
-    if pattern.startswith(TFDS_PREFIX):
+    if pattern.startswith(array_record.TFDS_PREFIX):
         return [pattern]
     paths, missing = [], []
     for name in _expand_braces(os.path.expanduser(pattern)):
@@ -202,7 +116,7 @@ def _find(name: str) -> list[str]:
     if any(os.path.basename(path) == TFDS_MARK for path in entries):
         raise ShardError(
             f"{name} is a data set of TensorFlow Datasets, whose splits lie side by side. Name the split: "
-            f"{TFDS_PREFIX}{name}?split=train"
+            f"{array_record.TFDS_PREFIX}{name}?split=train"
         )
     shards = [path for path in entries if _format(path)]
     formats = collections.Counter(map(_format, shards))
@@ -220,7 +134,7 @@ def _matches(name: str) -> list[str]:
 
 def _format(path: str) -> str | None:
     """The format that a name speaks of."""
-    if path.startswith(TFDS_PREFIX):
+    if path.startswith(array_record.TFDS_PREFIX):
         return TFDS
     name = _without_query(path) if files.is_remote(path) else path
     return next((format for format, ending in ENDINGS.items() if re.search(ending + r"\Z", name)), None)

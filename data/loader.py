@@ -27,10 +27,13 @@ import numpy as np
 from absl import flags
 from grain.python import SharedMemoryArray
 
-from data import captions, order, packing, positions, records, tokenizer
-from data.captions import CaptionOptions
-from data.images import AugmentationOptions
-from data.samples import LoadEvaluation, LoadTraining, Pixels, Skipped
+from flair_jax.data import iterator_state, order
+from flair_jax.data.sources.base import Concatenation
+from flair_jax.data.sources.open import Shards, open_source, sets
+from flair_jax.data.transforms import captions, packing, tokenizer
+from flair_jax.data.transforms.captions import CaptionOptions
+from flair_jax.data.transforms.images import AugmentationOptions
+from flair_jax.data.transforms.samples import LoadEvaluation, LoadTraining, Pixels, Skipped
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +126,7 @@ class Stream:
         *,
         identity: Mapping[str, Any],
         workers: int,
-        start: positions.Position,
+        start: iterator_state.Position,
         max_skipped: float,
     ):
         self.source = load.source
@@ -134,7 +137,7 @@ class Stream:
         self._rows = self._batch_size // self._process_count  # of this process's batches and groups
         _check_same_stream(start["stream"], identity)
         self._base = {name: start[name] for name in ("start", "leftover", "stream")}  # what stays of the position
-        self._layout = positions.Layout(start["start"], tuple(map(tuple, start["leftover"])))
+        self._layout = iterator_state.Layout(start["start"], tuple(map(tuple, start["leftover"])))
         # The next batch begins at place `_offset` of group `_group`.
         self._group, self._offset = start["group"], start["offset"]
         self._held = None  # that group, once it was read
@@ -261,7 +264,7 @@ class Stream:
         """Behind the last batch that was given out, for `make_stream(position=…)`. Small, and fit for JSON.
 
         Every process of a run has its own and must get its own back; for another number of processes see
-        `positions.redistribute`. The number of workers may change, the rest of `stream` may not.
+        `iterator_state.redistribute`. The number of workers may change, the rest of `stream` may not.
         """
         return self._position
 
@@ -298,13 +301,13 @@ def _check_same_stream(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None
         f"{name} was {saved.get(name)}, is {value}" for name, value in now.items() if saved.get(name) != value
     ]
     if differences:
-        raise positions.PositionError(
+        raise iterator_state.PositionError(
             f"the saved position belongs to another stream ({'; '.join(differences)}): to go on from it would "
             "repeat and lose samples. Restore the same data and settings, or start without a position."
         )
 
 
-def _relaid(places: grain.MapDataset, layout: positions.Layout, place: int, _: int) -> tuple[int, int]:
+def _relaid(places: grain.MapDataset, layout: iterator_state.Layout, place: int, _: int) -> tuple[int, int]:
     return places[layout(place)]
 
 
@@ -338,7 +341,7 @@ def _end_with_parent() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PackingOptions:
-    """How captions share rows; see `data.packing`."""
+    """How captions share rows; see `transforms.packing`."""
 
     row_length: int | None = None  # tokens; None: every caption has a row of its own
     quantile: float = 0.95  # share of batches that must fit uncut into the rows, whose number is measured on the data
@@ -369,7 +372,7 @@ class Pack:
 
 
 def make_stream(
-    shards: records.Shards,
+    shards: Shards,
     *,
     batch_size: int,
     image_size: int | tuple[int, int],
@@ -384,7 +387,7 @@ def make_stream(
     weights: Sequence[float] | None = None,
     workers: int = 0,
     index_dir: str | os.PathLike | None = None,
-    position: positions.Position | None = None,
+    position: iterator_state.Position | None = None,
     max_skipped: float = 0.01,
     process_index: int = 0,
     process_count: int = 1,
@@ -394,7 +397,7 @@ def make_stream(
     """The training batches of some shards, without end.
 
     Args:
-      shards: see `records.expand`.
+      shards: see `expand`.
       batch_size: images in a batch over all processes. Process p gets rows p * batch_size / process_count onwards.
       image_size: side in pixels, or (height, width).
       context_length: tokens a caption.
@@ -409,7 +412,7 @@ def make_stream(
         once an epoch.
       workers: processes that prepare batches; 0: threads of this process. They import the main module again, so a
         script needs its `if __name__ == "__main__":`.
-      index_dir: see `records.open_source`.
+      index_dir: see `open_source`.
       position: `Stream.position` of an earlier run, to go on with the very next sample.
       max_skipped: largest share of an epoch's samples that may be unusable (json that does not parse, no caption, no
         picture). Over it the run stops; sooner where more than half of the first 200 samples of an epoch are.
@@ -418,9 +421,9 @@ def make_stream(
       rows_multiple_of: what has to divide the packed rows of a device.
 
     Raises:
-      FileNotFoundError, records.ShardError: see `records.open_source`.
+      FileNotFoundError, ShardError: see `open_source`.
       ValueError: batch_size is no multiple of the processes and their devices, or an option has no meaning.
-      positions.PositionError: `position` belongs to other data or settings.
+      iterator_state.PositionError: `position` belongs to other data or settings.
       TypeError: an unknown option of captions, augmentation or packing.
     """
     if batch_size < 1 or batch_size % (process_count * device_count):
@@ -429,12 +432,12 @@ def make_stream(
             f"{process_count} times device_count {device_count}"
         )
     if weights is None:
-        source = records.open_source(shards, index_dir)
+        source = open_source(shards, index_dir)
         sizes = [len(source)]
     else:
-        sets = [records.open_source(part, index_dir) for part in records.sets(shards)]
-        source = records.Concatenation(sets)
-        sizes = [len(part) for part in sets]
+        parts = [open_source(part, index_dir) for part in sets(shards)]
+        source = Concatenation(parts)
+        sizes = [len(part) for part in parts]
     load = LoadTraining(
         source=source,
         image_size=image_size,
@@ -463,7 +466,7 @@ def make_stream(
         measured_pack(load, places, images, device_count, rows_multiple_of, PackingOptions(**(packing or {}))),
         identity=identity,
         workers=workers,
-        start=positions.first(identity) if position is None else position,
+        start=iterator_state.first(identity) if position is None else position,
         max_skipped=max_skipped,
     )
 
@@ -534,7 +537,7 @@ class EvaluationSamples:
 
 
 def evaluation_samples(
-    shards: records.Shards,
+    shards: Shards,
     image_size: int | tuple[int, int],
     *,
     fields: Sequence[str] = captions.FIELDS,
@@ -543,6 +546,6 @@ def evaluation_samples(
     """The samples of some shards, each once, with the evaluation's crop and all sentences of the given fields.
 
     Raises:
-      FileNotFoundError, records.ShardError: see `records.open_source`.
+      FileNotFoundError, ShardError: see `open_source`.
     """
-    return EvaluationSamples(LoadEvaluation(records.open_source(shards, index_dir), image_size, fields))
+    return EvaluationSamples(LoadEvaluation(open_source(shards, index_dir), image_size, fields))

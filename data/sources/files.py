@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 
 logger = logging.getLogger(__name__)
 
+THREADS = 16  # to hide the latency of network file systems and stores
 READ_AHEAD = 1 << 23  # bytes that are fetched at once where a file of a store is streamed
 GAP = 1 << 16  # ranges of a file with less between them, in bytes, are fetched as one
 WAITS = (1, 4, 16)  # seconds before another try to read from a store

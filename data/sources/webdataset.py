@@ -8,15 +8,15 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data import files, index
-from data.records import Record, ShardError
+from flair_jax.data.sources import files, index
+from flair_jax.data.sources.base import Record, ShardError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 BLOCK = tarfile.BLOCKSIZE
 
 
 class WebDataset(index.IndexedShards):
-    """All samples of some tars; see `data.records.Source`.
+    """All samples of some tars; see `base.Source`.
 
     A key is webdataset's: the path up to the first dot of the file name.
     """

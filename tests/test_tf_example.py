@@ -16,7 +16,9 @@ from array_record.python import array_record_module
 from PIL import Image
 from shard_files import write_array_record
 
-from data import examples, records
+from flair_jax.data.sources import array_record, tf_example, tfrecord
+from flair_jax.data.sources.base import Record, RecordError, ShardError
+from flair_jax.data.sources.open import open_source
 
 
 def example(**features) -> bytes:
@@ -62,14 +64,14 @@ def keys(source) -> list[str]:
 
 @pytest.mark.parametrize("name", ["image", "image/encoded", "jpg", "jpeg", "png", "webp"])
 def test_an_example_of_our_own_and_of_others(name):
-    record = examples.parse(example(**{name: b"\xff\xd8", "json": b"{}", "key": b"7"}), "s", "s:0")
-    assert record == records.Record("7", "s", b"\xff\xd8", b"{}")
-    record = examples.parse(example(**{name: b"\xff\xd8"}), "s", "s:0")
-    assert record == records.Record("s:0", "s", b"\xff\xd8", b"{}")
+    record = tf_example.parse(example(**{name: b"\xff\xd8", "json": b"{}", "key": b"7"}), "s", "s:0")
+    assert record == Record("7", "s", b"\xff\xd8", b"{}")
+    record = tf_example.parse(example(**{name: b"\xff\xd8"}), "s", "s:0")
+    assert record == Record("s:0", "s", b"\xff\xd8", b"{}")
 
 
 def test_the_first_name_of_an_image_counts():
-    assert examples.parse(example(png=b"2", jpg=b"1", webp=b"3"), "", "").image == b"1"
+    assert tf_example.parse(example(png=b"2", jpg=b"1", webp=b"3"), "", "").image == b"1"
 
 
 def test_features_become_a_json():
@@ -87,7 +89,7 @@ def test_features_become_a_json():
         embedding=[0.5, 1.5],
         mask=b"\xff\xfe",
     )
-    record = examples.parse(content, "s", "s:0")
+    record = tf_example.parse(content, "s", "s:0")
     assert record.key == "000017" and record.image == b"\xff"
     assert json.loads(record.json) == {
         "caption": "naïve “日本”",
@@ -103,7 +105,7 @@ def test_features_become_a_json():
 
 
 def test_a_key_that_is_a_number_is_no_name():
-    record = examples.parse(example(jpg=b"I", key=17), "s", "s:0")
+    record = tf_example.parse(example(jpg=b"I", key=17), "s", "s:0")
     assert record.key == "s:0" and json.loads(record.json) == {"key": 17}
 
 
@@ -123,16 +125,16 @@ def test_a_key_that_is_a_number_is_no_name():
 )
 def test_examples_of_others_are_refused_one_by_one(tmp_path, content, message):
     for file, write in WRITERS.items():
-        source = records.open_source(write(tmp_path / file, [*pairs("a"), content(), *pairs("b")]))
+        source = open_source(write(tmp_path / file, [*pairs("a"), content(), *pairs("b")]))
         assert [source[index].image for index in (0, 2)] == [b"Ia", b"Ib"]
-        with pytest.raises(records.RecordError, match=message):
+        with pytest.raises(RecordError, match=message):
             source[1]
         assert source.where(1) == (str(tmp_path / file), f"{file}:1")
 
 
 def test_tensorflow_is_not_loaded(tmp_path):
     paths = [write(tmp_path / file, pairs("0")) for file, write in WRITERS.items()]
-    sources = pickle.dumps([records.open_source(path) for path in paths])
+    sources = pickle.dumps([open_source(path) for path in paths])
     code = (
         "import pickle, sys; print([source[0].key for source in pickle.load(sys.stdin.buffer)]);"
         "print([name for name in ('tensorflow', 'tensorflow_datasets', 'jax', 'fsspec') if name in sys.modules])"
@@ -151,10 +153,10 @@ def test_records_in_the_order_of_the_files(tmp_path, file):
     paths = [tmp_path / f"{stem}.{extension}-{number:05d}-of-00003" for number in range(3)]
     for path, names in zip(paths, (["0", "1"], [], ["2"]), strict=True):
         WRITERS[file](path, pairs(*names))
-    source = records.open_source(tmp_path)
-    for copy in (source, pickle.loads(pickle.dumps(source)), records.open_source(f"{tmp_path}/x.{extension}*")):
+    source = open_source(tmp_path)
+    for copy in (source, pickle.loads(pickle.dumps(source)), open_source(f"{tmp_path}/x.{extension}*")):
         assert [copy[index] for index in (2, 0, 1)] == [
-            records.Record(str(number), str(path), b"I%d" % number, b"J%d" % number)
+            Record(str(number), str(path), b"I%d" % number, b"J%d" % number)
             for number, path in ((2, paths[2]), (0, paths[0]), (1, paths[0]))
         ]
     assert source.where(2) == (str(paths[2]), f"{paths[2].name}:0")
@@ -171,7 +173,7 @@ def test_records_in_the_order_of_the_files(tmp_path, file):
 def test_the_checksum_knows_the_data_not_its_place(tmp_path, file):
     def checksum(folder, *names):
         (tmp_path / folder).mkdir()
-        return records.open_source(WRITERS[file](tmp_path / folder / file, pairs(*names))).checksum
+        return open_source(WRITERS[file](tmp_path / folder / file, pairs(*names))).checksum
 
     first = checksum("a", "0", "11")
     assert checksum("b", "0", "11") == first
@@ -181,7 +183,7 @@ def test_the_checksum_knows_the_data_not_its_place(tmp_path, file):
 @pytest.mark.parametrize("file", WRITERS)
 def test_threads_read_the_same(tmp_path, file):
     names = [f"{number:03d}" for number in range(200)]
-    source = records.open_source(WRITERS[file](tmp_path / file, pairs(*names)))
+    source = open_source(WRITERS[file](tmp_path / file, pairs(*names)))
     found = {}
 
     def read(start):
@@ -199,7 +201,7 @@ def test_threads_read_the_same(tmp_path, file):
 @pytest.mark.parametrize("file", WRITERS)
 def test_a_file_that_changes_after_it_was_opened(tmp_path, file, change):
     path = pathlib.Path(WRITERS[file](tmp_path / file, pairs("0", "1")))
-    source = records.open_source(str(path))
+    source = open_source(str(path))
     assert source[0].key == "0"
     if change == "replaced":
         os.replace(WRITERS[file](tmp_path / "new", pairs("2", "3")), path)
@@ -210,17 +212,17 @@ def test_a_file_that_changes_after_it_was_opened(tmp_path, file, change):
         os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
     else:
         path.unlink()
-    with pytest.raises(records.ShardError, match=rf"{file}.*(replaced or changed|No such file)"):
+    with pytest.raises(ShardError, match=rf"{file}.*(replaced or changed|No such file)"):
         source[0]
 
 
 @pytest.mark.parametrize("file", WRITERS)
 def test_a_file_of_no_bytes_is_left_out(tmp_path, file):
     (tmp_path / f"a{file}").touch()
-    with pytest.raises(records.ShardError, match=r"no record in .*empty file"):
-        records.open_source(tmp_path)
+    with pytest.raises(ShardError, match=r"no record in .*empty file"):
+        open_source(tmp_path)
     WRITERS[file](tmp_path / file, pairs("0"))
-    source = records.open_source(tmp_path)
+    source = open_source(tmp_path)
     assert keys(source) == ["0"] and source.skipped == {"empty file": 1}
 
 
@@ -233,16 +235,16 @@ def test_a_file_of_another_kind_is_named(tmp_path, file, content):
         WRITERS[other](path, pairs("0", "1"))
     else:
         path.write_bytes(content)
-    with pytest.raises(records.ShardError, match=rf"({file} is not a|no record in .*{file}.*cut short)"):
-        records.open_source(str(path))
+    with pytest.raises(ShardError, match=rf"({file} is not a|no record in .*{file}.*cut short)"):
+        open_source(str(path))
 
 
 @pytest.mark.parametrize("file", WRITERS)
 def test_a_file_that_does_not_exist(tmp_path, file):
-    source = records.open_source(WRITERS[file](tmp_path / file, pairs("0")))
+    source = open_source(WRITERS[file](tmp_path / file, pairs("0")))
     os.unlink(tmp_path / file)
     with pytest.raises(FileNotFoundError):
-        type(source)([str(tmp_path / file)]) if file == "x.tfrecord" else examples.open_array_records(source.shards)
+        type(source)([str(tmp_path / file)]) if file == "x.tfrecord" else array_record.open_files(source.shards)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ def test_a_tfrecord_file_that_was_cut_keeps_its_complete_records(tmp_path):
     for size in [*range(record, 3 * record, 7), 2 * record - 1, 2 * record, 2 * record + 1, 3 * record]:
         path = tmp_path / f"{size}.tfrecord"
         path.write_bytes(whole[:size])
-        source = records.open_source(path)
+        source = open_source(path)
         assert keys(source) == ["0", "1", "2"][: size // record], size
         assert source.skipped == ({"shard cut short": 1} if size % record else {}), size
 
@@ -268,17 +270,17 @@ def test_a_damaged_length_is_not_believed(tmp_path):
     damaged = bytearray(path.read_bytes())
     damaged[16 + len(contents[0])] ^= 1
     path.write_bytes(damaged)
-    source = records.open_source(path)
+    source = open_source(path)
     assert keys(source) == ["0"]
     assert source.skipped == {"damaged length, rest of the shard not read": 1}
 
 
 def test_the_index_of_a_tfrecord_file_is_built_once(tmp_path, monkeypatch):
     path = write_tfrecord(tmp_path / "x.tfrecord", pairs("0", "1"))
-    assert keys(records.open_source(path)) == ["0", "1"]
+    assert keys(open_source(path)) == ["0", "1"]
     assert sorted(os.listdir(tmp_path)) == ["x.tfrecord", "x.tfrecord.index.npz"]
-    monkeypatch.setattr(examples, "scan", None)
-    assert keys(records.open_source(path)) == ["0", "1"]
+    monkeypatch.setattr(tfrecord, "scan", None)
+    assert keys(open_source(path)) == ["0", "1"]
 
 
 @pytest.mark.parametrize("compression, message", [("GZIP", "is gzip.*gzip -d"), ("ZLIB", "is not a TFRecord file")])
@@ -286,8 +288,8 @@ def test_compressed_files_are_refused(tmp_path, compression, message):
     path = write_tfrecord(tmp_path / "x.tfrecord", pairs("0"), compression)
     if compression == "GZIP":
         assert gzip.decompress(pathlib.Path(path).read_bytes())
-    with pytest.raises(records.ShardError, match=message):
-        records.open_source(path)
+    with pytest.raises(ShardError, match=message):
+        open_source(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,8 +302,8 @@ def test_an_array_record_file_that_was_cut_is_refused(tmp_path):
     size = path.stat().st_size
     for end in (size - 1, size - 70000, 65536, 100):
         os.truncate(path, end)
-        with pytest.raises(records.ShardError, match=r"x\.array_record is not a complete ArrayRecord file"):
-            records.open_source(str(path))
+        with pytest.raises(ShardError, match=r"x\.array_record is not a complete ArrayRecord file"):
+            open_source(str(path))
 
 
 def test_a_damaged_record_is_refused_alone(tmp_path):
@@ -310,18 +312,18 @@ def test_a_damaged_record_is_refused_alone(tmp_path):
     damaged = bytearray(path.read_bytes())
     damaged[damaged.index(np.random.default_rng(1).bytes(3000)) + 1000] ^= 1
     path.write_bytes(damaged)
-    source = records.open_source(str(path))
+    source = open_source(str(path))
     for _ in range(2):
         assert [len(source[index].image) for index in (0, 2)] == [3000, 3000]
-        with pytest.raises(records.RecordError, match=r"damaged: .*hash mismatch"):
+        with pytest.raises(RecordError, match=r"damaged: .*hash mismatch"):
             source[1]
 
 
 def test_more_array_record_files_than_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(examples, "READERS", 3)
+    monkeypatch.setattr(array_record, "READERS", 3)
     for number in range(8):
         write_array_record(tmp_path / f"{number}.array_record", pairs(f"{number}a", f"{number}b"))
-    source = records.open_source(tmp_path)
+    source = open_source(tmp_path)
     handles = len(os.listdir("/proc/self/fd"))
     for index in np.random.default_rng(0).integers(0, 16, 200).tolist():
         assert source[index].key == f"{index // 2}{'ab'[index % 2]}"
@@ -333,12 +335,12 @@ def test_grouped_array_records_are_read_too(tmp_path):
     for content in pairs(*map(str, range(20))):
         writer.write(content)
     writer.close()
-    assert keys(records.open_source(tmp_path)) == list(map(str, range(20)))
+    assert keys(open_source(tmp_path)) == list(map(str, range(20)))
 
 
 def test_array_record_in_a_store_that_its_library_does_not_open():
-    with pytest.raises(records.ShardError, match=r"s3://b/x\.array_record: .* gs:// only"):
-        records.open_source("s3://b/x.array_record")
+    with pytest.raises(ShardError, match=r"s3://b/x\.array_record: .* gs:// only"):
+        open_source("s3://b/x.array_record")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,17 +399,17 @@ def test_splits_of_a_prepared_data_set(prepared, split, expected):
     import tensorflow_datasets as tfds
 
     folder = prepared["array_record"]
-    source = records.open_source(f"tfds:tiny?split={split}&data_dir={folder}")
+    source = open_source(f"tfds:tiny?split={split}&data_dir={folder}")
     assert ids(source) == list(expected)
     decoded = tfds.data_source("tiny", split=split, data_dir=folder, download=False)
     assert [sample["id"] for sample in decoded] == list(expected)
     for name in ("tfds:tiny:1.0.0", f"tfds:{folder}/tiny/1.0.0"):
-        again = records.open_source(f"{name}?data_dir={folder}&split={split}")
+        again = open_source(f"{name}?data_dir={folder}&split={split}")
         assert again.checksum == source.checksum and ids(again) == list(expected)
 
 
 def test_a_record_of_a_prepared_data_set(prepared):
-    source = records.open_source(f"tfds:tiny?split=train[3:]&data_dir={prepared['array_record']}")
+    source = open_source(f"tfds:tiny?split=train[3:]&data_dir={prepared['array_record']}")
     record = pickle.loads(pickle.dumps(source))[0]
     assert json.loads(record.json) == {"short_caption": "text 3", "sentences": ["first", "second"], "id": 3}
     assert np.asarray(Image.open(io.BytesIO(record.image))).tolist() == np.full((4, 6, 3), 30).tolist()
@@ -418,15 +420,15 @@ def test_a_record_of_a_prepared_data_set(prepared):
 
 def test_other_parts_of_a_file_have_another_checksum(prepared):
     name = f"tfds:tiny?data_dir={prepared['array_record']}&split="
-    assert len({records.open_source(name + split).checksum for split in ("train", "train[:3]", "train[3:6]")}) == 3
+    assert len({open_source(name + split).checksum for split in ("train", "train[:3]", "train[3:6]")}) == 3
 
 
 def test_a_data_set_prepared_as_tfrecord_is_refused_with_advice(prepared):
     folder = prepared["tfrecord"]
     for name in (f"tfds:tiny?split=train&data_dir={folder}", f"tfds:{folder}/tiny/1.0.0?split=train"):
-        with pytest.raises(records.ShardError, match=r"tfds convert_format.*FOLDER/NAME-train\.tfrecord"):
-            records.open_source(name)
-    assert ids(records.open_source(f"{folder}/tiny/1.0.0/tiny-train.tfrecord*")) == list(range(7))
+        with pytest.raises(ShardError, match=r"tfds convert_format.*FOLDER/NAME-train\.tfrecord"):
+            open_source(name)
+    assert ids(open_source(f"{folder}/tiny/1.0.0/tiny-train.tfrecord*")) == list(range(7))
 
 
 @pytest.mark.parametrize(
@@ -442,5 +444,5 @@ def test_a_data_set_prepared_as_tfrecord_is_refused_with_advice(prepared):
     ],
 )
 def test_data_sets_that_are_not_there(prepared, name, message):
-    with pytest.raises(records.ShardError, match=f"(?s){message}"):
-        records.open_source(name.replace("D", str(prepared["array_record"])))
+    with pytest.raises(ShardError, match=f"(?s){message}"):
+        open_source(name.replace("D", str(prepared["array_record"])))

@@ -9,10 +9,10 @@ import pytest
 from conftest import TINY, load_golden, model_section, nhwc
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from convert import names
 from flair_jax import models
-from flair_jax.losses import sigmoid
+from flair_jax.convert import names
 from flair_jax.models.text import Text
+from flair_jax.objectives import sigmoid
 
 LOSS = load_golden("tiny_loss.json")
 DIST = load_golden("tiny_dist.json")

@@ -17,11 +17,14 @@ from grain.python import SharedMemoryArray
 from PIL import Image
 from processes import alive, wait_for, worker_processes
 
-from data import pipeline, positions, records, tokenizer
-from data.captions import CaptionOptions
-from data.images import AugmentationOptions
-from data.samples import LoadTraining, Skipped
 from flair_jax.augmentation import crop_and_resize
+from flair_jax.data import iterator_state, loader
+from flair_jax.data.sources.base import ShardError
+from flair_jax.data.sources.open import open_source
+from flair_jax.data.transforms import tokenizer
+from flair_jax.data.transforms.captions import CaptionOptions
+from flair_jax.data.transforms.images import AugmentationOptions
+from flair_jax.data.transforms.samples import LoadTraining, Skipped
 
 LENGTH = 16  # tokens a caption
 FIELDS = ("raw_caption", "longSV_captions")
@@ -56,7 +59,7 @@ def write_shards(folder: pathlib.Path, sizes, bad: dict[int, dict[str, bytes]] |
 def stream(shards, **options):
     captions = {"fields": FIELDS, "count": 2, **options.pop("captions", {})}
     defaults = dict(batch_size=4, image_size=8, context_length=LENGTH, seed=7, max_skipped=1.0)
-    return pipeline.make_stream(shards, captions=captions, **{**defaults, **options})
+    return loader.make_stream(shards, captions=captions, **{**defaults, **options})
 
 
 def numbers(batch) -> list[int]:
@@ -251,7 +254,7 @@ def test_a_mixture(tmp_path):
     assert 4 <= sum(number > 3 for number in seen) <= 6  # a quarter of 24, less those below 4
     with stream([first, second], **options, position=json.loads(json.dumps(position))) as batches:
         assert digests(batches, 5) == rest
-    with pytest.raises(positions.PositionError, match=r"weights was \[3, 1\], is \[1, 1\]"):
+    with pytest.raises(iterator_state.PositionError, match=r"weights was \[3, 1\], is \[1, 1\]"):
         stream([first, second], **{**options, "weights": (1, 1)}, position=position)
     with pytest.raises(ValueError, match="each of 1 sets"):
         stream(first, weights=(1, 2))
@@ -374,16 +377,16 @@ def test_resume_with_other_workers(flawed, expected):
 def test_a_position_of_other_settings_is_refused(clean, change, name):
     with stream(clean) as batches:
         next(batches)
-    with pytest.raises(positions.PositionError, match=name):
+    with pytest.raises(iterator_state.PositionError, match=name):
         stream(clean, position=batches.position, **change)
 
 
 def test_a_position_of_other_data_is_refused(clean, flawed, tmp_path):
     with stream(clean) as batches:
         next(batches)
-    with pytest.raises(positions.PositionError, match="checksum was"):
+    with pytest.raises(iterator_state.PositionError, match="checksum was"):
         stream(flawed, position=batches.position)
-    with pytest.raises(positions.PositionError, match="samples was 19, is 18"):
+    with pytest.raises(iterator_state.PositionError, match="samples was 19, is 18"):
         stream(write_shards(tmp_path / "fewer", (18,)), position=batches.position)
     moved = write_shards(tmp_path / "same", (10, 9))  # the same samples in other files
     assert take(stream(moved, position=batches.position), 3) == take(stream(clean, position=batches.position), 3)
@@ -413,14 +416,14 @@ def test_too_many_skipped_stop_the_run(tmp_path):
     with stream(shards, max_skipped=0.02, shuffle=False) as batches:
         take(batches, 13)
         with pytest.raises(
-            pipeline.TooManySkipped, match=r"3 of the first 61 samples of epoch 0.*2\.00% of 100"
+            loader.TooManySkipped, match=r"3 of the first 61 samples of epoch 0.*2\.00% of 100"
         ) as raised:
             take(batches, 20)
     table = str(raised.value).splitlines()[1:3]
     assert table[0].split() == ["2", "no", "captions"] and table[1].split()[0] == "1" and "image" in table[1]
     with (
         stream(shards, max_skipped=0.0, shuffle=False) as batches,
-        pytest.raises(pipeline.TooManySkipped, match="first 4 "),
+        pytest.raises(loader.TooManySkipped, match="first 4 "),
     ):
         next(batches)
 
@@ -431,7 +434,7 @@ def test_skips_are_counted_by_epoch_also_over_a_restart(tmp_path):
         take(batches, 13)
     with (
         stream(shards, max_skipped=0.02, shuffle=False, position=batches.position) as batches,
-        pytest.raises(pipeline.TooManySkipped, match="3 of the first 61"),
+        pytest.raises(loader.TooManySkipped, match="3 of the first 61"),
     ):
         take(batches, 20)
 
@@ -439,7 +442,7 @@ def test_skips_are_counted_by_epoch_also_over_a_restart(tmp_path):
 def test_a_wrong_caption_field_shows_at_once(tmp_path):
     shards = write_shards(tmp_path / "shards", (1000,), dict.fromkeys(range(1000), NO_CAPTION))
     for allowed in (0.4, 0.01):
-        with stream(shards, max_skipped=allowed) as batches, pytest.raises(pipeline.TooManySkipped) as raised:
+        with stream(shards, max_skipped=allowed) as batches, pytest.raises(loader.TooManySkipped) as raised:
             next(batches)
         seen = 200 if allowed == 0.4 else 11  # half of the first 200, and more than 10 of 1,000
         assert f"{seen} of the first {seen} samples" in str(raised.value)
@@ -447,7 +450,7 @@ def test_a_wrong_caption_field_shows_at_once(tmp_path):
 
 def test_an_epoch_without_any_sample_ends_the_search(tmp_path):
     shards = write_shards(tmp_path / "shards", (6,), dict.fromkeys(range(6), NO_PICTURE))
-    with stream(shards, max_skipped=1.0) as batches, pytest.raises(pipeline.TooManySkipped, match="6 of the first 6"):
+    with stream(shards, max_skipped=1.0) as batches, pytest.raises(loader.TooManySkipped, match="6 of the first 6"):
         next(batches)
 
 
@@ -457,7 +460,7 @@ def test_warnings_do_not_flood_the_log(tmp_path, caplog):
         take(batches, 20)
         assert batches.skipped.total() >= 60
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == pipeline.LOGGED_SKIPS + 1
+    assert len(messages) == loader.LOGGED_SKIPS + 1
     assert "only counted" in messages[-1]
 
 
@@ -467,7 +470,7 @@ def test_a_shard_that_is_replaced_stops_the_run(tmp_path, workers):
     with stream(shards, workers=workers) as batches:
         next(batches)
         write_shards(shards, (7,))
-        with pytest.raises(records.ShardError, match=r"00000\.tar was replaced"):
+        with pytest.raises(ShardError, match=r"00000\.tar was replaced"):
             take(batches, 20)
 
 
@@ -488,7 +491,7 @@ from data import pipeline
 
 if __name__ == "__main__":
     options = dict(batch_size=4, image_size=8, context_length=16, seed=0)
-    batches = pipeline.make_stream({shards!r}, workers=2, **options)
+    batches = loader.make_stream({shards!r}, workers=2, **options)
     for _ in range(3):
         next(batches)
     print("ready", flush=True)
@@ -527,7 +530,7 @@ def test_workers_end_when_their_parent_is_killed(clean, tmp_path):
 
 def test_samples_do_not_depend_on_their_neighbours(flawed):
     """A group of several runs, against every sample by itself."""
-    source = records.open_source(flawed)
+    source = open_source(flawed)
     options = CaptionOptions(fields=FIELDS, count=2), AugmentationOptions()
     load = LoadTraining(source, 8, tokenizer.Tokenizer(LENGTH), 7, *options, "fast")
     group = [(place, divmod(place, len(source))) for place in range(70)]
@@ -552,7 +555,7 @@ def blocks(monkeypatch) -> list[pathlib.Path]:
         made.append(pathlib.Path("/dev/shm", array.shm.name))
         return array
 
-    monkeypatch.setattr(pipeline, "SharedMemoryArray", make)
+    monkeypatch.setattr(loader, "SharedMemoryArray", make)
     return made
 
 
@@ -567,7 +570,7 @@ def test_a_group_in_shared_memory_is_the_same(blocks):
         for _ in range(5)
     ]
     samples[2] = Skipped("a.tar", "key", "reason", 2)
-    expected, shared = pipeline.collate(samples), pipeline.collate(samples, shared=True)
+    expected, shared = loader.collate(samples), loader.collate(samples, shared=True)
     assert shared.keys() == expected.keys() and shared["skipped"] == expected["skipped"]
     for name in ("images", "tokens", "offsets"):
         assert shared[name].dtype == expected[name].dtype
@@ -582,9 +585,9 @@ def test_a_group_in_shared_memory_is_the_same(blocks):
 
 @needs_shared_memory
 def test_full_shared_memory_is_an_error_and_leaves_nothing(blocks, monkeypatch):
-    monkeypatch.setattr(pipeline.os.path, "join", lambda *_: "/dev/full")
+    monkeypatch.setattr(loader.os.path, "join", lambda *_: "/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        pipeline.collate([{"images": np.zeros((64, 64, 3), np.uint8)}], shared=True)
+        loader.collate([{"images": np.zeros((64, 64, 3), np.uint8)}], shared=True)
     monkeypatch.undo()
     assert len(blocks) == 1 and wait_for(lambda: not blocks[0].exists(), 30)
 
@@ -594,7 +597,7 @@ def test_full_shared_memory_is_an_error_and_leaves_nothing(blocks, monkeypatch):
 
 
 def test_evaluation_samples(flawed, caplog):
-    samples = pipeline.evaluation_samples(flawed, 8, fields=FIELDS)
+    samples = loader.evaluation_samples(flawed, 8, fields=FIELDS)
     good = [number for number in range(19) if number not in BAD]
     for _ in range(2):
         seen = list(samples)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from flair_jax.losses import ring
+from flair_jax.objectives import ring
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes over which batches are split
 

@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from data import captions, fast_images, images, records, tokenizer
+from flair_jax.data.sources.base import Record, RecordError, Source
+from flair_jax.data.transforms import captions, fast_images, images, tokenizer
 
 Pixels = Literal["reference", "fast", "device"]
 
@@ -27,7 +28,7 @@ class JSONError(ValueError):
 
 
 RUN = 32  # samples that are loaded step by step; their encoded images are held meanwhile
-UNUSABLE = (records.RecordError, JSONError, captions.CaptionError, images.ImageError)
+UNUSABLE = (RecordError, JSONError, captions.CaptionError, images.ImageError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class LoadTraining:
       ValueError: `pixels` is none of these.
     """
 
-    source: records.Source
+    source: Source
     image_size: int | tuple[int, int]
     tokenize: tokenizer.Tokenizer
     seed: int
@@ -94,14 +95,14 @@ class LoadTraining:
         except UNUSABLE:
             return None
 
-    def _tokens(self, record: records.Record, which: tuple[int, int]) -> np.ndarray:
+    def _tokens(self, record: Record, which: tuple[int, int]) -> np.ndarray:
         return self.tokenize(captions.draw(_parse(record), self._rng("captions", which), self.captions))
 
     def _rng(self, purpose: str, which: tuple[int, int]) -> random.Random:
         # One for each purpose, so that a change of the crop leaves the captions as they are. Text goes through SHA-512.
         return random.Random(f"{purpose}/{self.seed}/{which[0]}/{which[1]}")
 
-    def _crop(self, record: records.Record, which: tuple[int, int]) -> dict[str, np.ndarray]:
+    def _crop(self, record: Record, which: tuple[int, int]) -> dict[str, np.ndarray]:
         data, rng = record.image, self._rng("crop", which)
         law = self.image_size, rng, self.augmentation.scale, self.augmentation.ratio
         if self.pixels == "reference":
@@ -116,7 +117,7 @@ class LoadTraining:
 class LoadEvaluation:
     """(place, sample number) -> (key, uint8 (H, W, 3), sentences) or Skipped."""
 
-    source: records.Source
+    source: Source
     image_size: int | tuple[int, int]
     fields: Sequence[str]
 
@@ -130,7 +131,7 @@ class LoadEvaluation:
         return record.key, image, sentences
 
 
-def _parse(record: records.Record) -> Any:
+def _parse(record: Record) -> Any:
     try:
         return json.loads(record.json)
     except (ValueError, RecursionError) as error:

@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from data import images
+from flair_jax.data.transforms import images
 
 try:
     import cykooz_resizer

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from test_pipeline import digest, numbers, stream, write_shards
 
-from data import positions
+from flair_jax.data import iterator_state
 
 BATCH = 12
 
 
 def read(shards, start, count, batches) -> tuple[list, list]:
     """`batches` of each of `count` processes: what they read, batch by batch, and their positions."""
-    start = [None] * count if start is None else positions.redistribute(json.loads(json.dumps(start)), count)
+    start = [None] * count if start is None else iterator_state.redistribute(json.loads(json.dumps(start)), count)
     parts, ends = [], []
     for index in range(count):
         options = dict(batch_size=BATCH, process_index=index, process_count=count)
@@ -55,15 +55,15 @@ def test_nothing_is_repeated_or_lost(tmp_path, seed):
 def test_positions_of_as_many_processes_stay(tmp_path):
     shards = write_shards(tmp_path / "shards", (19,), {3: {"json": b"{}"}})
     _, ends = read(shards, None, 3, 2)
-    assert positions.redistribute(ends, 3) == ends
-    with stream(shards, batch_size=BATCH, position=positions.redistribute(ends, 1)[0]) as one:
+    assert iterator_state.redistribute(ends, 3) == ends
+    with stream(shards, batch_size=BATCH, position=iterator_state.redistribute(ends, 1)[0]) as one:
         first = digest(next(one))
-    with stream(shards, batch_size=BATCH, position=positions.redistribute(ends, 1)[0], workers=1) as one:
+    with stream(shards, batch_size=BATCH, position=iterator_state.redistribute(ends, 1)[0], workers=1) as one:
         assert digest(next(one)) == first  # also by workers
 
 
 def test_a_batch_that_cannot_be_shared(tmp_path):
     shards = write_shards(tmp_path / "shards", (19,))
     _, ends = read(shards, None, 2, 1)
-    with pytest.raises(positions.PositionError, match="5 processes cannot share batches of 12"):
-        positions.redistribute(ends, 5)
+    with pytest.raises(iterator_state.PositionError, match="5 processes cannot share batches of 12"):
+        iterator_state.redistribute(ends, 5)

@@ -9,7 +9,7 @@ import pytest
 from conftest import load_golden
 
 from flair_jax import sharding
-from flair_jax.evaluators import encoder
+from flair_jax.evaluators import features
 from flair_jax.models.text import Text
 
 
@@ -20,12 +20,12 @@ def mesh(devices: int):
 def test_texts_share_rows():
     rng = np.random.default_rng(0)
     lengths = rng.gamma(4, 27 / 4, 3000).round().clip(4, 77).astype(int)
-    rows = encoder.share_rows(lengths, 78)
+    rows = features.share_rows(lengths, 78)
     assert sorted(number for row in rows for number in row) == list(range(3000))
-    assert max(lengths[row].sum() for row in rows) <= 78 and max(map(len, rows)) <= encoder.ROW_TEXTS
+    assert max(lengths[row].sum() for row in rows) <= 78 and max(map(len, rows)) <= features.ROW_TEXTS
     assert lengths.sum() > 0.98 * 78 * len(rows)
-    assert encoder.share_rows(np.full(17, 2), 78) == [list(range(8)), list(range(8, 16)), [16]]
-    assert encoder.share_rows(np.full(3, 78), 78) == [[0], [1], [2]]
+    assert features.share_rows(np.full(17, 2), 78) == [list(range(8)), list(range(8, 16)), [16]]
+    assert features.share_rows(np.full(3, 78), 78) == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -35,15 +35,15 @@ def test_texts_that_share_rows_have_their_own_features(tiny_model, tiny_params, 
     tokens = np.zeros((21, 77), np.int32)
     for row, length in zip(tokens, [2, 77, 76, *rng.integers(3, 60, 18)], strict=True):
         row[:length] = [510, *rng.integers(1, 500, length - 2), 511]
-    runs = encoder.Encoder(tiny_model, lambda x: x, image_batch=1, text_batch=text_batch, mesh=mesh(devices))
-    features = runs.texts(runs.place(tiny_params), tokens)
+    runs = features.Encoder(tiny_model, lambda x: x, image_batch=1, text_batch=text_batch, mesh=mesh(devices))
+    found = runs.texts(runs.place(tiny_params), tokens)
     expected = tiny_model.apply({"params": tiny_params}, Text.padded(tokens), method="encode_text").pooled
-    np.testing.assert_allclose(features.pooled, expected, atol=1e-5)
-    assert features.local is None and features.mask is None
+    np.testing.assert_allclose(found.pooled, expected, atol=1e-5)
+    assert found.local is None and found.mask is None
 
 
 def test_texts_beyond_the_context_are_refused(tiny_model, tiny_params):
-    runs = encoder.Encoder(tiny_model, lambda x: x, image_batch=1, text_batch=2, mesh=mesh(1))
+    runs = features.Encoder(tiny_model, lambda x: x, image_batch=1, text_batch=2, mesh=mesh(1))
     tokens = np.ones((2, 78), np.int32)
     tokens[:, 77] = 511
     with pytest.raises(ValueError, match=r"texts have 78 tokens; model\.text\.context_length is 77"):
@@ -51,18 +51,18 @@ def test_texts_beyond_the_context_are_refused(tiny_model, tiny_params):
 
 
 def test_batches_are_equally_full(tiny_model):
-    runs = encoder.Encoder(tiny_model, lambda x: x, image_batch=64, text_batch=64, mesh=mesh(1))
+    runs = features.Encoder(tiny_model, lambda x: x, image_batch=64, text_batch=64, mesh=mesh(1))
     assert [runs.text_rows(total) for total in (1, 63, 64, 65, 128, 129, 1000)] == [1, 63, 64, 33, 64, 43, 63]
 
 
 def test_equal_texts_have_equal_features_wherever_they_stand(tiny_model, tiny_params):
     """Or else ties between equal captions would be broken by round-off, which differs from batch to batch."""
     order = np.array([4, 0, 4, 7, 9, 11, 4])
-    runs = encoder.Encoder(tiny_model, lambda x: x, image_batch=1, text_batch=2, mesh=mesh(1))
+    runs = features.Encoder(tiny_model, lambda x: x, image_batch=1, text_batch=2, mesh=mesh(1))
     tokens = load_golden("retrieval.npz")["pipe_tokens"][order]
-    features = np.asarray(runs.texts(runs.place(tiny_params), tokens).pooled)
-    assert (features[0] == features[2]).all() and (features[0] == features[6]).all()
-    assert len(np.unique(features, axis=0)) == 5
+    found = np.asarray(runs.texts(runs.place(tiny_params), tokens).pooled)
+    assert (found[0] == found[2]).all() and (found[0] == found[6]).all()
+    assert len(np.unique(found, axis=0)) == 5
 
 
 def test_two_batches_run_at_a_time_on_one_cpu(tiny_model, tiny_params):
@@ -73,12 +73,12 @@ def test_two_batches_run_at_a_time_on_one_cpu(tiny_model, tiny_params):
         return images * met
 
     images = np.random.default_rng(0).random((4, 64, 64, 3), np.float32)
-    runs = encoder.Encoder(tiny_model, preprocess, image_batch=1, text_batch=1, mesh=mesh(1))
+    runs = features.Encoder(tiny_model, preprocess, image_batch=1, text_batch=1, mesh=mesh(1))
     params = runs.place(tiny_params)
     list(runs.images(params, images[:1]))  # compiled: no two do that at a time
     meeting = threading.Barrier(2)
     batches = list(runs.images(params, images))
     assert [number for numbers, _ in batches for number in numbers] == [0, 1, 2, 3]
-    features = jax.tree.map(lambda *x: np.concatenate(x), *[features for _, features in batches])
+    found = jax.tree.map(lambda *x: np.concatenate(x), *[features for _, features in batches])
     expected = tiny_model.apply({"params": tiny_params}, images, method="encode_image")
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), features, expected)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, expected)

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flair_jax import sharding
-from flair_jax.losses.sigmoid import BATCH_AXES
 from flair_jax.models.text import Text
+from flair_jax.objectives.sigmoid import BATCH_AXES
 
 Item = TypeVar("Item")
 ROW_TEXTS = 8  # texts that share a row, at most
