@@ -41,9 +41,7 @@ REQUIRES = [
     "tokenizers>=0.23",
     "tqdm>=4.70",
 ]
-LINUX_X86 = 'sys_platform == "linux" and platform_machine == "x86_64"'  # where Intel publishes MKL
 EXTRAS = {
-    "cpu": [f"mkl>=2026.2; {LINUX_X86}", f"numba>=0.68; {LINUX_X86}"],  # faster matrix products on a CPU
     "torch": ["torch>=2.13"],
     "tf": ["importlib_resources>=7.1", "tensorflow-datasets>=4.9.10"],  # which uses the former and does not name it
     "remote": ["aiohttp>=3.14", "gcsfs>=2026.9", "s3fs>=2026.9"],  # shards in gs://, s3:// and behind https://
@@ -60,7 +58,6 @@ EXTRAS["test"] = [
     "pytest-xdist>=3.8",
     "ruff>=0.17",
     "transformers>=5.23",
-    *EXTRAS["cpu"],
     *EXTRAS["bench"],
     *EXTRAS["torch"],
     *EXTRAS["notebook"],

@@ -1,6 +1,5 @@
 """Compiling the step before it runs: what it will need is known first, and what was compiled once is found again."""
 
-import ctypes
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,32 +15,6 @@ def use_cache(folder: epath.PathLike) -> None:
     """Keeps compiled programs in a folder, for the next start; the one of JAX_COMPILATION_CACHE_DIR if that is set."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def keep_heap() -> None:
-    """Makes the C library keep what a step frees for the next one; for processes that compute on a CPU.
-
-    XLA asks for all temporaries of a step anew (3.5 GB at batch 8), and glibc would take them from the system and give
-    them back each time: a fifth of a training step goes into that (docs/speed.md). One arena, because those of threads
-    hold 64 MB at most. Does nothing where the C library is another.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    arena_max, mmap_max, trim_threshold = -8, -4, -1  # malloc.h
-    for parameter, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1)):  # -1: never
-        mallopt(parameter, value)
-
-
-def finish_on_cpu(x: Any) -> None:
-    """Waits for the arrays of a step before the next one is started, if they are on a CPU.
-
-    A program takes its temporaries there when it is started, though it runs after the one before: two steps would hold
-    theirs at a time (14.8 GB in place of 9.0 at batch 8).
-    """
-    if jax.default_backend() == "cpu":
-        jax.block_until_ready(x)
 
 
 def jit_step(step: Callable, state: Any) -> Callable:

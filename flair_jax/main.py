@@ -33,12 +33,11 @@ def main(arguments: list[str]) -> None:
     import tensorflow as tf
     from etils import epath
 
-    from flair_jax import compilation, distributed, evaluate, train
+    from flair_jax import compilation, cpu, distributed, evaluate, train
 
     if _DISTRIBUTED.value:
         distributed.start(_HEARTBEAT.value)
-    if jax.default_backend() == "cpu":
-        compilation.keep_heap()
+    cpu.configure()
     compilation.use_cache(epath.Path(_WORKDIR.value) / "compiled")
     tf.config.set_visible_devices([], "GPU")  # it only writes TensorBoard files
     logging.set_verbosity(logging.WARNING)  # orbax tells every file that it writes

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from flair_jax import (
     checkpoint,
     compilation,
+    cpu,
     distributed,
     evaluate,
     flops,
@@ -197,7 +198,7 @@ def _train(config, workdir, mesh, signals):
             if step == profile_first:
                 jax.profiler.start_trace(str(workdir / "profile"))
                 tracing = True
-            compilation.finish_on_cpu(pending)
+            cpu.finish(pending)
             current, numbers = step_function(current, placed)
             if pending:
                 report(*pending)

@@ -20,11 +20,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from flair_jax import JAXLIB_IS_KNOWN, models
+from flair_jax import models
 from flair_jax.convert import names
-
-if JAXLIB_IS_KNOWN:
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # XLA reads it when it is first used
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -1,9 +1,6 @@
 """The evaluators' encoder: batches of one shape, texts that share rows, and the features of each alone."""
 
-import threading
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import load_golden
@@ -65,20 +62,12 @@ def test_equal_texts_have_equal_features_wherever_they_stand(tiny_model, tiny_pa
     assert len(np.unique(found, axis=0)) == 5
 
 
-def test_two_batches_run_at_a_time_on_one_cpu(tiny_model, tiny_params):
-    meeting = threading.Barrier(1)
-
-    def preprocess(images):
-        met = jax.pure_callback(lambda: np.float32(meeting.wait(60) >= 0), jax.ShapeDtypeStruct((), jnp.float32))
-        return images * met
-
-    images = np.random.default_rng(0).random((4, 64, 64, 3), np.float32)
-    runs = features.Encoder(tiny_model, preprocess, image_batch=1, text_batch=1, mesh=mesh(1))
-    params = runs.place(tiny_params)
-    list(runs.images(params, images[:1]))  # compiled: no two do that at a time
-    meeting = threading.Barrier(2)
-    batches = list(runs.images(params, images))
-    assert [number for numbers, _ in batches for number in numbers] == [0, 1, 2, 3]
-    found = jax.tree.map(lambda *x: np.concatenate(x), *[features for _, features in batches])
+def test_images_come_in_order_with_their_own_features(tiny_model, tiny_params):
+    images = np.random.default_rng(0).random((5, 64, 64, 3), np.float32)
+    runs = features.Encoder(tiny_model, lambda x: x, image_batch=2, text_batch=1, mesh=mesh(1))
+    batches = list(runs.images(runs.place(tiny_params), images))
+    assert [number for numbers, _ in batches for number in numbers] == [0, 1, 2, 3, 4]
+    rows = [jax.tree.map(lambda x, n=len(numbers): x[:n], batch) for numbers, batch in batches]
+    found = jax.tree.map(lambda *x: np.concatenate(x), *rows)
     expected = tiny_model.apply({"params": tiny_params}, images, method="encode_image")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, expected)

@@ -1,7 +1,5 @@
 """The Flax model against the numbers of the original code, and against itself in its other forms."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ from conftest import TINY, load_golden, model_section, nhwc
 
 from flair_jax import models
 from flair_jax.configs import variants
-from flair_jax.models import layers, vision
+from flair_jax.models import layers
 from flair_jax.models.text import Text
 
 INPUTS = load_golden("tiny_inputs.npz")
@@ -366,26 +364,3 @@ def test_unknown_names_are_refused():
         model.init(jax.random.key(0), IMAGES[:1], TOKENS[:1])
     with pytest.raises(KeyError, match="XXL"):
         variants.flair("XXL")
-
-
-def test_the_residual_stream_is_added_up_once():
-    """On a CPU: no kernel of the gradient reads the branches of all blocks; see `layers.settle`."""
-
-    def most_operands(depth):
-        tower = vision.VisionTower(image_size=32, patch_size=16, width=64, depth=depth, heads=2)
-        images = jnp.ones((2, 32, 32, 3))
-        params = tower.init(jax.random.key(0), images)
-        gradient = jax.jit(jax.grad(lambda params: jnp.square(tower.apply(params, images)).mean()))
-        options = {"xla_backend_optimization_level": 3}  # the tests' own is 0
-        program = gradient.lower(params).compile(compiler_options=options).as_text()
-        kernels = re.findall(r"fusion\((.*?)\), kind=", program)
-        assert kernels
-        return max(operands.count("%") for operands in kernels)
-
-    assert most_operands(depth=5) <= most_operands(depth=3)
-
-
-def test_settled_is_equal():
-    x = jnp.array([1.5, jnp.nan, jnp.inf, -0.0])
-    np.testing.assert_array_equal(layers.settle(x), x)
-    np.testing.assert_array_equal(jax.grad(lambda x: (layers.settle(x) * jnp.arange(3)).sum())(jnp.ones(3)), range(3))

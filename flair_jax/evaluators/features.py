@@ -1,9 +1,7 @@
 """Images and texts through a model's towers, in batches of one fixed shape over all devices."""
 
 import collections
-import concurrent.futures
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -87,16 +85,6 @@ def lay(tokens: np.ndarray, lengths: np.ndarray, rows: Sequence[Sequence[int]], 
     return Text(laid, ends, positions, segments)
 
 
-@functools.cache
-def _starters() -> Iterator[concurrent.futures.Executor]:
-    """Two threads by turns, to start programs on a CPU from.
-
-    There XLA runs what one thread starts one program after the other, and at the end of every product a core waits for
-    the others. What another thread started fills these gaps (docs/speed.md).
-    """
-    return itertools.cycle([concurrent.futures.ThreadPoolExecutor(1) for _ in range(2)])
-
-
 @functools.lru_cache(maxsize=8)
 def _towers(
     model: nn.Module, preprocess: Callable, split: NamedSharding, whole: NamedSharding
@@ -173,17 +161,9 @@ class Encoder:
         """A host batch as one array over the devices; every process gives the whole batch."""
         return jax.make_array_from_callback(x.shape, self._split, lambda index: x[index])
 
-    def _start(self, tower: Callable, params: Any, batch: Any) -> Callable[[], Any]:
-        """Starts a tower on a host batch, on one CPU beside the one that was started before it; gives its result."""
-
-        def start():
-            with jax.set_mesh(self.mesh):
-                return tower(params, jax.tree.map(self.split, batch))
-
-        if self.mesh.size == 1 and self.mesh.devices.item().platform == "cpu":
-            return next(_starters()).submit(start).result
-        features = start()
-        return lambda: features
+    def _run(self, tower: Callable, params: Any, batch: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return tower(params, jax.tree.map(self.split, batch))
 
     def _rows(self, limit: int, total: int) -> int:
         """Rows of a batch: as few batches as the limit allows, equally full, on equally many rows a device."""
@@ -210,10 +190,9 @@ class Encoder:
             for start in range(0, len(images), rows):
                 numbers = np.arange(start, min(start + rows, len(images)))
                 batch = np.stack([images[int(number)] for number in numbers])  # (n, H, W, 3)
-                yield numbers, self._start(self._encode_image, params, pad_rows(batch, rows))
+                yield numbers, self._run(self._encode_image, params, pad_rows(batch, rows))
 
-        for numbers, features in one_behind(started()):
-            yield numbers, features()
+        yield from one_behind(started())
 
     def texts(self, params: Any, tokens: np.ndarray) -> Any:
         """Encodes texts, int32 (N, T), each different one once: equal texts have equal features to the bit.
@@ -236,11 +215,11 @@ class Encoder:
         blocks = []
         for start in range(0, len(rows), count):
             batch = lay(tokens, lengths, rows[start : start + count], count, row_length)
-            blocks.append(self._start(self._encode_text, params, batch))
+            blocks.append(self._run(self._encode_text, params, batch))
         place = np.empty(len(tokens), int)  # of each text among the blocks
         for number, row in enumerate(rows):
             place[row] = number * ROW_TEXTS + np.arange(len(row))
-        return self.take([features() for features in blocks], place[inverse.reshape(-1)])
+        return self.take(blocks, place[inverse.reshape(-1)])
 
     def take(self, blocks: Sequence[Any], index: np.ndarray) -> Any:
         """Rows by number out of features that stand one behind the other in `blocks`, whole on every device."""

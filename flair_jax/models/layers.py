@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from flair_jax.models import blas
+from flair_jax import cpu
 from flair_jax.models.accumulation import in_micro_batches
 
 PRODUCT = "product"  # what `project` calls its results, for `block_class`
@@ -25,9 +25,7 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     With several leading axes the gradient of the kernel would contract all of them, for which XLA transposes `x` and
     the gradient first on a CPU, and computes the sum of all residual branches anew for each: a third of a step.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    product = blas.multiply if blas.multiplies(rows, kernel) else jnp.matmul
-    result = checkpoint_name(product(rows, kernel), PRODUCT)
+    result = checkpoint_name(x.reshape(-1, x.shape[-1]) @ kernel, PRODUCT)
     return result.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -75,8 +73,6 @@ def attend(
         length = query.shape[1]
         earlier = jnp.tril(jnp.ones((length, length), bool))
         mask = earlier if mask is None else mask & earlier
-    if blas.multiplies(query, key, value):
-        return blas.attend(query, key, value, mask)
     logits = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
     logits = logits * query.shape[-1] ** -0.5
     if mask is not None:
@@ -96,22 +92,6 @@ def gelu(x: jax.Array, form: str = "exact") -> jax.Array:
     if form != "exact":
         raise ValueError(f"model.gelu is {form!r}; expected 'exact' or 'tanh'")
     return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
-
-
-@jax.custom_vjp
-def settle(x: jax.Array) -> jax.Array:
-    """`x` itself, forward and backward; on a CPU, computed once.
-
-    The CPU compiler merges a cheap sum into each of its users. Along the residual stream every block would then add up
-    the branches of all blocks before it anew, several times over: a tenth of a training step. A division that could
-    change something (it does not: NaN stays NaN) is no cheap thing to it.
-    """
-    if jax.default_backend() != "cpu":
-        return x
-    return x / jnp.where(jnp.isnan(x), x, 1)
-
-
-settle.defvjp(lambda x: (settle(x), None), lambda _, gradient: (settle(gradient),))
 
 
 class How(NamedTuple):
@@ -187,9 +167,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask=None, pick: Callable[[jax.Array], jax.Array] = _all) -> jax.Array:
         attention = SelfAttention(self.heads, self.causal, self.initializers, self.how, name="attention")
-        x = settle(pick(x) + attention(LayerNorm(dtype=self.how.dtype, name="ln_1")(x), mask, pick))
+        x = cpu.settle(pick(x) + attention(LayerNorm(dtype=self.how.dtype, name="ln_1")(x), mask, pick))
         mlp = MLP(self.initializers, self.how, name="mlp")
-        return settle(x + mlp(LayerNorm(dtype=self.how.dtype, name="ln_2")(x)))
+        return cpu.settle(x + mlp(LayerNorm(dtype=self.how.dtype, name="ln_2")(x)))
 
 
 def block_class(remat: str) -> type[nn.Module]:
