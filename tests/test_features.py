@@ -67,7 +67,6 @@ def test_images_come_in_order_with_their_own_features(tiny_model, tiny_params):
     runs = features.Encoder(tiny_model, lambda x: x, image_batch=2, text_batch=1, mesh=mesh(1))
     batches = list(runs.images(runs.place(tiny_params), images))
     assert [number for numbers, _ in batches for number in numbers] == [0, 1, 2, 3, 4]
-    rows = [jax.tree.map(lambda x, n=len(numbers): x[:n], batch) for numbers, batch in batches]
-    found = jax.tree.map(lambda *x: np.concatenate(x), *rows)
+    found = jax.tree.map(lambda *x: np.concatenate(x)[:5], *[batch for _, batch in batches])  # the rest is padding
     expected = tiny_model.apply({"params": tiny_params}, images, method="encode_image")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, expected)
