@@ -29,7 +29,7 @@ def compile_step(step: Callable, state: Any, batch: Any) -> jax.stages.Compiled:
     if limit is not None and needed > limit:
         logging.warning(
             "the step needs %.1f GiB a device and there are %.1f: make batch_size smaller, or set model.micro_batches, "
-            "model.remat, loss.chunk_size or mesh.fsdp",
+            "model.remat, chunk_size of the objectives or mesh.fsdp",
             needed / GIB,
             limit / GIB,
         )

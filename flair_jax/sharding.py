@@ -7,8 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flair_jax.objectives.sigmoid import BATCH_AXES
-
+BATCH_AXES = ("data", "fsdp")  # mesh axes over which batches are split
 # Below this many elements a parameter is cheaper to copy than to gather.
 MIN_SHARDED_SIZE = 2**16
 
@@ -30,6 +29,12 @@ def create_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None 
     if data * fsdp != len(devices):
         raise ValueError(f"config.mesh data={data} times fsdp={fsdp} is not the number of devices, {len(devices)}")
     return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def batch_axes() -> tuple[str, ...]:
+    """Axes of the mesh in use (`jax.set_mesh`) over which batches are split; none without a mesh."""
+    names = jax.sharding.get_abstract_mesh().axis_names
+    return tuple(axis for axis in BATCH_AXES if axis in names)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

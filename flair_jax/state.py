@@ -6,10 +6,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from flair_jax import sharding
+from flair_jax.optimizer import Optimizer
 
 
 @flax.struct.dataclass
@@ -19,7 +19,7 @@ class TrainState:
     Attributes:
       step: int32 scalar, steps done.
       params: nested dict, float32.
-      opt_state: of the optax transformation.
+      opt_state: of the optimizer.
       ema: average of the parameters over the steps, see `optimizer.average`; None: the run keeps none.
     """
 
@@ -47,15 +47,13 @@ def init_params(model: nn.Module, seed: int) -> Any:
     return model.init(jax.random.key(seed), images, tokens)["params"]
 
 
-def create(
-    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, seed: int, *, ema: bool = False
-) -> TrainState:
+def create(model: nn.Module, optimizer: Optimizer, mesh: Mesh, seed: int, *, ema: bool = False) -> TrainState:
     """A new state, with an average if `ema`, each array born on its own devices: nothing is ever whole on one."""
 
     def build():
         params = init_params(model, seed)
         average = params if ema else None
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=average)
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), ema=average)
 
     shardings = sharding.state_sharding(mesh, jax.eval_shape(build))
     return jax.jit(build, out_shardings=shardings)()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flair_jax.objectives.sigmoid import batch_axes
+from flair_jax.sharding import batch_axes
 
 
 def in_micro_batches(encode: Callable[..., jax.Array], count: int) -> Callable[..., jax.Array]:
