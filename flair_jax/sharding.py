@@ -1,4 +1,4 @@
-"""Mesh, rules and placement: which device holds what."""
+"""The mesh, its axes, and the shardings of states and batches."""
 
 import math
 from typing import Any
@@ -49,7 +49,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def state_sharding(mesh: Mesh, state: Any) -> Any:
     """Sharding of every array of a state (parameters, moments, counters).
 
-    The rule: a large array is split over `fsdp` along its longest axis that divides evenly; all else is everywhere.
+    The rule: a large array is split over `fsdp` along its longest axis that divides evenly; the others are replicated.
     """
     parts = mesh.shape["fsdp"]
 

@@ -1,4 +1,4 @@
-"""What a training step changes, and its creation on the devices where it will live."""
+"""The state of a training run, and its creation with its shardings."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
     def start_from(self, params: Any) -> "TrainState":
-        """The state with other parameters (a tree of arrays), where the average begins, too, placed as its own are."""
+        """The state with other parameters (a tree of arrays), where the average begins, too, with the same shardings."""
         params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, self.params))
         # A copy: the step donates both, and a buffer that is given away twice crashes.
         return self.replace(params=params, ema=None if self.ema is None else jax.tree.map(jnp.copy, params))
@@ -48,7 +48,7 @@ def init_params(model: nn.Module, seed: int) -> Any:
 
 
 def create(model: nn.Module, optimizer: Optimizer, mesh: Mesh, seed: int, *, ema: bool = False) -> TrainState:
-    """A new state, with an average if `ema`, each array born on its own devices: nothing is ever whole on one."""
+    """A new state, with an average if `ema`, each array created on its own devices: none is ever whole on one."""
 
     def build():
         params = init_params(model, seed)

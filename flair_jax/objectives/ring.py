@@ -146,10 +146,9 @@ def _sum_on_device(
 ) -> Any:
     """Sum of `work(chunk, first, shared, constants, shard, number)` over all chunks and shards of all devices.
 
-    Called inside `jax.shard_map` over `axes`, or, without axes, on one device. The shards of one batch go round: a
-    device works on the one that it holds, with one chunk of its own rows of the other batch after another, while the
-    next shard arrives. The backward pass sends them round again, each with its gradient behind it, and does all work
-    anew. So the memory is that of one chunk's work, of two shards and of the gradients, however many devices there are.
+    Called inside `jax.shard_map` over `axes`, or, without axes, on one device. The shards of one batch are passed from
+    device to device: each works on the shard that it holds, one chunk of its own rows at a time, while the next shard
+    arrives. The backward pass sends them round again, each followed by its gradient, and recomputes all work. The memory is that of one chunk's work, of two shards and of the gradients, however many devices there are.
     One chunk on one device is done only once.
 
     Args:
