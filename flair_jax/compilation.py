@@ -37,7 +37,7 @@ def compile_step(step: Callable, state: Any, batch: Any) -> jax.stages.Compiled:
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes of a compiled program on one device: arguments, outputs that are not donated arguments, temporaries, code."""
+    """Bytes of a compiled program on one device: arguments, outputs less donated arguments, temporaries, code."""
     account = compiled.memory_analysis()
     parts = {
         "arguments": account.argument_size_in_bytes,

@@ -124,6 +124,6 @@ class VisionTower(nn.Module):
         (B, 1 + L, W) -> (B, 1 + kept, W).
         """
         order = jnp.argsort(jax.random.uniform(rng, (x.shape[0], x.shape[1] - 1)), axis=1)  # (B, L)
-        patches = 1 + jnp.sort(order[:, : self.kept], axis=1)  # (B, kept) places behind the class token
-        places = jnp.pad(patches, ((0, 0), (1, 0)))  # (B, 1 + kept)
-        return jnp.take_along_axis(x, places[:, :, None], axis=1)
+        patches = 1 + jnp.sort(order[:, : self.kept], axis=1)  # (B, kept) indices after the class token
+        tokens = jnp.pad(patches, ((0, 0), (1, 0)))  # (B, 1 + kept)
+        return jnp.take_along_axis(x, tokens[:, :, None], axis=1)
