@@ -1,4 +1,4 @@
-"""What a run needs before it is started: work, time, memory a device, traffic. Nothing is allocated, no data is read.
+"""What a run needs before it is started: work, time and memory per device. Nothing is allocated, no data is read.
 
     python -m flair_jax.plan --config configs/flair_cc12m.py
     python -m flair_jax.plan --config configs/flair_cc12m.py --config.mesh.fsdp=8 --devices 64 --mean_tokens 40
@@ -6,19 +6,16 @@
     python -m flair_jax.plan --table                                               # the tables of docs/scale.md
 
 The training step is compiled for as many devices as asked, which need not exist. By default the compiler is the CPU's:
-the arguments, outputs and collectives are those of any device, but it computes in float32 where the config says
+the arguments and outputs are those of any device, but it computes in float32 where the config says
 bfloat16 and fuses little, so that its temporaries are several times a GPU's or TPU's, good for comparing settings only,
 and `model.remat` only with `model.scan_blocks`, for it finds in unrolled blocks what would be computed twice.
 With `--topology` the account is the TPU compiler's own.
 """
 
-import collections
-import functools
 import importlib
 import json
 import math
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,17 +36,6 @@ CHIPS = ("A100", "H200", "TPU v5e", "TPU v6e")  # an H100 counts as an H200
 MFUS = (0.15, 0.40)
 MEAN_TOKENS = 27.0  # of a caption of DreamLIP's kind, one to three sentences, with both ends
 FILL = 1.05  # packed rows, over what the tokens alone would take: README, "Packed rows"
-
-_COLLECTIVE = re.compile(
-    r" = (?P<shapes>.*?) "
-    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
-)
-_HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
-_CALL = re.compile(r"\b(?:calls|to_apply)=%?(?P<name>[\w.-]+)")
-_WHILE = re.compile(r" while\(.*condition=%?(?P<condition>[\w.-]+), body=%?(?P<body>[\w.-]+)")
-_LIMIT = re.compile(r" = s32\[\]\S* constant\((?P<limit>\d+)\)")
-_TURNS = re.compile(r'"known_trip_count":\{"n":"(?P<turns>\d+)"')
-_SHAPE = re.compile(r"\b(?P<dtype>pred|[a-z]+(?P<bits>\d+))\[(?P<sizes>[\d,]*)\]")
 
 
 def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_tokens: float = MEAN_TOKENS) -> Any:
@@ -137,55 +123,6 @@ def chip_hours(operations: float, chip: str, mfu: float) -> float:
     return operations / (peak * mfu) / 3600
 
 
-def collectives(compiled: str) -> dict[str, tuple[int, int]]:
-    """Communication in a compiled program, as often as its loops go round.
-
-    Args:
-      compiled: its text. A loop whose turns the compiler does not know counts once.
-
-    Returns:
-      Kind -> how often, and the bytes of the results on one device.
-    """
-    own = collections.defaultdict(collections.Counter)  # computation -> (kind, what is counted) -> number
-    called = collections.defaultdict(list)  # computation -> others that it calls or repeats, and how often
-    limits = collections.defaultdict(list)  # computation -> its integer constants
-    entry = current = ""
-    for line in compiled.splitlines():
-        if header := _HEADER.match(line):
-            current = header["name"]
-            entry = current if header["entry"] else entry
-        elif match := _COLLECTIVE.search(line):
-            shapes = list(_SHAPE.finditer(match["shapes"]))
-            if match["start"] and match["kind"] in ("all-gather", "collective-permute"):
-                shapes = [shape for shape in shapes if shape["sizes"]]
-                shapes = shapes[len(shapes) // 2 :]  # the first half are the operands
-            own[current][match["kind"], "number"] += 1
-            for shape in shapes:
-                places = math.prod(int(n) for n in shape["sizes"].split(",") if n)
-                own[current][match["kind"], "bytes"] += places * max(int(shape["bits"] or 8) // 8, 1)
-        elif match := _LIMIT.search(line):
-            limits[current].append(int(match["limit"]))
-        elif match := _WHILE.search(line):
-            called[current].append((match["body"], match["condition"], _TURNS.search(line)))
-        elif match := _CALL.search(line):
-            called[current].append((match["name"], None, None))
-
-    def turns(condition: str | None, known: re.Match | None) -> int:
-        if known:
-            return int(known["turns"])
-        return limits[condition][0] if len(limits[condition]) == 1 else 1
-
-    @functools.cache
-    def total(computation: str) -> collections.Counter:
-        counts = collections.Counter(own[computation])
-        for name, *loop in called[computation]:
-            counts.update({key: turns(*loop) * count for key, count in total(name).items()})
-        return counts
-
-    counts = total(entry)
-    return {kind: (counts[kind, "number"], counts[kind, "bytes"]) for kind in sorted({kind for kind, _ in counts})}
-
-
 def measure(
     config: Mapping[str, Any], devices: Sequence[jax.Device], mean_tokens: float = MEAN_TOKENS
 ) -> dict[str, int | float | str]:
@@ -217,8 +154,6 @@ def measure(
         "output_bytes_in_place": memory.alias_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
-    for kind, (number, size) in collectives(compiled.as_text()).items():
-        figures |= {f"{kind}_number": number, f"{kind}_bytes": size}
     return figures
 
 

@@ -134,10 +134,6 @@ def test_the_step_compiles_for_the_reference_s_number_of_devices(name, tmp_path)
     batch = images * 224 * 224 * 3 + 4 * (3 * rows * 80 + images * count)
     assert figures["argument_bytes"] == STATE + batch
     assert figures["output_bytes_in_place"] == STATE  # nothing is held twice
-    # The gradients of the parameters come together once a step, and the sums of the loss.
-    assert 4 * PARAMETERS < figures["all-reduce_bytes"] < 4 * PARAMETERS + 100
-    # The texts' two features go round in either pass, in the second with their gradients; in float32 on a CPU.
-    assert figures["collective-permute_bytes"] == 6 * gpus * images * count * 512 * 4
 
 
 def test_fsdp_shrinks_parameters_and_moments(tmp_path):
