@@ -12,8 +12,7 @@ def crop_and_resize(images: jax.Array, boxes: jax.Array, size: int | tuple[int, 
 
     Args:
       images: uint8 (B, C, C, 3).
-      boxes: float32 (B, 4): top, left, height and width in pixels, within the image. What lies outside does not shine
-        in.
+      boxes: float32 (B, 4): top, left, height and width in pixels, within the image. Pixels outside are ignored.
       size: side of the results in pixels, or (height, width); static under jit.
 
     Returns:

@@ -56,7 +56,7 @@ def train_step(
     Args:
       state: before the step.
       batch: `images` (N, H, W, 3), uint8 pixels or normalised floats, and `texts`, see the model's `loss`. Where there
-        are `boxes` (N, 4), `images` are canvases (N, C, C, 3), see `augmentation.crop_and_resize`.
+        are `crop_boxes` (N, 4), `images` are canvases (N, C, C, 3), see `augmentation.crop_and_resize`.
       model, tx: what to train and how.
       seed: with the number of the step, the only source of chance.
       ema_decay: see `optimizer.average`; None where the state has no average.
@@ -65,8 +65,8 @@ def train_step(
       The state after the step, and the loss, its parts and what helps to judge them, float32 scalars.
     """
     images = batch["images"]
-    if "boxes" in batch:
-        images = crop_and_resize(images, batch["boxes"], model.image_size)
+    if "crop_boxes" in batch:
+        images = crop_and_resize(images, batch["crop_boxes"], model.image_size)
     images = normalize(images) if images.dtype == jnp.uint8 else images
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -146,7 +146,7 @@ def _train(config, workdir, mesh, signals):
     writer = metrics.create_writer(workdir, first) if main_process else None
     progress = metrics.Progress(steps, first, config["batch_size"], peak_flops(config), enabled=main_process)
     profile_first, profile_last = config["profile_steps"] or (-1, -1)
-    step_function = None  # compiled for the first batch
+    step_functions = {}  # by the shape of the texts, of which packing has a few; see packing.Packer
 
     def report(step, numbers):
         """Looks at the numbers of a step that the device has finished by now, or is about to, and logs them."""
@@ -159,7 +159,7 @@ def _train(config, workdir, mesh, signals):
             )
         if step % config["log_every"] == 0 and writer is not None:
             numbers |= progress.speed() | {"learning_rate": float(rate(step - 1)), "epoch": stream.epoch}
-            numbers |= {"skipped": stream.skipped.total(), "shortened": stream.shortened}
+            numbers |= {"skipped": stream.skipped.total(), "truncated": stream.truncated}
             with progress.clock.measure("logging"):
                 writer.write_scalars(step, numbers)
             progress.show(numbers)
@@ -189,16 +189,19 @@ def _train(config, workdir, mesh, signals):
             with progress.clock.measure("data"):
                 batch = next(stream)
             placed = sharding.global_batch(mesh, batch)
-            if step_function is None:
-                step_function = compilation.compile_step(step_of(config, model, tx), current, placed)
+            shape = placed["texts"]["tokens"].shape
+            if shape not in step_functions:
+                step_functions[shape] = compilation.compile_step(step_of(config, model, tx), current, placed)
+                if len(step_functions) > 1:
+                    logging.info("step %d: program %d, for texts in %d rows", step, len(step_functions), shape[0])
                 if main_process:
-                    print(compilation.memory_table(step_function), flush=True)
+                    print(compilation.memory_table(step_functions[shape]), flush=True)
                 progress.start()
             if step == profile_first:
                 jax.profiler.start_trace(str(workdir / "profile"))
                 tracing = True
             compilation.finish_on_cpu(pending)
-            current, numbers = step_function(current, placed)
+            current, numbers = step_functions[shape](current, placed)
             if pending:
                 report(*pending)
             pending = step + 1, numbers
@@ -223,7 +226,7 @@ def _train(config, workdir, mesh, signals):
     results = evaluate.run(evaluators, current.weights)
     evaluate.write(workdir, results, config["evaluators"], model, current.weights)
     if main_process:
-        counts = {"skipped": stream.skipped.total(), "shortened": stream.shortened}
+        counts = {"skipped": stream.skipped.total(), "truncated": stream.truncated}
         print(metrics.table("this run", {**final, **summary, **counts}))
         for reason, count in stream.skipped.most_common():
             logging.warning("%d samples were skipped: %s", count, reason)
@@ -244,7 +247,7 @@ def peak_flops(config: Mapping[str, Any]) -> float | None:
 
 def _work(config: Mapping[str, Any], texts: Mapping[str, np.ndarray]) -> tuple[float, int, int]:
     """Operations of a step on all devices, taking the other processes' captions to be as long as this one's; tokens and
-    places of this process's captions."""
+    slots of this process's captions."""
     lengths = packing.text_lengths(texts)
     everywhere = np.tile(lengths, jax.process_count())
     work = flops.train_step(config["model"], config["loss"], config["batch_size"], everywhere)
@@ -275,6 +278,7 @@ def open_stream(config: Mapping[str, Any], model: nn.Module, workdir: epath.Path
         process_count=jax.process_count(),
         device_count=jax.local_device_count(),
         rows_multiple_of=model.micro_batches,
+        agree=distributed.start_max,
         **options,
     )
 

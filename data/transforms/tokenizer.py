@@ -80,19 +80,6 @@ class Tokenizer:
         return tokens
 
 
-def ends(tokens: np.ndarray) -> np.ndarray:
-    """Where each row's text is pooled: `row * T + position` of the first end-of-text id, the largest of the row.
-
-    Args:
-      tokens: integers (N, T).
-
-    Returns:
-      int32 (N,), indices into the flattened tokens.
-    """
-    rows, length = tokens.shape
-    return (np.arange(rows) * length + tokens.argmax(axis=1)).astype(np.int32)  # (N,)
-
-
 def encode(text: str) -> list[int]:
     """Ids of one text, of any number, without start and end of text."""
     return _ids(text).tolist()
