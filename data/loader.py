@@ -119,8 +119,8 @@ class Stream:
     batch: with FLAIR's transforms "images", uint8 (B, H, W, 3) RGB; with pixels "device" these are canvases and there
     are "crop_boxes", float32 (B, 4). All texts, C an image, are in one dict, `texts`: {"tokens": int32 (B * C, T),
     "ends": int32 (B * C,)}. Text c of image i is number i * C + c, and `ends` are indices of the end-of-text ids into
-    the flattened tokens of all processes. With packing `texts` are as `packing.lay_out` says. Where a transform says which
-    of its texts are meant there is "valid", bool (B, C).
+    the flattened tokens of all processes. With packing `texts` are as `packing.lay_out` says. Where a transform says
+    which of its texts are meant there is "valid", bool (B, C).
 
     Close it, or use it in a `with` statement, to end its workers. They also end when this process does, however it
     dies.

@@ -91,7 +91,10 @@ def test_only_the_doors_of_flair_jax_lead_outside():
         door = relative.parts[0].removesuffix(".py")
         if door not in DOORS:
             if relative.parts[0] == "evaluators":
-                outside = {name for name in imports(path) if room_of(name) in outside} - {PACKING, "flair_jax.data.transforms"}
+                outside = {name for name in imports(path) if room_of(name) in outside} - {
+                    PACKING,
+                    "flair_jax.data.transforms",
+                }
             assert not outside, path
         if door != "benchmark":
             assert not roots(path) & {"torch"}, path

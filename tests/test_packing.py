@@ -1,5 +1,7 @@
 """Packed captions: every one comes back whole, each row holds no more than it can, and cutting has to be asked for."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -160,7 +162,7 @@ def test_the_last_number_of_rows_is_enough_for_any_batch():
         assert packing.place(sizes, row_length).rows <= counts[-1]
         assert all(number % multiple_of == 0 for number in counts)
         assert (np.diff(counts) > 0).all()
-        assert all(b <= max(packing.GROWTH * a, a + 1) + multiple_of for a, b in zip(counts, counts[1:], strict=False))
+        assert all(b <= max(packing.GROWTH * a, a + 1) + multiple_of for a, b in itertools.pairwise(counts))
     assert packing.row_counts(100, 384, row_length=80, longest=77) == (100, 125, 157, 197, 247, 309, 384)
     assert packing.row_counts(4, 8, row_length=80, longest=40, multiple_of=2) == (4,)
 

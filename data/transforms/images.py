@@ -45,8 +45,8 @@ def decode(data: bytes, upright: bool = False) -> Image.Image:
 
     Args:
       data: the bytes of a file of one of `FORMATS`.
-      upright: whether to turn the image as its EXIF orientation says, see `turn_upright`. The reference does not, so the
-        published data sets are trained and evaluated as they are stored.
+      upright: whether to turn the image as its EXIF orientation says, see `turn_upright`. The reference does not, so
+        the published data sets are trained and evaluated as they are stored. (TIFF files are turned by Pillow always.)
 
     Returns:
       The decoded image, of any mode; `to_rgb` makes it RGB.

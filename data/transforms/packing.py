@@ -313,9 +313,7 @@ def measure_rows(
     """
     sizes = np.array([lengths(tokens) for tokens in samples])  # (S, K)
     rng = np.random.default_rng(0)
-    batches = (
-        rng.choice(sizes, batch_size).reshape(-1) for _ in range(MEASURED_BATCHES if len(sizes) else 0)
-    )
+    batches = (rng.choice(sizes, batch_size).reshape(-1) for _ in range(MEASURED_BATCHES if len(sizes) else 0))
     return rows_for(batches, row_length=row_length, multiple_of=multiple_of, quantile=quantile)
 
 

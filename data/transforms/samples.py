@@ -67,7 +67,7 @@ class Crop:
     """
 
     size: int | tuple[int, int]
-    options: images.AugmentationOptions = images.AugmentationOptions()
+    options: images.AugmentationOptions
     pixels: Pixels = "reference"
     upright: bool = False
 
