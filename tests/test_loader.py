@@ -299,12 +299,12 @@ def test_three_ways_to_the_same_pixels(tmp_path):
         stream(shards, pixels="quick")
 
 
-def uneven(tmp_path, samples: int = 96) -> pathlib.Path:
-    """Shards of captions of very different lengths: most have 2 to 4 words, every fourth dozen fills the context."""
+def uneven(tmp_path, samples: int = 192) -> pathlib.Path:
+    """Shards of captions of very different lengths: most have 2 to 4 words, every eighth dozen fills the context."""
     rng = np.random.default_rng(0)
 
     def text(number):
-        words = 14 if number // 12 % 4 == 3 else rng.integers(2, 5)
+        words = 14 if number // 12 % 8 == 7 else rng.integers(2, 5)
         return json.dumps({"raw_caption": [" ".join(rng.choice(["a", "dog", "cat", "red"], words))]}).encode()
 
     return write_shards(tmp_path / "uneven", (samples,), {number: {"json": text(number)} for number in range(samples)})
@@ -328,7 +328,7 @@ def unpacked(texts) -> list[list[int]]:
 @pytest.mark.parametrize(("devices", "processes"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2)])
 def test_packing_loses_nothing_on_any_number_of_devices(tmp_path, devices, processes):
     """With its defaults: the texts of the packed rows are those of the padded ones, in a few shapes."""
-    options = dict(batch_size=16, captions={"count": 3, "max_merged": 3}, shuffle=False)
+    options = dict(batch_size=32, captions={"count": 3, "max_merged": 3}, shuffle=False)
     shards = uneven(tmp_path)
     with stream(shards, **options) as batches:
         padded = [next(batches) for _ in range(12)]
@@ -365,8 +365,8 @@ def test_packing_loses_nothing_on_any_number_of_devices(tmp_path, devices, proce
         assert unpacked(texts) == unpacked(plain["texts"])
         assert (np.concatenate([share["images"] for share in shares]) == plain["images"]).all()
         rows = len(texts["tokens"]) // devices
-        per_device = 48 // devices
-        assert (texts["ends"] // (LENGTH + 4) // rows == np.arange(48) // per_device).all()  # of its own images
+        per_device = 96 // devices
+        assert (texts["ends"] // (LENGTH + 4) // rows == np.arange(96) // per_device).all()  # of its own images
         assert {len(share["texts"]["tokens"]) for share in shares} == {rows * local}
         shapes.add(rows)
     assert 2 <= len(shapes) <= 4
@@ -428,16 +428,16 @@ def test_captions_are_truncated_and_counted_where_that_is_asked_for(tmp_path):
 
 @dataclasses.dataclass(frozen=True)
 class Negatives:
-    """Each drawn caption backwards, and only those of several words are meant."""
+    """Each drawn caption denied; only those of several sentences are meant."""
 
     captions: Captions
 
     names = ("texts/negatives", "valid/negatives")
 
     def __call__(self, sample):
-        drawn = [text.split() for text in self.captions.draw(sample)]
-        texts = self.captions.tokenize([" ".join(reversed(words)) for words in drawn])
-        return {self.names[0]: texts, self.names[1]: np.array([len(words) > 2 for words in drawn])}
+        drawn = self.captions.draw(sample)
+        texts = self.captions.tokenize([f"not {text}" for text in drawn])
+        return {self.names[0]: texts, self.names[1]: np.array([". " in text for text in drawn])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -480,8 +480,11 @@ def test_transforms_add_arrays_and_texts_under_their_names(clean, row_length, wo
     }
     for number, (*drawn, first, second), valid in zip(kept, texts, batch["valid"], strict=True):
         assert drawn == captions[number]
-        assert [first[1:-1], second[1:-1]] == [text[-2:0:-1] for text in drawn] or len(drawn[0]) == LENGTH
-        assert valid.tolist() == [True, True, *[len(text) > 4 for text in drawn]]
+        start, word, end = tokenizer.Tokenizer(3)("not")[0]
+        denied = [[start, word, *text[1:-1]][: LENGTH - 1] for text in drawn]
+        assert [first, second] == [[*text, end] for text in denied]
+        assert valid.tolist() == [True, True, *[len(text) > 5 for text in drawn]]
+    assert 0 < batch["valid"][:, 2:].mean() < 1
 
 
 def test_arrays_have_one_maker(clean):
