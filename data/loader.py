@@ -1,10 +1,10 @@
-"""From shards to batches: shuffled, cropped, captions drawn and tokenised, always full, resumable at the sample.
+"""The training input pipeline: shuffled, augmented, always full batches from shards, resumable at the very next sample.
 
-Order, crops and caption draws are pure functions of (seed, epoch, sample), so neither the number of workers nor a
-restart changes them. grain does the order, the workers and the batching: a *group* is a fixed run of `batch_size`
-places in the endless order, read as a whole by one worker. `Stream` turns groups into batches: samples that cannot be
-used leave gaps in their group, the next group fills them and what is left of it is carried over: nothing is repeated or
-lost. Last, the texts of a batch may be packed.
+The order and what the transforms make are pure functions of (seed, epoch, sample), so neither the number of workers nor
+a restart changes them. grain does the order, the workers and the batching: a *group* is a fixed run of `batch_size`
+indices of the endless order, read as a whole by one worker. `Stream` turns groups into batches: where samples cannot be
+used, the batch is filled up from the next group, and the rest of that group starts the next batch: nothing is repeated
+or lost. Last, the texts of a batch may be packed.
 """
 
 import collections
@@ -77,7 +77,7 @@ def collate(samples: Sequence[dict[str, np.ndarray] | Skipped], shared: bool = F
       shared: whether to lay the arrays in shared memory, for another process.
 
     Returns:
-      The arrays of the G good ones, (G, …) each; "offsets": their places in the group, (G,); and "skipped": (offset,
+      The arrays of the G good ones, (G, …) each; "offsets": their indices in the group, (G,); and "skipped": (offset,
       Skipped) of the others. Without good ones there are no other arrays.
     """
     offsets = [offset for offset, sample in enumerate(samples) if not isinstance(sample, Skipped)]
@@ -133,7 +133,7 @@ class Stream:
     def __init__(
         self,
         load: LoadTraining,
-        places: grain.MapDataset,
+        sample_order: grain.MapDataset,
         packer: packing.Packer | None,
         *,
         identity: Mapping[str, Any],
@@ -151,7 +151,7 @@ class Stream:
         _check_same_stream(start["stream"], identity)
         self._base = {name: start[name] for name in ("start", "leftover", "stream")}  # what stays of the position
         self._layout = iterator_state.Layout(start["start"], tuple(map(tuple, start["leftover"])))
-        # The next batch begins at place `_offset` of group `_group`.
+        # The next batch begins at index `_offset` of group `_group`.
         self._group, self._offset = start["group"], start["offset"]
         self._held = None  # that group, once it was read
         self._skipped = collections.Counter(start["skipped"])
@@ -162,14 +162,14 @@ class Stream:
         self._position = self._snapshot()
         self._prefetched: _Drawn | Exception | None = None
         # In a list that closing empties: grain complains at exit of an iterator that is still there.
-        self._groups = [self._start(places, load, workers)]
+        self._groups = [self._start(sample_order, load, workers)]
         self._finalizer = weakref.finalize(self, _close, self._groups)
 
-    def _start(self, places: grain.MapDataset, load: LoadTraining, workers: int) -> grain.DatasetIterator:
+    def _start(self, sample_order: grain.MapDataset, load: LoadTraining, workers: int) -> grain.DatasetIterator:
         if self._layout.leftover:
-            relaid = functools.partial(_relaid, places, self._layout)
-            places = grain.MapDataset.range(1).repeat().map_with_index(relaid)
-        numbered = places.map_with_index(_with_place)[self._layout.start :]
+            relaid = functools.partial(_relaid, sample_order, self._layout)
+            sample_order = grain.MapDataset.range(1).repeat().map_with_index(relaid)
+        numbered = sample_order.map_with_index(_with_index)[self._layout.start :]
         groups = numbered.batch(self._rows, drop_remainder=True, batch_fn=list)
         groups = groups[self._group * self._process_count + self._process_index :: self._process_count]
         shared = bool(workers) and os.path.isdir(SHARED_MEMORY)
@@ -198,7 +198,7 @@ class Stream:
         if isinstance(drawn, Exception):
             raise drawn
         if self._agree is not None:
-            # The processes agree on the rows of a batch one batch before it is needed, so that nobody waits for it.
+            # Processes agree on a batch's rows one batch before it is needed, so that no device waits for it.
             try:
                 self._prefetched = self._draw()
             except Exception as error:  # it belongs to the next batch
@@ -258,7 +258,7 @@ class Stream:
         return {name: value if name == "skipped" else np.asarray(value) for name, value in group.items()}
 
     def _take(self, group: Mapping[str, Any], count: int) -> tuple[dict[str, np.ndarray], int]:
-        """At most `count` good samples of a group from the present offset on, and the offset behind them.
+        """At most `count` good samples of a group from the present offset on, and the offset after them.
 
         What is passed on the way and cannot be used is counted.
         """
@@ -274,7 +274,7 @@ class Stream:
     def _count(self, skipped: Skipped) -> None:
         _log_and_count(skipped, self._skipped, self._logged)
         self._logged += 1
-        epoch, offset = divmod(skipped.place, len(self.source))
+        epoch, offset = divmod(skipped.index, len(self.source))
         self._epoch_skipped = 1 + (self._epoch_skipped if epoch == self._epoch else 0)
         self._epoch = epoch
         whole = len(self.source) / self._process_count  # samples of an epoch that this process reads
@@ -364,12 +364,12 @@ def _check_same_stream(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None
         )
 
 
-def _relaid(places: grain.MapDataset, layout: iterator_state.Layout, place: int, _: int) -> tuple[int, int]:
-    return places[layout(place)]
+def _relaid(sample_order: grain.MapDataset, layout: iterator_state.Layout, index: int, _: int) -> tuple[int, int]:
+    return sample_order[layout(index)]
 
 
-def _with_place(place: int, which: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-    return place, which
+def _with_index(index: int, which: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    return index, which
 
 
 def _load_group(load: LoadTraining, shared: bool, group: list[tuple[int, tuple[int, int]]]) -> dict[str, Any]:
@@ -505,10 +505,10 @@ def make_stream(
         "process_index": process_index,
         "process_count": process_count,
     }
-    places = order.endless(sizes, seed, shuffle=shuffle, window=shuffle_window, weights=weights)
+    sample_order = order.endless(sizes, seed, shuffle=shuffle, window=shuffle_window, weights=weights)
     packer = _measured_packer(
         load,
-        places,
+        sample_order,
         images=batch_size // process_count // device_count,
         longest=context_length,
         devices=device_count,
@@ -523,7 +523,7 @@ def make_stream(
         )
     return Stream(
         load,
-        places,
+        sample_order,
         packer,
         identity=identity,
         workers=workers,
@@ -535,7 +535,7 @@ def make_stream(
 
 def _measured_packer(
     load: LoadTraining,
-    places: Sequence[tuple[int, int]],
+    sample_order: Sequence[tuple[int, int]],
     *,
     images: int,
     longest: int,
@@ -547,7 +547,7 @@ def _measured_packer(
     """A packer that fits the data: the same for every process and every restart, as its samples are.
 
     Args:
-      load, places: the training samples and their order, of which the first are measured.
+      load, sample_order: the training samples and their order, of which the first are measured.
       images: in a batch of one device.
       longest: tokens of a caption, at most.
       devices, processes: devices of this process, and processes.
@@ -565,7 +565,7 @@ def _measured_packer(
             f"packing.row_length is {options.row_length}, and captions have up to {longest} tokens (context_length): "
             f"set row_length to {longest} or more, or packing.truncate=True, which cuts captions that do not fit"
         )
-    which = [places[place] for place in range(min(MEASURED_SAMPLES, len(load.source)))]
+    which = [sample_order[index] for index in range(min(MEASURED_SAMPLES, len(load.source)))]
     with concurrent.futures.ThreadPoolExecutor(MAX_THREADS) as pool:  # a read from a store takes its time
         measured = [tokens for tokens in pool.map(load.texts, which) if tokens is not None]
     if not measured:

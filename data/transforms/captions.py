@@ -90,7 +90,7 @@ def split_sentences(text: str) -> list[str]:
     """The sentences of an English text, for new training: abbreviations, decimals, initials and addresses stay whole.
 
     Cut at every newline and `</s>` too, without the full stops at their ends, and without pieces that have no letter,
-    such as the numbers of a list. Question and exclamation marks end a sentence and stay. In doubt, as behind a single
+    such as the numbers of a list. Question and exclamation marks end a sentence and stay. In doubt, as after a single
     letter, two sentences stay together.
     """
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # sentencex takes no lone surrogates

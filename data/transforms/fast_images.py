@@ -82,7 +82,7 @@ def canvas(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     upright: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The random part of an image before its resize, in the corner of a canvas that is as large for every image.
+    """The random part of an image before its resize, in the upper left corner of a canvas of one size for all images.
 
     A part that does not fit is resized to `size` here: the accelerator's resize then changes nothing.
 

@@ -23,7 +23,7 @@ class Skipped(NamedTuple):
     shard: str
     key: str
     reason: str
-    place: int  # in the endless order
+    index: int  # in the endless order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Crop:
 
 @dataclasses.dataclass(frozen=True)
 class LoadTraining:
-    """Of each (place in the endless order, (epoch, sample number)) the arrays of the sample by name, or Skipped.
+    """Of each (index in the endless order, (epoch, sample number)) the arrays of the sample by name, or Skipped.
 
     Attributes:
       source: of the records.
@@ -125,7 +125,7 @@ class LoadTraining:
         samples: list[Sample | None] = [None] * len(run)
         made: list[dict[str, np.ndarray] | Skipped] = [{} for _ in run]
         for transform in (None, *self.transforms):  # None: the record is read
-            for i, (place, (epoch, number)) in enumerate(run):
+            for i, (index, (epoch, number)) in enumerate(run):
                 if isinstance(made[i], Skipped):
                     continue
                 try:
@@ -134,7 +134,7 @@ class LoadTraining:
                     else:
                         made[i] |= transform(samples[i])
                 except UNUSABLE as error:
-                    made[i], samples[i] = Skipped(*self.source.where(number), str(error), place), None
+                    made[i], samples[i] = Skipped(*self.source.where(number), str(error), index), None
         return made
 
     def texts(self, which: tuple[int, int]) -> np.ndarray | None:
@@ -178,19 +178,19 @@ def join_texts(batch: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], 
 
 @dataclasses.dataclass(frozen=True)
 class LoadEvaluation:
-    """(place, sample number) -> (key, uint8 (H, W, 3), sentences) or Skipped."""
+    """(index, sample number) -> (key, uint8 (H, W, 3), sentences) or Skipped."""
 
     source: Source
     image_size: int | tuple[int, int]
     fields: Sequence[str]
     upright: bool = False
 
-    def __call__(self, place: int, number: int) -> tuple[str, np.ndarray, list[str]] | Skipped:
+    def __call__(self, index: int, number: int) -> tuple[str, np.ndarray, list[str]] | Skipped:
         try:
             record = self.source[number]
             sentences = captions.sentences(parse(record), self.fields)
             image = images.to_rgb(images.decode(record.image, self.upright))
             image = images.evaluation_crop(image, self.image_size)
         except UNUSABLE as error:
-            return Skipped(*self.source.where(number), str(error), place)
+            return Skipped(*self.source.where(number), str(error), index)
         return record.key, image, sentences
