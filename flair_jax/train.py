@@ -192,9 +192,9 @@ def _train(config, workdir, mesh, signals):
             shape = placed["texts"]["tokens"].shape
             if shape not in step_functions:
                 step_functions[shape] = compilation.compile_step(step_of(config, model, tx), current, placed)
-                if len(step_functions) > 1:
-                    logging.info("step %d: program %d, for texts in %d rows", step, len(step_functions), shape[0])
                 if main_process:
+                    if len(step_functions) > 1:
+                        print(f"step {step}: compiled anew, for {shape[0]} rows of packed captions", flush=True)
                     print(compilation.memory_table(step_functions[shape]), flush=True)
                 progress.start()
             if step == profile_first:
