@@ -1,14 +1,19 @@
 """Several processes as one run: they start together, save and stop at the same step, and none outlives another."""
 
+import functools
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class Interrupted(Exception):
@@ -44,6 +49,25 @@ def fail() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
+
+
+def start_max(value: int) -> Callable[[], int]:
+    """Starts to find the largest of the values that all processes give; the function that it returns waits for it.
+
+    It runs on the devices after the steps that were started before; all processes call it in the same order.
+    """
+    split, largest_of = _largest()
+    values = jax.make_array_from_process_local_data(split, np.full(jax.local_device_count(), value, np.int32))
+    largest = largest_of(values)
+    return lambda: int(largest)
+
+
+@functools.cache
+def _largest() -> tuple[NamedSharding, Callable]:
+    """Where one number per device is, and the jitted function that finds the largest, on all devices."""
+    mesh = Mesh(np.array(jax.devices()), ("device",))
+    split, whole = NamedSharding(mesh, PartitionSpec("device")), NamedSharding(mesh, PartitionSpec())
+    return split, jax.jit(jnp.max, in_shardings=split, out_shardings=whole)
 
 
 class Signals:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from flair_jax.data.transforms.images import pair
 from flair_jax.models.vision import kept_patches
 
 # Dense bfloat16 operations a second, of the makers' data sheets; the key is part of `jax.Device.device_kind`.
@@ -42,8 +43,7 @@ def transformer(tokens: Any, width: int, depth: int) -> Any:
 
 def patches(vision: Mapping[str, Any]) -> int:
     """Patches of an image, L."""
-    size = vision["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = pair(vision["image_size"])
     return (height // vision["patch_size"]) * (width // vision["patch_size"])
 
 

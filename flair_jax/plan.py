@@ -26,6 +26,7 @@ from jax.experimental import topologies
 from ml_collections import config_flags
 
 from flair_jax import compilation, flops, models, optimizer, sharding, state
+from flair_jax.data.transforms.images import pair
 from flair_jax.step import step_of
 
 RECIPES = ("flair_cc3m", "flair_cc12m", "flair_yfcc15m", "flair_merged30m", "flair_pixelprose")
@@ -60,8 +61,7 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
         text = {name: ints(rows, row_length) for name in ("tokens", "segments", "positions")}
     else:
         text = {"tokens": ints(texts, model["text"]["context_length"])}
-    size = model["vision"]["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = pair(model["vision"]["image_size"])
     pixels = jax.ShapeDtypeStruct((images, height, width, 3), np.uint8, sharding=split)
     return {"images": pixels, "texts": {**text, "ends": ints(texts)}}
 

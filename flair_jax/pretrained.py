@@ -83,7 +83,12 @@ class Pretrained:
         self._tokenizer = Tokenizer(self.model.context_length)
 
     def preprocess(self, images: Sequence[Image.Image] | Image.Image) -> np.ndarray:
-        """Pictures of any size and mode -> (B, H, W, 3) float32, as the reference evaluates them."""
+        """Images of any size and mode -> (B, H, W, 3) float32, as the reference evaluates them.
+
+        Each is resized to just cover the model's image size, cropped in the centre, made RGB and normalised with CLIP's
+        mean and deviation. Its EXIF orientation is ignored, as the reference ignores it: turn a photograph upright
+        beforehand (`PIL.ImageOps.exif_transpose`) where the model was trained on upright ones (`data.upright`).
+        """
         images = [images] if isinstance(images, Image.Image) else images
         pixels = [image_rules.evaluation_crop(image, self.model.image_size) for image in images]
         return image_rules.normalize(np.stack(pixels))

@@ -96,7 +96,7 @@ def _train(config, workdir, mesh, signals):
     writer = metrics.create_writer(workdir, first) if main_process else None
     progress = metrics.Progress(steps, first, config["batch_size"], peak_flops(config), enabled=main_process)
     profile_first, profile_last = config["profile_steps"] or (-1, -1)
-    step_function = None  # compiled for the first batch
+    step_functions = {}  # by the shape of the texts, of which packing has a few; see packing.Packer
 
     def report(step, numbers):
         """Looks at the numbers of a step that the device has finished by now, or is about to, and logs them."""
@@ -109,7 +109,7 @@ def _train(config, workdir, mesh, signals):
             )
         if step % config["log_every"] == 0 and writer is not None:
             numbers |= progress.speed() | {"learning_rate": float(rate(step - 1)), "epoch": stream.epoch}
-            numbers |= {"skipped": stream.skipped.total(), "shortened": stream.shortened}
+            numbers |= {"skipped": stream.skipped.total(), "truncated": stream.truncated}
             with progress.clock.measure("logging"):
                 writer.write_scalars(step, numbers)
             progress.show(numbers)
@@ -139,16 +139,19 @@ def _train(config, workdir, mesh, signals):
             with progress.clock.measure("data"):
                 batch = next(stream)
             placed = sharding.global_batch(mesh, batch)
-            if step_function is None:
-                step_function = compilation.compile_step(step_of(config, model, optimize), current, placed)
+            shape = placed["texts"]["tokens"].shape
+            if shape not in step_functions:
+                step_functions[shape] = compilation.compile_step(step_of(config, model, optimize), current, placed)
                 if main_process:
-                    print(compilation.memory_table(step_function), flush=True)
+                    if len(step_functions) > 1:
+                        print(f"step {step}: compiled anew, for {shape[0]} rows of packed captions", flush=True)
+                    print(compilation.memory_table(step_functions[shape]), flush=True)
                 progress.start()
             if step == profile_first:
                 jax.profiler.start_trace(str(workdir / "profile"))
                 tracing = True
             cpu.finish(pending)
-            current, numbers = step_function(current, placed)
+            current, numbers = step_functions[shape](current, placed)
             if pending:
                 report(*pending)
             pending = step + 1, numbers
@@ -173,7 +176,7 @@ def _train(config, workdir, mesh, signals):
     results = evaluate.run(evaluators, current.weights)
     evaluate.write(workdir, results, config["evaluators"], model, current.weights)
     if main_process:
-        counts = {"skipped": stream.skipped.total(), "shortened": stream.shortened}
+        counts = {"skipped": stream.skipped.total(), "truncated": stream.truncated}
         print(metrics.table("this run", {**final, **summary, **counts}))
         for reason, count in stream.skipped.most_common():
             logging.warning("%d samples were skipped: %s", count, reason)
@@ -189,7 +192,7 @@ def peak_flops(config: Mapping[str, Any]) -> float | None:
 
 def _work(config: Mapping[str, Any], texts: Mapping[str, np.ndarray]) -> tuple[float, int, int]:
     """Operations of a step on all devices, taking the other processes' captions to be as long as this one's; tokens and
-    places of this process's captions."""
+    slots of this process's captions."""
     lengths = packing.text_lengths(texts)
     everywhere = np.tile(lengths, jax.process_count())
     work = flops.train_step(config["model"], config["objectives"], config["batch_size"], everywhere)
@@ -220,6 +223,7 @@ def open_stream(config: Mapping[str, Any], model: nn.Module, workdir: epath.Path
         process_count=jax.process_count(),
         device_count=jax.local_device_count(),
         rows_multiple_of=model.micro_batches,
+        agree=distributed.start_max,
         **options,
     )
 

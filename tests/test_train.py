@@ -146,13 +146,13 @@ def test_devices_and_sharding_do_not_change_a_run(tmp_path, monkeypatch):
 
 
 def test_packed_captions_and_crops_on_the_device_do_not_change_a_run(tmp_path):
-    """Rows of several captions, on eight devices; pixels to within a grey level."""
+    """Rows of several captions, of several numbers, on eight devices; pixels to within a grey level."""
     train.train(tiny(), tmp_path / "plain")
-    train.train(tiny(data__packing__row_length=20, data__packing__quantile=1.0), tmp_path / "packed")
+    train.train(tiny(data__packing__row_length=20, data__packing__quantile=0.01), tmp_path / "packed")
     train.train(tiny(data__pixels="device"), tmp_path / "device")
     lines = {name: metrics.read_json_lines(tmp_path / name) for name in ("plain", "packed", "device")}
     plain, packed, device = ([line["loss"] for line in lines[name]] for name in lines)
-    assert len(plain) == 6 and lines["packed"][-1]["shortened"] == 0
+    assert len(plain) == 6 and lines["packed"][-1]["truncated"] == 0
     np.testing.assert_allclose(packed, plain, rtol=2e-5)
     np.testing.assert_allclose(device, plain, rtol=1e-3)
 
@@ -189,10 +189,10 @@ def test_what_a_run_tells(tmp_path, capsys):
     assert lines[-1].keys() >= {
         "loss", "tcs", "mps", "positive_logit", "negative_logit", "grad_norm", "param_norm",
         "logit_scale", "logit_bias", "images_per_second", "step_seconds",
-        "data_wait_share", "saving_share", "tflop_per_second", "fill", "skipped",
-        "shortened", "learning_rate", "epoch",
+        "data_wait_share", "saving_share", "tflop_per_second", "packing_efficiency", "skipped",
+        "truncated", "learning_rate", "epoch",
     }  # fmt: skip
-    assert all(0 < line["fill"] <= 1 and line["data_wait_share"] <= 1 for line in lines)
+    assert all(0 < line["packing_efficiency"] <= 1 and line["data_wait_share"] <= 1 for line in lines)
     # Before training both means are near the bias.
     assert lines[0]["positive_logit"] == pytest.approx(lines[0]["negative_logit"], abs=1.5)
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1

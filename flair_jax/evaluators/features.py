@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flair_jax import sharding
+from flair_jax.data.transforms import packing
 from flair_jax.models.text import Text
 
 Item = TypeVar("Item")
@@ -47,41 +48,6 @@ def check_texts(name: str, tokens: np.ndarray, owner: np.ndarray, owners: int) -
         raise ValueError(
             f"{name}: texts belong to numbers from {owner.min()} to {owner.max()}; expected 0 to {owners - 1}"
         )
-
-
-def share_rows(lengths: np.ndarray, row_length: int) -> list[list[int]]:
-    """Numbers of the texts in each row, as few rows as best-fit decreasing finds.
-
-    The longest come first, each into the fullest row that has room for it and fewer than `ROW_TEXTS` others.
-    """
-    rows, by_room = [], [[] for _ in range(row_length + 1)]  # rows that take more, by the tokens that they have left
-    for number in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[number])
-        room = next((room for room in range(length, row_length) if by_room[room]), row_length)
-        if room < row_length:
-            row = by_room[room].pop()
-        else:
-            row = []
-            rows.append(row)
-        row.append(number)
-        if len(row) < ROW_TEXTS:
-            by_room[room - length].append(row)
-    return rows
-
-
-def lay(tokens: np.ndarray, lengths: np.ndarray, rows: Sequence[Sequence[int]], count: int, row_length: int) -> Text:
-    """Texts (N, T) side by side in `count` rows; text s of row r ends at `ends[r * ROW_TEXTS + s]`, others anywhere."""
-    laid, positions, segments = np.zeros((3, count, row_length), np.int32)
-    ends = np.repeat(np.arange(count, dtype=np.int32) * row_length, ROW_TEXTS)  # a row's ends stand in that row
-    for r, row in enumerate(rows):
-        start = 0
-        for s, number in enumerate(row):
-            length = lengths[number]
-            place = slice(start, start + length)
-            laid[r, place], positions[r, place], segments[r, place] = tokens[number, :length], np.arange(length), s + 1
-            start += length
-            ends[r * ROW_TEXTS + s] += start - 1
-    return Text(laid, ends, positions, segments)
 
 
 @functools.lru_cache(maxsize=8)
@@ -203,22 +169,26 @@ class Encoder:
           ValueError: a text is longer than the model's context.
         """
         tokens, inverse = np.unique(tokens, axis=0, return_inverse=True)
-        lengths = np.argmax(tokens, axis=1) + 1  # nothing is read behind the end of a text
+        lengths = packing.lengths(tokens)
         if lengths.max() > self._model.context_length:
             raise ValueError(
                 f"texts have {lengths.max()} tokens; model.text.context_length is {self._model.context_length}"
             )
         row_length = tokens.shape[1] + tokens.shape[1] % 2  # cuDNN wants it even
-        rows = share_rows(lengths, row_length)
-        count = self._rows(self._text_batch, len(rows))
+        placement = packing.place(lengths, row_length, row_captions=ROW_TEXTS)
+        count = self._rows(self._text_batch, placement.rows)
+        rows = -(-placement.rows // count) * count
+        texts = packing.lay_out(tokens, lengths, placement, row_length=row_length, rows=rows)
+        # Each row has as many ends as there may be: those of its texts, and the row's first token for the others.
+        number = placement.row * ROW_TEXTS + placement.segment - 1  # (N,) of each text among the ends
+        ends = np.repeat(np.arange(rows, dtype=np.int32) * row_length, ROW_TEXTS)
+        ends[number] = texts["ends"]
         blocks = []
-        for start in range(0, len(rows), count):
-            batch = lay(tokens, lengths, rows[start : start + count], count, row_length)
-            blocks.append(self._run(self._encode_text, params, batch))
-        place = np.empty(len(tokens), int)  # of each text among the blocks
-        for number, row in enumerate(rows):
-            place[row] = number * ROW_TEXTS + np.arange(len(row))
-        return self.take(blocks, place[inverse.reshape(-1)])
+        for start in range(0, rows, count):
+            part = {name: texts[name][start : start + count] for name in ("tokens", "positions", "segments")}
+            part["ends"] = ends[start * ROW_TEXTS : (start + count) * ROW_TEXTS] - np.int32(start * row_length)
+            blocks.append(self._run(self._encode_text, params, Text(**part)))
+        return self.take(blocks, number[inverse.reshape(-1)])
 
     def take(self, blocks: Sequence[Any], index: np.ndarray) -> Any:
         """Rows by number out of features that stand one behind the other in `blocks`, whole on every device."""

@@ -7,13 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flair_jax.data.transforms.images import pair
 from flair_jax.models import layers
-
-
-def pair(size) -> tuple[int, int]:
-    """(height, width) of a size that is one number or two."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
 
 
 def kept_patches(patches: int, dropout: float) -> int:
