@@ -324,7 +324,8 @@ def test_a_disk_without_space_for_the_table(tmp_path, mapped, cache, caplog):
 def test_processes_that_start_together_share_one_table(tmp_path):
     paths = shards(tmp_path / "shards", *"abcd", size=50)
     code = (
-        "import sys; from data import index, records; index.MAPPED_BYTES = 0;"
+        "import sys; from flair_jax.data.sources import index; from flair_jax.data.sources.open import open_source;"
+        "index.MAPPED_BYTES = 0;"
         "source = open_source(sys.argv[2:], index_dir=sys.argv[1]);"
         "print(source[199].key, source._table.folder)"
     )

@@ -445,7 +445,7 @@ def test_killed_and_gone_on(cc3m, capsys):
     # The process stops itself for good where the n-th file is about to get its name.
     code = (
         "import os, signal, sys\n"
-        "from data.prepare import __main__, atomic\n"
+        "from flair_jax.data.prepare import __main__, atomic\n"
         "left, replace = int(sys.argv.pop(1)), os.replace\n"
         "def counted(source, target):\n"
         "    global left\n"
@@ -621,7 +621,7 @@ def test_peak_memory_does_not_grow_with_the_captions(tmp_path):
     for rows in (5_000, 20_000):
         write_csv(tmp_path / "c.csv", ([url(number), *["A dog of 3 years. " * 15] * 7] for number in range(rows)))
         code = (
-            "import resource, sys; from data.prepare import __main__; __main__.main(sys.argv[1:]);"
+            "import resource, sys; from flair_jax.data.prepare import __main__; __main__.main(sys.argv[1:]);"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
         arguments = ["dreamlip", "--captions", "c.csv", "--images", "a.tar", "--output", str(rows), "--workers", "1"]

@@ -229,7 +229,7 @@ def _scan_elsewhere(shards: Sequence[str], scan: Scan, index_dir: IndexDir) -> l
     It is a plain child: those of multiprocessing would import the main module, which scripts must be made for.
     """
     result = subprocess.run(
-        [sys.executable, "-c", "from data import index; index.serve()"],
+        [sys.executable, "-c", f"from {__name__} import serve; serve()"],
         input=pickle.dumps((shards, scan, index_dir)),
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
