@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flair_jax.data.sources import files, tf_example
+from flair_jax.data.sources import files, index, tf_example
 from flair_jax.data.sources.base import Record, RecordError, ShardError
 
 TFDS_PREFIX = "tfds:"
@@ -51,7 +51,7 @@ class ArrayRecord:
         self.skipped = skipped
         self._ends = np.cumsum([part.count for part in parts])  # (parts,)
         if not len(self):
-            raise ShardError(f"no record in {len(parts)} shard(s); left out: {dict(skipped) or 'nothing'}")
+            raise ShardError(f"no record in {len(parts)} shard(s); left out: {index.describe(skipped, {})}")
         self.checksum = zlib.crc32(repr([part[2:] for part in parts]).encode())
         self._readers = _Readers()
 

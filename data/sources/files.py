@@ -1,4 +1,4 @@
-"""Files on this machine and in stores (gs://, s3://, https:// …): which there are, their state, ranges of their bytes.
+"""Files on this machine and in stores (gs://, s3://, https:// …): names, states, ranges of bytes, atomic writes.
 
 Stores are reached through fsspec, whose packages for each kind of store are installed apart: gcsfs, s3fs, aiohttp.
 """
@@ -9,8 +9,10 @@ import hashlib
 import io
 import logging
 import os
+import pathlib
 import re
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
@@ -26,6 +28,8 @@ MARKS = (
     *("ETag", "etag", "md5Hash", "crc32c", "generation", "Content-MD5", "Digest"),
     *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "created"),
 )
+
+PARTIAL = ".partial"  # ending of a file that is being written
 
 _seen: dict[tuple[str, "State"], float] = {}  # when a file of a store was last seen to be in a state
 
@@ -172,6 +176,31 @@ class _StoreFile(io.RawIOBase):
         target[: len(content)] = content
         self._place = stop
         return len(content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A temporary path beside a local `path`. What is written there is renamed to `path` if the block succeeds.
+
+    A killed process leaves no half-written file under the final name. Processes may write the same file at the same
+    time: each has a temporary file of its own, and the last one to finish replaces the others' files. The mode of the
+    file follows the umask, whatever the code that writes it would choose.
+
+    Raises:
+      OSError: the file cannot be written, for instance because the disk is full. `path` stays as it was.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        os.chmod(temporary, mode)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # before the rename: after a power cut the file would hold zeros
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def find(pattern: str) -> list[str]:

@@ -20,10 +20,10 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 import time
+import uuid
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from flair_jax.data.sources.base import ShardError
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 2  # of the index files and tables; another number makes them be built again
+SCHEMA = 3  # of the index files and tables; another number makes them be built again
 CACHE = "~/.cache/flair_jax"
 INDEX_ENDING = ".index.npz"  # of the files beside shards
 PROCESS_BYTES = 1 << 30  # shards of more bytes than this are scanned by several processes
@@ -53,6 +53,7 @@ class Index:
     keys: np.ndarray  # uint8, the keys one after the other in UTF-8
     key_lengths: np.ndarray  # (N,) int64, bytes
     skipped: collections.Counter  # what was left out, by reason
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)  # reason -> name of the first one, if it has one
 
 
 Scan = Callable[[str], Index]  # a function of a module, so that other processes can be told of it
@@ -63,7 +64,7 @@ Scan = Callable[[str], Index]  # a function of a module, so that other processes
 
 
 def _cache(index_dir: IndexDir) -> pathlib.Path:
-    return pathlib.Path(index_dir if index_dir is not None else CACHE).expanduser()
+    return pathlib.Path(os.path.expanduser(index_dir if index_dir is not None else CACHE))
 
 
 def _absolute(shard: str) -> str:
@@ -86,6 +87,15 @@ def _is_writable(folder: pathlib.Path) -> bool:
     return os.access(folder, os.W_OK) and bool(stat.S_IMODE(folder.stat().st_mode) & 0o222)
 
 
+def describe(skipped: collections.Counter, examples: Mapping[str, str]) -> str:
+    """What was left out, for messages: `2 x link (first: a.jpg), 1 x empty file`."""
+    parts = [
+        f"{count} x {reason}" + (f" (first: {examples[reason]})" if reason in examples else "")
+        for reason, count in skipped.items()
+    ]
+    return ", ".join(parts) or "nothing"
+
+
 def _load(shard: str, state: files.State, index_dir: IndexDir) -> Index | None:
     """The index from its file, or None where there is none for the shard as it is now."""
     for file in _index_files(shard, index_dir):
@@ -101,6 +111,16 @@ def _load(shard: str, state: files.State, index_dir: IndexDir) -> Index | None:
     return None
 
 
+def _to_json(skipped: collections.Counter, examples: Mapping[str, str], **more) -> bytes:
+    return json.dumps({"skipped": skipped, "examples": examples, **more}).encode()
+
+
+def _from_json(content: bytes) -> dict:
+    """`skipped` and `examples` of an index or a table."""
+    stored = json.loads(content)
+    return {"skipped": collections.Counter(stored["skipped"]), "examples": dict(stored["examples"])}
+
+
 def _read(file: pathlib.Path) -> Index | None:
     """None for a file of another schema. numpy checks the checksums of the zip; objects are not unpickled."""
     with np.load(file, allow_pickle=False) as stored:
@@ -111,9 +131,7 @@ def _read(file: pathlib.Path) -> Index | None:
             spans=stored["spans"],
             keys=stored["keys"],
             key_lengths=stored["key_lengths"],
-            skipped=collections.Counter(
-                dict(zip(stored["skipped_reasons"].tolist(), stored["skipped_counts"].tolist(), strict=True))
-            ),
+            **_from_json(stored["skipped"].tobytes()),
         )
     count = len(index.key_lengths)
     if len(index.spans) != count or index.key_lengths.sum() != len(index.keys):
@@ -141,24 +159,16 @@ def _save(index: Index, shard: str, index_dir: IndexDir) -> None:
 
 
 def _write(index: Index, file: pathlib.Path) -> None:
-    """All or nothing: readers, and writers of other processes, never see half a file."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-    try:
-        with open(handle, "wb") as target:
-            np.savez(
-                target,
-                schema=SCHEMA,
-                state=np.array(index.state, np.int64),
-                spans=index.spans,
-                keys=index.keys,
-                key_lengths=index.key_lengths,
-                skipped_reasons=np.array(list(index.skipped), np.str_),
-                skipped_counts=np.array(list(index.skipped.values()), np.int64),
-            )
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with files.replacing(file) as temporary, open(temporary, "wb") as target:
+        np.savez(
+            target,
+            schema=SCHEMA,
+            state=np.array(index.state, np.int64),
+            spans=index.spans,
+            keys=index.keys,
+            key_lengths=index.key_lengths,
+            skipped=np.frombuffer(_to_json(index.skipped, index.examples), np.uint8),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,7 +186,7 @@ def _indexes(shards: Sequence[str], states: Sequence[files.State], scan: Scan, i
         found.update(_scan_all(sizes, scan, index_dir))
     faulty = [shard for shard, index in found.items() if index.skipped]
     for shard in faulty[:LOGGED_SHARDS]:
-        logger.warning("%s: left out %s", shard, dict(found[shard].skipped))
+        logger.warning("%s: left out %s", shard, describe(found[shard].skipped, found[shard].examples))
     if len(faulty) > LOGGED_SHARDS:
         logger.warning("%d more shards leave something out; see the counts in `skipped`", len(faulty) - LOGGED_SHARDS)
     return [found[shard] for shard in shards]
@@ -268,6 +278,7 @@ class Table:
     keys: np.ndarray  # uint8
     key_ends: np.ndarray  # (N,) int64
     skipped: collections.Counter
+    examples: dict[str, str]  # see Index; over all shards the first one of each reason
     checksum: int
     folder: str | None = None
 
@@ -290,6 +301,7 @@ def _merge(indexes: Sequence[Index]) -> Table:
         keys=keys,
         key_ends=np.cumsum(np.concatenate([index.key_lengths for index in indexes])),
         skipped=sum((index.skipped for index in indexes), collections.Counter()),
+        examples={reason: name for index in reversed(indexes) for reason, name in index.examples.items()},
         # Folders and the places inside of the shards do not matter: a moved or repacked data set stays the same.
         checksum=zlib.crc32(keys, zlib.crc32(np.ascontiguousarray(spans[:, 1::2]))),
     )
@@ -352,8 +364,8 @@ def _open_table(folder: str) -> Table:
         for name in ARRAYS:
             # As plain arrays: those of class memmap take several times as long to index.
             arrays[name] = np.asarray(np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r", allow_pickle=False))
-        with open(os.path.join(folder, "table.json"), encoding="utf-8") as file:
-            rest = json.load(file)
+        with open(os.path.join(folder, "table.json"), "rb") as file:
+            rest = file.read()
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error.filename} is gone: the shards changed and another run has indexed them anew. Start again."
@@ -362,23 +374,23 @@ def _open_table(folder: str) -> Table:
     if len(arrays["spans"]) != count or len(arrays["key_ends"]) != count:
         raise ValueError(f"{count} samples, but {len(arrays['spans'])} spans and {len(arrays['key_ends'])} keys")
     return Table(
-        **arrays, skipped=collections.Counter(rest["skipped"]), checksum=int(rest["checksum"]), folder=str(folder)
+        **arrays, **_from_json(rest), checksum=int(json.loads(rest)["checksum"]), folder=str(folder)
     )
 
 
 def _save_table(table: Table, folder: pathlib.Path) -> None:
     """All or nothing; if another process was faster its files stay."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=".", suffix=".tmp"))
+    temporary = folder.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
     try:
         for name in ARRAYS:
             with open(temporary / f"{name}.npy", "wb") as file:
                 np.save(file, getattr(table, name))
                 _flush(file)
-        with open(temporary / "table.json", "w", encoding="utf-8") as file:
-            json.dump({"skipped": table.skipped, "checksum": table.checksum}, file)
+        with open(temporary / "table.json", "wb") as file:
+            file.write(_to_json(table.skipped, table.examples, checksum=table.checksum))
             _flush(file)
-        temporary.chmod(0o755)  # temporary folders are closed to others
         temporary.rename(folder)
     except OSError:
         shutil.rmtree(temporary)
@@ -425,6 +437,9 @@ class IndexedShards:
     @property
     def skipped(self) -> collections.Counter:
         return self._table.skipped
+
+    def _left_out(self) -> str:
+        return describe(self._table.skipped, self._table.examples)
 
     @property
     def checksum(self) -> int:

@@ -26,7 +26,7 @@ class TFRecord(index.IndexedShards):
         if not len(self):
             raise ShardError(
                 f"no record in {len(self.shards)} shard(s), the first is {self.shards[0]}; left out: "
-                f"{dict(self.skipped) or 'nothing'}"
+                f"{self._left_out()}"
             )
 
     def __getitem__(self, index: int) -> Record:
