@@ -36,35 +36,15 @@ def prepare(job: Job, options: runner.Options) -> dict:
         info = atomic.read_json(output / INFO)
         if info.get("fingerprint") != fingerprint:
             raise atomic.PrepareError(f"{output} holds other prepared data: choose an empty folder, or remove it")
-        shutil.rmtree(work, ignore_errors=True)  # killed while it was removed
+        _remove(work)  # killed while it was removed
         return info
     _open_folders(job, description)
 
-    folder = {stage: work / stage for stage in STAGES}
-    run = functools.partial(runner.run, options=options)
-    run(
-        functools.partial(stages.index_captions, job),
-        stages.caption_pieces(description["captions"]),
-        folder["captions"],
-        "captions",
-        "B",
-    )
-    run(
-        functools.partial(stages.match, job),
-        stages.image_pieces(description["images"]),
-        folder["images"],
-        "images",
-        "B",
-    )
-    tasks, images = stages.plan(job)
-    pieces = stages.shard_pieces(job, tasks)
-    for piece in pieces:
-        if not (
-            output / stages.shard_name(job, piece.value[0][0], len(tasks))
-        ).exists():  # removed after it was written
-            (folder["shards"] / f"{piece.name}.json").unlink(missing_ok=True)
-    run(functools.partial(stages.write_shard, job), pieces, folder["shards"], "shards", " samples")
-
+    try:
+        folder, images = _run_stages(job, description, options)
+    except atomic.InputError:
+        _remove(work)  # so that the corrected command may use the same folders
+        raise
     info = {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -79,8 +59,32 @@ def prepare(job: Job, options: runner.Options) -> dict:
         },
     }
     atomic.write_json(output / INFO, info, indent=1)
-    shutil.rmtree(work)
+    _remove(work)
     return info
+
+
+def _remove(work: pathlib.Path) -> None:
+    stages.open_store.cache_clear()
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _run_stages(job: Job, description: dict, options: runner.Options) -> tuple[dict[str, pathlib.Path], report.Tally]:
+    """(folder of each stage, counts of the images)."""
+    output = pathlib.Path(job.output)
+    folder = {stage: job.folder(stage) for stage in STAGES}
+    run = functools.partial(runner.run, options=options)
+    pieces = stages.caption_pieces(description["captions"])
+    run(functools.partial(stages.index_captions, job), pieces, folder["captions"], "captions", "B")
+    pieces = stages.image_pieces(description["images"])
+    run(functools.partial(stages.match, job), pieces, folder["images"], "images", "B")
+    tasks, images = stages.plan(job)
+    pieces = stages.shard_pieces(job, tasks)
+    for piece in pieces:
+        shard = output / stages.shard_name(job, piece.value[0][0], len(tasks))
+        if not shard.exists():  # removed after it was written
+            (folder["shards"] / f"{piece.name}.json").unlink(missing_ok=True)
+    run(functools.partial(stages.write_shard, job), pieces, folder["shards"], "shards", " samples")
+    return folder, images
 
 
 def _describe(job: Job) -> dict:
@@ -109,7 +113,7 @@ def _open_folders(job: Job, description: dict) -> None:
                 f"and files to go on with it; to start again remove {work} and the shards in {output}."
             )
         atomic.remove_partial(work)
-        for path in output.glob(f".*{atomic.PARTIAL}"):
+        for path in output.glob(f".*{files.PARTIAL}"):
             path.unlink(missing_ok=True)
         return
     found = [path for path in output.glob("*") if path != work] if output.exists() else []

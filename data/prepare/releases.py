@@ -10,6 +10,8 @@ from flair_jax.data.transforms.captions import CaptionError
 URL_FIELDS = ("url", "downloadurl")  # img2dataset's and pixparse's; YFCC's
 
 BAD_TEXT = "json that is no object"
+NOT_UTF8 = "json that is not UTF-8"
+NOT_IN_ENCODING = "txt that is not in the encoding (--encoding)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +42,13 @@ def _pixelprose(text: bytes, original: bool) -> dict:
     return rows.pixelprose_captions(_object(text), original)
 
 
-def _cc3m(text: bytes, partner: str, splitting: str) -> dict:
-    caption = text.decode("utf-8", "replace") if partner == "txt" else _object(text).get("caption")
-    return rows.raw_captions([caption], splitting)
+def _cc3m(text: bytes, partner: str, encoding: str, splitting: str) -> dict:
+    if partner != "txt":
+        return rows.raw_captions([_object(text).get("caption")], splitting)
+    try:
+        return rows.raw_captions([text.decode(encoding)], splitting)
+    except UnicodeDecodeError as error:
+        raise CaptionError(NOT_IN_ENCODING) from error
 
 
 RELEASES = {
@@ -74,6 +80,8 @@ def combined(captions: list[dict], merged: bool) -> dict:
 def _object(text: bytes) -> Mapping:
     try:
         found = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise CaptionError(NOT_UTF8) from error
     except (ValueError, RecursionError) as error:
         raise CaptionError(BAD_TEXT) from error
     if not isinstance(found, dict):

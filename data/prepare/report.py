@@ -31,16 +31,27 @@ class Tally:
         return total
 
 
+def reasons(tally: Tally) -> list[str]:
+    """Lines of the table: what was skipped, most frequent reason first."""
+    return [
+        _line(f"  skipped: {reason}", count, tally.examples.get(reason, ""))
+        for reason, count in tally.skipped.most_common()
+    ]
+
+
+def _line(name: str, count: int, example: str = "") -> str:
+    return f"{name:<58}{count:>14,}" + (f"   e.g. {example}" if example else "")
+
+
 def table(info: dict) -> str:
     """The closing table, from the contents of info.json."""
     lines = []
 
-    def line(name: str, count: int, example: str = "") -> None:
-        lines.append(f"{name:<58}{count:>14,}" + (f"   e.g. {example}" if example else ""))
+    def line(name: str, count: int) -> None:
+        lines.append(_line(name, count))
 
     def skipped(counts: dict) -> None:
-        for reason, count in sorted(counts["skipped"].items(), key=lambda item: -item[1]):
-            line(f"  skipped: {reason}", count, counts["examples"].get(reason, ""))
+        lines.extend(reasons(Tally.total([counts])))
 
     captions, images = info["captions"], info["images"]
     if captions is not None:

@@ -16,13 +16,17 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from apache_beam.transforms.environments import SubprocessSDKEnvironment
 from tqdm import tqdm
 
-from flair_jax.data.prepare.atomic import PrepareError
+from flair_jax.data.prepare.atomic import InputError, PrepareError
+
+logging.disable(logging.WARNING)  # Beam warns of parts for Google's cloud that are not installed and not needed
+import apache_beam as beam  # noqa: E402
+from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner  # noqa: E402
+from apache_beam.transforms.environments import SubprocessSDKEnvironment  # noqa: E402
+
+logging.disable(logging.NOTSET)
 
 LOCAL = "local"
 PROGRESS = ".progress"  # ending of a file that says how much of a piece is done
@@ -71,7 +75,7 @@ def run(
     """Calls `function(piece.value)` for all pieces without a report.
 
     Raises:
-      PrepareError: the function raised it for some piece. The pieces that were finished stay so.
+      PrepareError, InputError: the function raised it for some piece. The pieces that were finished stay so.
     """
     # Its own name for each run: workers of a killed one may still be at work.
     failed = f".{uuid.uuid4().hex}{FAILED}"
@@ -82,7 +86,8 @@ def run(
     with _progress(pieces, folder, title, unit), _pipeline(options) as pipeline:
         _ = pipeline | beam.Create(pending) | beam.Reshuffle() | title >> beam.Map(_do, function, folder, failed)
     for path in sorted(folder.glob(f"*{failed}")):
-        raise PrepareError(path.read_text(encoding="utf-8"))
+        kind, _, message = path.read_text(encoding="utf-8").partition("\n")
+        raise (InputError if kind == InputError.__name__ else PrepareError)(message)
 
 
 def _do(piece: Piece, function: Callable[[Any], None], folder: pathlib.Path, failed: str) -> None:
@@ -92,7 +97,8 @@ def _do(piece: Piece, function: Callable[[Any], None], folder: pathlib.Path, fai
     try:
         function(piece.value)
     except PrepareError as error:
-        (folder / f"{piece.name}{failed}").write_text(str(error), encoding="utf-8", errors="backslashreplace")
+        text = f"{type(error).__name__}\n{error}"
+        (folder / f"{piece.name}{failed}").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _pipeline(options: Options) -> beam.Pipeline:

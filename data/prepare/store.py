@@ -107,9 +107,10 @@ class Store:
             None if number is None else Found(number, found) for number, found in zip(numbers, captions, strict=True)
         ]
 
-    def any_key(self) -> str:
-        """The key of some row, for messages."""
-        return self._read(0, 0)[0]
+    def some_keys(self, count: int) -> list[str]:
+        """The keys of at most `count` rows, for messages."""
+        first = len(self._hashes[0]) if self._hashes else 0
+        return [self._read(0, row)[0] for row in range(min(count, first))]
 
     def count_repeated(self) -> int:
         """The rows whose key stands in an earlier row, too. Told by the hash, so nearly exact."""

@@ -373,9 +373,7 @@ def _open_table(folder: str) -> Table:
     count = int(arrays["starts"][-1])
     if len(arrays["spans"]) != count or len(arrays["key_ends"]) != count:
         raise ValueError(f"{count} samples, but {len(arrays['spans'])} spans and {len(arrays['key_ends'])} keys")
-    return Table(
-        **arrays, **_from_json(rest), checksum=int(json.loads(rest)["checksum"]), folder=str(folder)
-    )
+    return Table(**arrays, **_from_json(rest), checksum=int(json.loads(rest)["checksum"]), folder=str(folder))
 
 
 def _save_table(table: Table, folder: pathlib.Path) -> None:

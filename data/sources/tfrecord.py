@@ -25,8 +25,7 @@ class TFRecord(index.IndexedShards):
         super().__init__(shards, scan, index_dir)
         if not len(self):
             raise ShardError(
-                f"no record in {len(self.shards)} shard(s), the first is {self.shards[0]}; left out: "
-                f"{self._left_out()}"
+                f"no record in {len(self.shards)} shard(s), the first is {self.shards[0]}; left out: {self._left_out()}"
             )
 
     def __getitem__(self, index: int) -> Record:
