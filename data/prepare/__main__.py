@@ -16,11 +16,11 @@ from flair_jax.data.transforms.captions import SPLITTINGS
 def main(arguments: list[str]) -> None:
     own, flags = arguments, []
     if "--" in arguments:
-        place = arguments.index("--")
-        own, flags = arguments[:place], arguments[place + 1 :]
+        separator = arguments.index("--")
+        own, flags = arguments[:separator], arguments[separator + 1 :]
     options = _parser().parse_args(own)
     if options.runner != runner.LOCAL and options.workers is not None:
-        raise atomic.PrepareError("--workers is for the local runner; tell others after `--`, in Beam's own flags")
+        raise atomic.PrepareError("--workers is for the local runner; configure others by Beam's own flags after `--`")
     if options.runner == runner.LOCAL and flags:
         raise atomic.PrepareError(f"flags for Beam ({' '.join(flags)}) need a --runner that they are for")
     workers = options.workers or os.cpu_count() or 1
@@ -55,7 +55,7 @@ def _job(options: argparse.Namespace) -> job.Job:
 
 
 def _reader(options: argparse.Namespace) -> dict:
-    """What the release's reader of captions is told."""
+    """Arguments of the release's reader of captions."""
     if options.release == "pixelprose":
         return {"original": options.original_caption}
     reader = {"splitting": options.splitting}
@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         else:
             add("--images", required=True, type=path, metavar="FOLDER", help="folder of the image files")
         if name == "cc3m":
-            add("--partner", choices=("json", "txt"), default="json", help="where the caption of an image lies")
+            add(
+                "--partner", choices=("json", "txt"), default="json", help="file beside an image that holds its caption"
+            )
         else:
             own = release.own is not None
             what = "; without it the captions are taken from the tars' json" if own else ""

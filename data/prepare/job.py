@@ -1,4 +1,4 @@
-"""One preparation from start to end, or from where it was interrupted."""
+"""Runs a preparation from start to end, or from where it was interrupted."""
 
 import dataclasses
 import datetime
@@ -23,7 +23,7 @@ STAGES = ("captions", "images", "shards")
 
 
 def prepare(job: Job, options: runner.Options) -> dict:
-    """Does what is left to do of a job, and returns the contents of info.json.
+    """Runs the remaining work of a job, and returns the contents of info.json.
 
     Raises:
       PrepareError: the output folder holds something else, the inputs are not what they were, nothing matches, or a
@@ -88,10 +88,10 @@ def _run_stages(job: Job, description: dict, options: runner.Options) -> tuple[d
 
 
 def _describe(job: Job) -> dict:
-    """All that the bytes of the shards follow from, with the state of every file that is read."""
+    """Everything that determines the bytes of the shards, with the state of every file that is read."""
     settings = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
-    for place in ("output", "work", "captions", "inputs"):
-        del settings[place]
+    for name in ("output", "work", "captions", "inputs"):
+        del settings[name]
     return {
         "settings": settings,
         "pillow": importlib.metadata.version("pillow"),  # which decodes and resizes
@@ -101,12 +101,12 @@ def _describe(job: Job) -> dict:
 
 
 def _open_folders(job: Job, description: dict) -> None:
-    """Makes the folders, or goes on in those of an interrupted run of the same job."""
+    """Makes the folders, or checks that they belong to an interrupted run of the same job."""
     output, work = pathlib.Path(job.output), pathlib.Path(job.work)
     started = work / "job.json"
     if started.exists():
-        before = atomic.read_json(started)
-        changed = [name for name in description if before.get(name) != json.loads(json.dumps(description[name]))]
+        earlier = atomic.read_json(started)
+        changed = [name for name in description if earlier.get(name) != json.loads(json.dumps(description[name]))]
         if changed:
             raise atomic.PrepareError(
                 f"{work} holds the work of another run, which differs in {', '.join(changed)}. Give the same options "
@@ -155,7 +155,7 @@ def _counts(job: Job, folder: dict[str, pathlib.Path], images: report.Tally) -> 
 
 
 def pattern(job: Job, count: int) -> str:
-    """The shards as one word with braces."""
+    """The names of all shards as one pattern with braces."""
     first, last = (stages.shard_name(job, number, count) for number in (0, count - 1))
     digits = slice(len(job.prefix) + 1, -len(shards.SUFFIXES[job.format]))
     return f"{job.prefix}-{{{first[digits]}..{last[digits]}}}{shards.SUFFIXES[job.format]}"

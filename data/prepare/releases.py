@@ -1,4 +1,4 @@
-"""What each release is: how its captions are read, what images are found by, and what a record holds."""
+"""The releases: how their captions are read, by which key images are found, and what a record holds."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def _cc3m(text: bytes, partner: str, encoding: str, splitting: str) -> dict:
 RELEASES = {
     "dreamlip": Release("CC3M, CC12M or YFCC15M with DreamLIP's captions, joined by URL", "tars", own=_dreamlip),
     "pixelprose": Release("PixelProse's descriptions, joined by URL", "tars", own=_pixelprose),
-    "cc3m": Release("Conceptual Captions with its raw captions alone, as they lie in the tars", "tars", own=_cc3m),
+    "cc3m": Release("Conceptual Captions with its raw captions alone, which are in the tars", "tars", own=_cc3m),
     "folder": Release("your own images in a folder, and a file of captions", "folder", merged=True),
     "coco": Release("COCO's training images and their five captions each", "folder", merged=True),
     "flickr30k": Release("Flickr30k's training images and their five captions each", "folder", merged=True),

@@ -1,4 +1,4 @@
-"""What was read, matched, written and skipped, and why: counted by each worker, added up, printed as a table."""
+"""Counts of what was read, matched, written and skipped, by reason; each worker counts, the sums are printed."""
 
 import collections
 import dataclasses
@@ -57,7 +57,7 @@ def table(info: dict) -> str:
     if captions is not None:
         line("captions: rows read", captions["read"])
         skipped(captions)
-        line(f"  rows of a key that came before ({captions['repeated_rule']})", captions["repeated"])
+        line(f"  rows of a key that an earlier row has ({captions['repeated_rule']})", captions["repeated"])
         line("  keys", captions["keys"])
         line("  keys without an image", captions["keys_without_image"])
     if info["left_out"]["skipped"]:

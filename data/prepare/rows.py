@@ -55,7 +55,7 @@ class Text(NamedTuple):
 
 
 Rows = Iterator[Row | LeftOut]
-Progress = Callable[[int], None]  # is told how many bytes of the file have been read
+Progress = Callable[[int], None]  # called with the number of bytes of the file that have been read
 
 
 def sentences(value, splitting: str = "every_stop") -> list[str]:
@@ -202,7 +202,7 @@ def flickr30k(
 
     Args:
       path: the file.
-      progress: not told: both are small.
+      progress: not used: both are small.
       text: how the file is written.
       part: "train", "val" or "test" of the JSON, which states it for each image.
       names: the images to keep, as file names without `.jpg`; None keeps the whole part.
@@ -353,7 +353,7 @@ def _json(path: str, text: Text):
 
 @contextlib.contextmanager
 def _open_text(path: str, text: Text, rows_of: Callable[[TextIO, Text], Iterator[tuple[str, str]]]) -> Iterator[TextIO]:
-    """A text file. `rows_of` tells the parts of the file by name, for the message about a byte that is no text.
+    """A text file. `rows_of` names the parts of the file, for the message about a byte that is no text.
 
     Raises:
       InputError: a part of the file is not in the encoding. Nothing is replaced: captions would change in silence.
@@ -365,7 +365,7 @@ def _open_text(path: str, text: Text, rows_of: Callable[[TextIO, Text], Iterator
     except UnicodeDecodeError as error:
         offset, found = _undecodable(path, encoding)
         where = None
-        # UTF-16 has no surrogateescape for some faults, and a table may be damaged, too: then the byte alone is told.
+        # UTF-16 has no surrogateescape for some faults, and a table may be damaged too: then only the byte is named.
         with (
             contextlib.suppress(UnicodeDecodeError, csv.Error),
             open(path, newline="", encoding=encoding, errors="surrogateescape") as file,

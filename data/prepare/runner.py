@@ -1,6 +1,6 @@
 """One stage of the work on Apache Beam: a function called once for each piece, on any runner.
 
-Beam only hands out the pieces. What a piece produces lies in files, whose last one is its report; so a piece with a
+Beam only hands out the pieces. A piece writes its results to files, the last of which is its report; so a piece with a
 report is done, whoever did it and whenever, and the progress bar is drawn by looking which reports there are. All
 workers must see the same files: one machine, or a file system that the machines share.
 """
@@ -32,7 +32,7 @@ LOCAL = "local"
 PROGRESS = ".progress"  # ending of a file that says how much of a piece is done
 FAILED = ".failed"  # ending of a file that says why a piece could not be done
 WORKER = "flair_jax.data.prepare.worker"
-POLL = 0.5  # seconds between two looks at the reports
+POLL = 0.5  # seconds between checks of the reports
 
 
 class Options(NamedTuple):
@@ -52,7 +52,7 @@ class Piece(NamedTuple):
 
 
 def advance(folder: pathlib.Path, name: str, done: int) -> None:
-    """Tells the progress bar how much of a long piece's weight is done. Raises PrepareError if the disk is full."""
+    """Reports how much of a piece's weight is done, for the progress bar. Raises PrepareError if the disk is full."""
     path = folder / f"{name}{PROGRESS}"
     try:
         path.write_text(str(done))
@@ -77,7 +77,7 @@ def run(
     Raises:
       PrepareError, InputError: the function raised it for some piece. The pieces that were finished stay so.
     """
-    # Its own name for each run: workers of a killed one may still be at work.
+    # A unique name per run: workers of a killed run may still be running.
     failed = f".{uuid.uuid4().hex}{FAILED}"
     pending = [piece for piece in pieces if not is_done(folder, piece.name)]
     if not pending:
@@ -91,7 +91,7 @@ def run(
 
 
 def _do(piece: Piece, function: Callable[[Any], None], folder: pathlib.Path, failed: str) -> None:
-    """A fault that we foresaw is told through a file: Beam would repeat the piece, and print tracebacks by the page."""
+    """Expected errors are passed on through a file: Beam would repeat the piece, and print pages of tracebacks."""
     if any(folder.glob(f"*{failed}")):
         return
     try:

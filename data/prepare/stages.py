@@ -31,7 +31,7 @@ SHOWN_KEYS = 3  # of each side, where no image has captions
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All that decides the output, and where the work lies."""
+    """Everything that determines the output, and the folders."""
 
     release: str
     captions: tuple[str, ...]  # caption files; none if the tars hold the captions
@@ -123,7 +123,7 @@ def match(job: Job, piece: tuple[int, list]) -> None:
 
 
 def _with_captions(job: Job, unit: int, state: list, members: list, tally: report.Tally) -> Iterator[tuple]:
-    """(member, join key, number of its captions) of the members that have captions; -1 stands for the tar's own."""
+    """(member, join key, number of its captions, -1 if they are in the tar itself) of the members with captions."""
     source = job.inputs.name(unit)
     for batch in _batched(members, LOOKUP):
         keyed = []
@@ -147,7 +147,7 @@ def _with_captions(job: Job, unit: int, state: list, members: list, tally: repor
 
 
 def _key_of(job: Job, unit: int, state: list, member: inputs.Member) -> str:
-    """What the member's captions are found by. A tar's own are only checked, and the URL is "" if it does not tell it.
+    """The join key of a member. Captions from the tar itself are only checked; without a URL the key is "".
 
     Raises:
       CaptionError: there is no such key, or the tar's own captions cannot be used.
@@ -202,7 +202,7 @@ def plan(job: Job) -> tuple[list[tuple[int, list]], report.Tally]:
 
 
 def _cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """The range from start to stop in pieces that lie in one shard each: (start, stop, shard)."""
+    """The range from start to stop in pieces that belong to one shard each: (start, stop, shard)."""
     while start < stop:
         end = min(stop, (start // size + 1) * size)
         yield start, end, start // size
@@ -210,7 +210,7 @@ def _cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _nothing_matches(job: Job, tally: report.Tally) -> str:
-    """Both tallies, and join keys of both sides: most often a glance shows how they differ."""
+    """The message: what was skipped on both sides, and some join keys of both."""
     folder = job.folder("images")
     state = atomic.read_json(folder / f"{0:05d}.json")
     left_out = report.Tally.total(
@@ -279,7 +279,7 @@ def _samples(job: Job, shard: int, slices: list, written: list) -> Iterator[shar
         state = atomic.read_json(folder / f"{name}.json")["state"]
         matched = atomic.read_json(folder / f"{name}.samples")
         kept = np.load(folder / f"{name}.kept.npy", allow_pickle=False)[start:stop].tolist()
-        for batch in _batched([matched[place] for place in kept], LOOKUP):
+        for batch in _batched([matched[number] for number in kept], LOOKUP):
             members = [inputs.Member(*member) for member, _, _ in batch]
             captions = _captions(job, unit, state, members, [key for _, key, _ in batch])
             for member, (_, key, found), fields in zip(members, batch, captions, strict=True):

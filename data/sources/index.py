@@ -1,4 +1,4 @@
-"""Where the samples of shards lie: an index of each shard, and one table over all of them.
+"""Offsets of the samples in shards: an index per shard, and one table over all shards.
 
 A shard is scanned once; what was found is kept in an index file beside the shard (or in a cache folder). An index is
 trusted only while the shard has the state it was built from. The table of a large data set is kept too, as files in the
@@ -37,8 +37,8 @@ CACHE = "~/.cache/flair_jax"
 INDEX_ENDING = ".index.npz"  # of the files beside shards
 PROCESS_BYTES = 1 << 30  # shards of more bytes than this are scanned by several processes
 CHUNK = 8  # shards that such a process scans, at most: to start it takes about half a second
-MAPPED_BYTES = 1 << 24  # tables of more bytes than this are mapped; smaller ones each process may have for itself
-KEPT_DAYS = 30  # that a table stays which nobody opens
+MAPPED_BYTES = 1 << 24  # tables of more bytes than this are mapped; each process keeps its own copy of smaller ones
+KEPT_DAYS = 30  # after which a table that was not opened is removed
 LOGGED_SHARDS = 20  # shards whose faults are logged one by one
 
 IndexDir = str | os.PathLike | None
@@ -46,7 +46,7 @@ IndexDir = str | os.PathLike | None
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """Where the samples of one shard lie. A sample has P parts, such as an image and a json."""
+    """Offsets of the samples of one shard. A sample has P parts, such as an image and a json."""
 
     state: files.State  # of the shard
     spans: np.ndarray  # (N, 2 P) int64: offset and size of each part, in bytes
@@ -56,7 +56,7 @@ class Index:
     examples: dict[str, str] = dataclasses.field(default_factory=dict)  # reason -> name of the first one, if it has one
 
 
-Scan = Callable[[str], Index]  # a function of a module, so that other processes can be told of it
+Scan = Callable[[str], Index]  # a module-level function, which can be pickled for other processes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,14 +76,14 @@ def _digest(text: str) -> str:
 
 
 def _index_files(shard: str, index_dir: IndexDir) -> list[pathlib.Path]:
-    """Where the index of a shard may lie, best place first."""
+    """Paths where the index of a shard may be, in order of preference."""
     path = _absolute(shard)
     cached = _cache(index_dir) / f"{pathlib.Path(path.partition('?')[0]).stem}-{_digest(path)}{INDEX_ENDING}"
     return [cached] if index_dir is not None or files.is_remote(shard) else [pathlib.Path(path + INDEX_ENDING), cached]
 
 
 def _is_writable(folder: pathlib.Path) -> bool:
-    # For root access() is always granted; a folder without any write bit is meant to stay as it is all the same.
+    # access() always succeeds for root; a folder without any write bit is left alone all the same.
     return os.access(folder, os.W_OK) and bool(stat.S_IMODE(folder.stat().st_mode) & 0o222)
 
 
@@ -140,7 +140,7 @@ def _read(file: pathlib.Path) -> Index | None:
 
 
 def _save(index: Index, shard: str, index_dir: IndexDir) -> None:
-    """Writes the index to the first place that takes it. Without one the run goes on and the next one scans again."""
+    """Writes the index to the first writable path. If there is none, the run continues and the next one scans again."""
     failures = []
     for file in _index_files(shard, index_dir):
         try:
@@ -195,8 +195,8 @@ def _indexes(shards: Sequence[str], states: Sequence[files.State], scan: Scan, i
 def _scan_all(sizes: dict[str, int], scan: Scan, index_dir: IndexDir) -> Iterator[tuple[str, Index]]:
     """(shard, index) for each of some shards with their sizes in bytes.
 
-    To scan is Python's work: little of it is done in threads, much of it in processes. Other processes and other
-    machines that start on the same shards at the same time take them in other orders, and find what is done already.
+    Scanning is pure Python, which holds the GIL: few bytes are scanned in threads, many in processes. The order is
+    random, so that processes and machines that start at the same time share the work through the index files.
     """
     from tqdm import tqdm  # of the process that opens the data set alone
 
@@ -236,7 +236,7 @@ def _scan_here(shards: Sequence[str], scan: Scan, index_dir: IndexDir) -> list[I
 def _scan_elsewhere(shards: Sequence[str], scan: Scan, index_dir: IndexDir) -> list[Index]:
     """`_scan_here` in a process of its own.
 
-    It is a plain child: those of multiprocessing would import the main module, which scripts must be made for.
+    Not through multiprocessing, whose children import the main module, which scripts have to be written for.
     """
     result = subprocess.run(
         [sys.executable, "-c", f"from {__name__} import serve; serve()"],
@@ -252,7 +252,7 @@ def _scan_elsewhere(shards: Sequence[str], scan: Scan, index_dir: IndexDir) -> l
 
 
 def serve() -> None:
-    """What a child of `_scan_elsewhere` does: work from the standard input, the answer to the standard output."""
+    """Runs in the child of `_scan_elsewhere`: reads the work from stdin and writes the answer to stdout."""
     shards, scan, index_dir = pickle.load(sys.stdin.buffer)
     try:
         answer = _scan_here(shards, scan, index_dir)
@@ -267,7 +267,7 @@ def serve() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Where all samples lie.
+    """Offsets of all samples.
 
     It is pickled by the name of its folder if it has one, and by value otherwise.
     """
@@ -302,7 +302,7 @@ def _merge(indexes: Sequence[Index]) -> Table:
         key_ends=np.cumsum(np.concatenate([index.key_lengths for index in indexes])),
         skipped=sum((index.skipped for index in indexes), collections.Counter()),
         examples={reason: name for index in reversed(indexes) for reason, name in index.examples.items()},
-        # Folders and the places inside of the shards do not matter: a moved or repacked data set stays the same.
+        # Folders and offsets are left out, so that a moved or repacked data set keeps its checksum.
         checksum=zlib.crc32(keys, zlib.crc32(np.ascontiguousarray(spans[:, 1::2]))),
     )
 
@@ -377,7 +377,7 @@ def _open_table(folder: str) -> Table:
 
 
 def _save_table(table: Table, folder: pathlib.Path) -> None:
-    """All or nothing; if another process was faster its files stay."""
+    """Atomic. If another process was faster, its folder is kept."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
@@ -397,13 +397,13 @@ def _save_table(table: Table, folder: pathlib.Path) -> None:
 
 
 def _flush(file) -> None:
-    """To the disk, before a renamed folder says that all is there: after a power cut it would hold zeros."""
+    """Writes to the disk before the folder is renamed: after a power cut the files would hold zeros."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def _clean(home: pathlib.Path, folder: pathlib.Path) -> None:
-    """Removes the tables of the same shards as they were before, and all tables that nobody opened for long."""
+    """Removes tables of earlier states of the same shards, and all tables not opened for `KEPT_DAYS`."""
     now = time.time()
     old = [path for path in home.iterdir() if path != folder and not path.name.startswith(".")]
     # A temporary folder may be another process's, at work right now.
@@ -418,10 +418,10 @@ def _clean(home: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 class IndexedShards:
-    """What sources that read through a table have in common; see `base.Source`.
+    """Base class of the sources that read through a table; see `base.Source`.
 
-    Cheap to send to worker processes, and without open files: a shard is opened for each read. Under a global shuffle
-    over more shards than a process may hold open, a cache of files would seldom hit.
+    Cheap to pickle, and without open files: a shard is opened for each read. Under a global shuffle over more shards
+    than a process may have open, a cache of open files would rarely hit.
     """
 
     def __init__(self, shards: Sequence[str], scan: Scan, index_dir: IndexDir):
@@ -447,7 +447,7 @@ class IndexedShards:
         return len(self._table.spans)
 
     def _number(self, index: int) -> int:
-        """Of the shard that a sample lies in."""
+        """Number of the shard that holds a sample."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         return int(np.searchsorted(self._table.starts, index, side="right")) - 1

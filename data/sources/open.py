@@ -4,7 +4,7 @@
     source[7]  ->  Record(key, shard, image, json)
 
 The formats: webdataset tars, and tf.train.Example in ArrayRecord or TFRecord files or in a data set of TensorFlow
-Datasets. Tars, ArrayRecord and TFRecord are known by their names.
+Datasets. Tars, ArrayRecord and TFRecord are recognised by their file names.
 """
 
 import collections
@@ -28,7 +28,7 @@ ENDINGS = {
     TFRECORD: r"\.tfrecords?(-\d+-of-\d+)?",
 }
 LIST_ENDING = ".txt"  # of a text file that lists shards
-TFDS_MARK = "dataset_info.json"  # lies in each folder of a data set of TensorFlow Datasets
+TFDS_MARK = "dataset_info.json"  # is in each folder of a data set of TensorFlow Datasets
 
 Shards = str | os.PathLike | Sequence["Shards"]
 
@@ -37,7 +37,7 @@ def open_source(shards: Shards, index_dir: str | os.PathLike | None = None) -> S
     """The data set that some shards make up, in their order; they may be of several formats.
 
     Args:
-      shards: what `expand` understands.
+      shards: see `expand`.
       index_dir: folder for index files; None: beside the shards, or in ~/.cache/flair_jax where that is not possible.
 
     Raises:
@@ -81,7 +81,7 @@ def expand(shards: Shards) -> list[str]:
 
 
 def sets(shards: Shards) -> list[str]:
-    """The patterns that a list or `::` holds apart.
+    """The separate patterns of a list or of a text with `::`.
 
     Raises:
       FileNotFoundError: there is none.
@@ -147,7 +147,7 @@ def _listed(path: str) -> list[str]:
 
 
 def _find(name: str) -> list[str]:
-    """The shards that a name without braces stands for."""
+    """The shards that a name without braces refers to."""
     if files.is_remote(name):
         if glob.has_magic(_without_query(name)):
             return _matches(name)
@@ -158,7 +158,7 @@ def _find(name: str) -> list[str]:
         return _matches(name)
     if any(os.path.basename(path) == TFDS_MARK for path in entries):
         raise ShardError(
-            f"{name} is a data set of TensorFlow Datasets, whose splits lie side by side. Name the split: "
+            f"{name} is a data set of TensorFlow Datasets, which has several splits in one folder. Name the split: "
             f"{array_record.TFDS_PREFIX}{name}?split=train"
         )
     shards = [path for path in entries if _format(path)]
@@ -172,7 +172,7 @@ def _find(name: str) -> list[str]:
 
 
 def _matches(name: str) -> list[str]:
-    return [path for path in files.find(name) if not path.endswith(INDEX_ENDING)]  # `x.tar*` does not mean those
+    return [path for path in files.find(name) if not path.endswith(INDEX_ENDING)]  # which `x.tar*` matches too
 
 
 def _format(path: str) -> str | None:

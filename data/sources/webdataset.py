@@ -1,4 +1,4 @@
-"""Webdataset tars, read in place: where each image and each json begins is indexed once, then any sample is near."""
+"""Webdataset tars, read in place: the offsets of images and jsons are indexed once, for random access."""
 
 import collections
 import os
@@ -19,7 +19,7 @@ DOTTED = "name with a dot inside: a key ends at the first dot; rename it, as a.0
 class WebDataset(index.IndexedShards):
     """All samples of some tars; see `base.Source`.
 
-    A key is webdataset's: the path up to the first dot of the file name.
+    The key is defined as in webdataset: the path up to the first dot of the file name.
     """
 
     def __init__(self, shards: Sequence[str], index_dir: str | os.PathLike | None = None):
@@ -111,7 +111,7 @@ def _lost(dotted: Mapping[str, str], complete: Set[str], partner: str) -> list[s
 
 
 def _members(file: BinaryIO, path: str, size: int, skipped: collections.Counter) -> Iterator[tarfile.TarInfo]:
-    """The members whose bytes are all there; how the tar ends is checked, because tarfile ends at damage in silence."""
+    """The complete members. The end of the tar is checked, because tarfile stops at damage without an error."""
     if size == 0:
         skipped["empty file"] += 1
         return
