@@ -29,7 +29,7 @@ from jax.experimental import topologies
 from ml_collections import config_flags
 
 from flair_jax import compilation, flops, models, optimizer, sharding, state
-from flair_jax.train import step_of
+from flair_jax.step import step_of
 
 RECIPES = ("flair_cc3m", "flair_cc12m", "flair_yfcc15m", "flair_merged30m", "flair_pixelprose")
 CHIPS = ("A100", "H200", "TPU v5e", "TPU v6e")  # an H100 counts as an H200
@@ -82,15 +82,17 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
 
 def abstract_state(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
     """Model, optimiser and the shapes of their state, placed as a run would place them."""
-    model = models.create(config["model"], config["loss"])
-    tx = optimizer.create(total_steps=config["steps"], **config["optimizer"])
-    shapes = jax.eval_shape(lambda: state.create(model, tx, mesh, config["seed"], ema=config["ema_decay"] is not None))
+    model = models.create(config["model"])
+    optimize = optimizer.create(total_steps=config["steps"], **config["optimizer"])
+    shapes = jax.eval_shape(
+        lambda: state.create(model, optimize, mesh, config["seed"], ema=config["ema_decay"] is not None)
+    )
     placed = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
         sharding.state_sharding(mesh, shapes),
     )
-    return model, tx, placed
+    return model, optimize, placed
 
 
 def compile_step(
@@ -101,9 +103,9 @@ def compile_step(
     # The CPU's code is never run, and its optimisation does not change the plan of the memory.
     options = {"xla_backend_optimization_level": 0} if devices[0].platform == "cpu" else None
     with jax.set_mesh(mesh):
-        model, tx, placed = abstract_state(config, mesh)
+        model, optimize, placed = abstract_state(config, mesh)
         batch = abstract_batch(config, mesh, mean_tokens)
-        step = compilation.jit_step(step_of(config, model, tx), placed)
+        step = compilation.jit_step(step_of(config, model, optimize), placed)
         return step.lower(placed, batch).compile(options)
 
 
@@ -116,7 +118,7 @@ def parameters(config: Mapping[str, Any]) -> int:
 def step_flops(config: Mapping[str, Any], mean_tokens: float = MEAN_TOKENS) -> float:
     """Operations of a step of useful work, see `flops`, where every caption has the mean length."""
     texts = config["batch_size"] * config["data"]["captions"]["count"]
-    return flops.train_step(config["model"], config["loss"], config["batch_size"], np.full(texts, mean_tokens))
+    return flops.train_step(config["model"], config["objectives"], config["batch_size"], np.full(texts, mean_tokens))
 
 
 def chip_hours(operations: float, chip: str, mfu: float) -> float:
@@ -232,7 +234,7 @@ def estimates(operations: float, devices: int, chips: Sequence[str] = CHIPS) -> 
 
 def recipe(name: str) -> dict[str, Any]:
     """The config of a file of `configs/`, as a plain dict."""
-    return importlib.import_module(f"configs.{name}").get_config().to_dict()
+    return importlib.import_module(f"flair_jax.configs.{name}").get_config().to_dict()
 
 
 def tables() -> str:
@@ -243,7 +245,7 @@ def tables() -> str:
     for name in RECIPES:
         config = recipe(name)
         images, steps, operations = config["batch_size"], config["steps"], step_flops(config)
-        gpus = images // config["loss"]["block_size"]
+        gpus = images // config["objectives"]["text_conditioned"]["block_size"]
         work.append(
             f"| {name} | {gpus} | {images:,} | {config['data']['captions']['count']} | {steps:,} "
             f"| {operations / images / 1e9:.0f} | {steps * operations / 1e18:.0f} |"
@@ -273,7 +275,8 @@ def main(arguments: Sequence[str]) -> None:
     if _TOPOLOGY.value:
         devices = topologies.get_topology_desc(_TOPOLOGY.value, "tpu").devices
     else:
-        count = _DEVICES.value or config["batch_size"] // (config["loss"]["block_size"] or config["batch_size"])
+        blocks = config["objectives"].get("text_conditioned", {}).get("block_size")
+        count = _DEVICES.value or (config["batch_size"] // blocks if blocks else 1)
         jax.config.update("jax_num_cpu_devices", count)  # only before jax starts
         devices = jax.devices()
     figures = measure(config, devices, _MEAN_TOKENS.value)
@@ -287,7 +290,7 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
-    _DEVICES = flags.DEFINE_integer("devices", None, "To plan for; default: as many as loss.block_size says.")
+    _DEVICES = flags.DEFINE_integer("devices", None, "To plan for; default: as many as the reference's.")
     _DEVICE = flags.DEFINE_string("device", None, "Kind of chip as jax names it; default: several.")
     _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs to compile for, such as v5e:4x8, instead of --devices.")
     _MEAN_TOKENS = flags.DEFINE_float("mean_tokens", MEAN_TOKENS, "Of a caption, with both ends.")

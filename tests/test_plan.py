@@ -32,7 +32,7 @@ def tiny():
 
 
 def test_the_batch_is_as_the_pipeline_makes_it(tiny, tmp_path):
-    model = models.create(tiny["model"], tiny["loss"])
+    model = models.create(tiny["model"])
     with train.open_stream(tiny, model, tmp_path, None) as stream:
         real = next(stream)
     planned = plan.abstract_batch(tiny, sharding.create_mesh())
@@ -59,8 +59,8 @@ def test_packed_rows_follow_from_the_mean_length(tiny):
 def test_the_state_is_placed_as_a_run_places_it(tiny):
     tiny = {**tiny, "mesh": {"data": 2, "fsdp": 4}}
     mesh = sharding.create_mesh(**tiny["mesh"])
-    _, tx, planned = plan.abstract_state(tiny, mesh)
-    real = state.create(models.create(tiny["model"], tiny["loss"]), tx, mesh, 0)
+    _, optimize, planned = plan.abstract_state(tiny, mesh)
+    real = state.create(models.create(tiny["model"]), optimize, mesh, 0)
     assert jax.tree.structure(planned) == jax.tree.structure(real)
     for one, other in zip(jax.tree.leaves(planned), jax.tree.leaves(real), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)
