@@ -29,8 +29,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected arguments {arguments[1:]}")
+    logging.set_verbosity(logging.WARNING)  # jax names every backend that is absent, orbax every file that it writes
     import jax
-    import tensorflow as tf
     from etils import epath
 
     from flair_jax import compilation, cpu, distributed, evaluate, train
@@ -39,8 +39,6 @@ def main(arguments: list[str]) -> None:
         distributed.start(_HEARTBEAT.value)
     cpu.configure()
     compilation.use_cache(epath.Path(_WORKDIR.value) / "compiled")
-    tf.config.set_visible_devices([], "GPU")  # it only writes TensorBoard files
-    logging.set_verbosity(logging.WARNING)  # orbax tells every file that it writes
     if jax.process_index() == 0:
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes")
         if jax.process_count() > 1:

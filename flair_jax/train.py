@@ -93,7 +93,9 @@ def _train(config, workdir, mesh, signals):
 
     rate = optimizer.schedule(config["optimizer"]["learning_rate"], config["optimizer"]["warmup_steps"], steps)
     evaluators = evaluate.build(config["evaluators"], model)
-    writer = metrics.create_writer(workdir, first) if main_process else None
+    writer = metrics.Writer(workdir, first) if main_process else None
+    if main_process:
+        (workdir / "parameters.txt").write_text(metrics.parameter_table(current.params))
     progress = metrics.Progress(steps, first, config["batch_size"], peak_flops(config), enabled=main_process)
     profile_first, profile_last = config["profile_steps"] or (-1, -1)
     step_functions = {}  # by the shape of the texts, of which packing has a few; see packing.Packer
@@ -170,7 +172,7 @@ def _train(config, workdir, mesh, signals):
         stream.close()
         saved.close()
         if writer is not None:
-            writer.flush()
+            writer.close()
 
     # 4. What came of it.
     results = evaluate.run(evaluators, current.weights)
