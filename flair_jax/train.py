@@ -32,14 +32,6 @@ from flair_jax.augmentation import crop_and_resize
 from flair_jax.data import iterator_state, loader, scenes
 from flair_jax.data.transforms import packing
 from flair_jax.data.transforms.images import normalize
-from flair_jax.data.transforms.tokenizer import VOCAB_SIZE
-
-SECTIONS = {
-    "seed", "batch_size", "steps", "epochs", "init_from", "log_every", "save_every", "keep", "keep_every", "eval_every",
-    "profile_steps", "model", "loss", "optimizer", "ema_decay", "data", "evaluators", "mesh",
-}  # fmt: skip
-# Keys that say how a step is computed, not what: a run may go on with others, as it may on other hardware.
-HOW = {"model": ("scan_blocks", "remat", "attention", "micro_batches"), "loss": ("chunk_size",)}
 
 
 def train_step(
@@ -277,41 +269,6 @@ def open_stream(config: Mapping[str, Any], model: nn.Module, workdir: epath.Path
         rows_multiple_of=model.micro_batches,
         **options,
     )
-
-
-def check(config: Mapping[str, Any]) -> None:
-    """Refuses a config with an unknown, missing or contradicting key before anything is done."""
-    if unknown := set(config) - SECTIONS:
-        raise ValueError(f"unknown config keys {sorted(unknown)}; there are {sorted(SECTIONS)}")
-    if missing := SECTIONS - set(config):
-        raise ValueError(f"the config lacks {sorted(missing)}")
-    if bool(config["steps"]) == bool(config["epochs"]):
-        raise ValueError(f"set one of config.steps and config.epochs, not {config['steps']} and {config['epochs']}")
-    if config["ema_decay"] is not None and not 0 < config["ema_decay"] < 1:
-        raise ValueError(f"config.ema_decay is {config['ema_decay']}; expected a share between 0 and 1, such as 0.9999")
-    if (profile := config["profile_steps"]) and (len(profile) != 2 or not 0 <= profile[0] <= profile[1]):
-        raise ValueError(f"config.profile_steps is {profile}; expected the first and the last, such as (10, 12)")
-    if config["model"].get("micro_batches", 1) < 1:
-        raise ValueError(f"config.model.micro_batches is {config['model']['micro_batches']}; expected 1 or more")
-    if config["model"]["text"]["vocab_size"] < VOCAB_SIZE:
-        size = config["model"]["text"]["vocab_size"]
-        raise ValueError(f"model.text.vocab_size is {size}; the tokenizer has {VOCAB_SIZE} ids")
-
-
-def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to continue a checkpoint with a config that would make the rest of the run another experiment."""
-    now = json.loads(json.dumps(now))
-
-    def what(config, section):
-        value = config.get(section)
-        return value if section not in HOW else {key: value[key] for key in value if key not in HOW[section]}
-
-    for section in ("seed", "batch_size", "model", "loss", "optimizer", "ema_decay"):
-        if what(before, section) != what(now, section):
-            raise ValueError(
-                f"config.{section} is {now[section]}, the checkpoint in the workdir was trained with "
-                f"{before.get(section)}; use another --workdir, or start from its weights with --config.init_from"
-            )
 
 
 def gather_positions(position: Mapping[str, Any]) -> list[Mapping[str, Any]]:
