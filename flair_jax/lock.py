@@ -112,9 +112,7 @@ class WorkdirLock:
         if other.get("host") == self._own["host"]:
             start = process_start(other["pid"])
             return start is not None and other["process_start"] in (None, start)
-        logging.warning(
-            "%s is of %s: watching for %.0f s whether that run is alive", self.path, _owner(other), WATCH
-        )
+        logging.warning("%s is of %s: watching for %.0f s whether that run is alive", self.path, _owner(other), WATCH)
         end = time.monotonic() + WATCH
         while time.monotonic() < end:
             time.sleep(BEAT / 10)

@@ -103,9 +103,9 @@ def test_a_lock_is_renewed_and_a_run_that_lost_it_is_told(tmp_path, fast):
     path = tmp_path / "lock.json"
     with lock.WorkdirLock(tmp_path) as held:
         assert wait_for(lambda: '"beat": 2' in path.read_text(), 10)
-        foreign(path)
 
         def lost():
+            foreign(path)  # again, should a renewal have come between
             try:
                 held.check()
             except lock.WorkdirInUse as error:
