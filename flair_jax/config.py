@@ -63,14 +63,15 @@ def read(name: str, arguments: Sequence[str] = ()) -> dict[str, Any]:
     """The config that a command line gives.
 
     Args:
-      name: a path to a Python file with a function `get_config`, or the bare name of a shipped config, such as "scenes".
+      name: a path to a Python file with a function `get_config`, or the name of a shipped config, such as "scenes".
       arguments: `--config.KEY=VALUE` or `--config.KEY VALUE`, which change single keys.
 
     Returns:
       A nested dict, see `normalize`.
 
     Raises:
-      ValueError: an argument is no such change, or its key or value is wrong. FileNotFoundError: there is no such config.
+      ValueError: an argument is no such change, or its key or value is wrong.
+      FileNotFoundError: there is no such config.
     """
     config = load(name)
     for key, text in _changes(arguments):

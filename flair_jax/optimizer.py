@@ -49,7 +49,8 @@ def create(
     adamw = optax.adamw(
         schedule(learning_rate, warmup_steps, total_steps), b1, b2, eps, weight_decay=weight_decay, mask=decay_mask
     )
-    return adamw if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+    # The state has the same structure either way: clipping may be switched on when a run goes on.
+    return optax.chain(optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm), adamw)
 
 
 def clamp_scale(params: Any) -> Any:

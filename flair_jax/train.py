@@ -1,5 +1,6 @@
 """Training: the step, and the loop around it, top to bottom in one fixed order."""
 
+import contextlib
 import functools
 import json
 import math
@@ -28,10 +29,13 @@ from flair_jax import (
     sharding,
     state,
 )
+from flair_jax import config as configuration
 from flair_jax.augmentation import crop_and_resize
 from flair_jax.data import iterator_state, loader, scenes
 from flair_jax.data.transforms import packing
 from flair_jax.data.transforms.images import normalize
+from flair_jax.lock import WorkdirLock
+from flair_jax.report import flat
 
 
 def train_step(
@@ -95,17 +99,23 @@ def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float
       ValueError, TypeError: the config has a wrong key or value, or is not the one the checkpoint was trained with.
       FloatingPointError: a loss is not finite; the last checkpoint is from before.
       checkpoint.SaveError: a checkpoint could not be written; those before it are whole.
+      lock.WorkdirInUse: another run trains in `workdir`.
       distributed.Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    check(config)
+    config = configuration.normalize(config)
+    configuration.check(config)
+    evaluate.sections(config)
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.create_mesh(**config["mesh"])
-    with jax.set_mesh(mesh), distributed.Signals() as signals:
-        return _train(config, workdir, mesh, signals)
+    # One process holds the lock for all processes of the run.
+    lock = WorkdirLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with lock, jax.set_mesh(mesh), distributed.Signals() as signals:
+        multihost_utils.sync_global_devices("the work directory is locked")
+        return _train(config, workdir, mesh, signals, lock)
 
 
-def _train(config, workdir, mesh, signals):
+def _train(config, workdir, mesh, signals, lock):
     main_process = jax.process_index() == 0
 
     # 1. What is trained.
@@ -114,27 +124,30 @@ def _train(config, workdir, mesh, signals):
     latest = saved.latest()
     position = None
     if latest is not None:
-        check_same_run(saved.config(latest), config)
+        configuration.check_resume(saved.config(latest), config)
         position = iterator_state.redistribute(saved.positions(latest), jax.process_count())[jax.process_index()]
 
     # 2. Data: a position of its own for every process.
-    stream = open_stream(config, model, workdir, position)
+    try:
+        stream = open_stream(config, model, workdir, position)
+    except iterator_state.PositionError as error:
+        before, now = saved.config(latest)["data"]["shards"], config["data"]["shards"]
+        raise ValueError(f"config.data.shards is {now!r}, was {before!r}, and holds other data: {error}") from error
 
     # 3. State: born on its devices, then restored, or started from other weights.
-    batches = len(stream.source) / config["batch_size"]
-    steps = config["steps"] or math.ceil(config["epochs"] * batches)
+    steps = total_steps(config, len(stream.source))
     tx = optimizer.create(total_steps=steps, **config["optimizer"])
     current = state.create(model, tx, mesh, config["seed"], ema=config["ema_decay"] is not None)
     if latest is not None:
         current = saved.restore(latest, current)
         logging.warning("going on from step %d in %s", latest, saved.folder)
+        warn_of_new_schedule(saved.config(latest), config, len(stream.source), latest)
     elif config["init_from"]:
         params, _ = pretrained.read(config["init_from"], config["model"])
         current = current.start_from(params)
     first = int(current.step)
 
-    rate = optimizer.schedule(config["optimizer"]["learning_rate"], config["optimizer"]["warmup_steps"], steps)
-    evaluators = evaluate.build(config["evaluators"], model)
+    rate = schedule(config, steps)
     writer = metrics.create_writer(workdir, first) if main_process else None
     progress = metrics.Progress(steps, first, config["batch_size"], peak_flops(config), enabled=main_process)
     profile_first, profile_last = config["profile_steps"] or (-1, -1)
@@ -169,14 +182,16 @@ def _train(config, workdir, mesh, signals):
                 report(*pending)  # a state is only saved once the step that made it is known to be sound
                 pending = None
             if save or stop:
+                if main_process:
+                    lock.check()
                 with progress.clock.measure("saving"):
                     saved.save(current, gather_positions(stream.position), config)
             if stop:
                 raise distributed.Interrupted(stop, step)
             if config["eval_every"] and step % config["eval_every"] == 0 and step > first:
-                results = evaluate.run(evaluators, current.weights)
+                results = evaluate.run(config, model, current.weights)
                 if writer is not None:
-                    writer.write_scalars(step, results)
+                    writer.write_scalars(step, flat(results))
                 progress.start()
             with progress.clock.measure("data"):
                 batch = next(stream)
@@ -212,15 +227,48 @@ def _train(config, workdir, mesh, signals):
             writer.flush()
 
     # 4. What came of it.
-    results = evaluate.run(evaluators, current.weights)
-    evaluate.write(workdir, results, config["evaluators"], model, current.weights)
+    results = evaluate.run(config, model, current.weights, workdir)
+    evaluate.draw_attention_sheets(config, model, current.weights, workdir)
     if main_process:
         counts = {"skipped": stream.skipped.total(), "shortened": stream.shortened}
         print(metrics.table("this run", {**final, **summary, **counts}))
         for reason, count in stream.skipped.most_common():
             logging.warning("%d samples were skipped: %s", count, reason)
-        metrics.draw_loss_curve(workdir, evaluate.pictures(workdir) / "loss.png")
-    return results
+        try:
+            metrics.draw_loss_curve(workdir, evaluate.pictures(workdir) / "loss.png")
+        except Exception:  # the run is done
+            logging.exception("the loss curve was not drawn")
+    return flat(results)
+
+
+def total_steps(config: Mapping[str, Any], samples: int) -> int:
+    """Steps of a run over so many samples."""
+    return config["steps"] or math.ceil(config["epochs"] * samples / config["batch_size"])
+
+
+def schedule(config: Mapping[str, Any], steps: int) -> optax.Schedule:
+    """The learning rate of a run by step."""
+    return optimizer.schedule(config["optimizer"]["learning_rate"], config["optimizer"]["warmup_steps"], steps)
+
+
+def warn_of_new_schedule(before: Mapping[str, Any], config: Mapping[str, Any], samples: int, step: int) -> None:
+    """Says what the learning rate is from `step` on, if it is not what the run was started with.
+
+    The schedule is a function of the whole length: a run that is made longer does not go on where its rate was.
+    """
+    lengths = [total_steps(one, samples) for one in (before, config)]
+    rates = [float(schedule(one, length)(step)) for one, length in zip((before, config), lengths, strict=True)]
+    if rates[0] != rates[1]:
+        logging.warning(
+            "the learning rate at step %d is %.3g, was to be %.3g by the config of the checkpoint: steps %d, were %d; "
+            "optimizer.learning_rate %g, was %g; optimizer.warmup_steps %d, were %d",
+            *(step, rates[1], rates[0], lengths[1], lengths[0]),
+            *(
+                section[key]
+                for key in ("learning_rate", "warmup_steps")
+                for section in (config["optimizer"], before["optimizer"])
+            ),
+        )
 
 
 def step_of(config: Mapping[str, Any], model: nn.Module, tx: optax.GradientTransformation) -> Callable:

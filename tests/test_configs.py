@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from flair_jax import config as configuration
 from flair_jax import models, optimizer, plan, sharding, state, train
 from flair_jax.data.transforms import captions
 
@@ -33,7 +34,7 @@ STATE = 3 * 4 * PARAMETERS + 3 * 4  # float32 parameters and two moments; the st
 
 
 def read(name):
-    return importlib.import_module(f"configs.{name}")
+    return importlib.import_module(f"flair_jax.configs.{name}")
 
 
 def reference_epoch(samples, batch):
@@ -63,7 +64,7 @@ def test_every_config_builds_and_its_step_has_a_type(name):
     config = read(name).get_config()
     if not config.epochs:
         config.steps = config.steps or 10
-    train.check(config.to_dict())
+    configuration.check(config.to_dict())
     captions.CaptionOptions(**config.data.captions)
     model = models.create(config.model, config.loss)
     tx = optimizer.create(**config.optimizer, total_steps=config.steps or 10)
@@ -105,7 +106,7 @@ def test_the_flags_that_a_docstring_gives_are_keys(name):
         assert key in {path for path, _ in _flat(config)}, key
         if value[0].isdigit():
             config.update_from_flattened_dict({key: json.loads(value)})
-    train.check({**config.to_dict(), "steps": config.steps, "epochs": None if config.steps else 1.0})
+    configuration.check({**config.to_dict(), "steps": config.steps, "epochs": None if config.steps else 1.0})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ ROOMS = {
     "flair_jax": "flair_jax",
 }
 # Modules of flair_jax that may use the rooms beside it.
-DOORS = {"main", "train", "evaluate", "pretrained", "benchmark"}
+DOORS = {"main", "config", "train", "evaluate", "pretrained", "benchmark"}
 LEARNING = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 

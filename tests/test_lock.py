@@ -124,7 +124,6 @@ def test_a_damaged_lock_is_watched_and_taken(tmp_path, fast):
 def test_a_store_without_exclusive_creation(tmp_path, monkeypatch):
     """Writes, and reads again."""
     monkeypatch.setattr(lock, "is_store", lambda path: True)
-    with lock.WorkdirLock(tmp_path):
-        with pytest.raises(lock.WorkdirInUse, match=f"process {os.getpid()}"), lock.WorkdirLock(tmp_path):
-            pass
+    with lock.WorkdirLock(tmp_path), pytest.raises(lock.WorkdirInUse, match=f"process {os.getpid()}"):
+        lock.WorkdirLock(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
