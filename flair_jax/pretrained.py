@@ -150,7 +150,7 @@ class Pretrained:
         """
         texts = self._checked_texts(texts)
         if not len(texts):
-            features = self.encode_text(self.tokenize([""])[:, : texts.shape[1]], local=local)
+            features = self.encode_text(np.zeros((1, texts.shape[1]), np.int32), local=local)
             return jax.tree.map(lambda x: x[:0], features)
         if local:
             return self._encoder.apply("encode_text", self.params, Text.padded(jnp.asarray(texts)))
