@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.steps = config_dict.placeholder(int)  # length of the run: this …
     config.epochs = config_dict.placeholder(float)  # … or this
     config.init_from = config_dict.placeholder(str)  # weights to start from: a workdir, .safetensors or .pt
+    config.init_partial = False  # True: take what fits of another model, initialise the rest, and print which is which
     config.log_every = 10  # steps, as all of these
     config.save_every = 1000
     config.keep = 2  # newest checkpoints that stay …

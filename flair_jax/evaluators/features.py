@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -40,6 +41,18 @@ def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([x, np.repeat(x[-1:], rows - len(x), axis=0)])
 
 
+def patch_grid(height: int, width: int, patches: int) -> tuple[int, int]:
+    """Rows and columns of `patches` square patches that cover an image of that many pixels.
+
+    Raises:
+      ValueError: no square patch fits.
+    """
+    side = math.isqrt(height * width // patches)
+    if side == 0 or height % side or width % side or (height // side) * (width // side) != patches:
+        raise ValueError(f"{patches} square patches cannot cover an image of {height} x {width} pixels")
+    return height // side, width // side
+
+
 def check_texts(name: str, tokens: np.ndarray, owner: np.ndarray, owners: int) -> None:
     """Raises ValueError unless N > 0 texts, (N, T), belong to one of `owners` images or classes each, (N,)."""
     if tokens.ndim != 2 or not len(tokens) or owner.shape != tokens.shape[:1]:
@@ -57,7 +70,7 @@ def _towers(
     """The jitted towers; evaluators of one model share them, and their compilation."""
 
     def encode_image(params, images):
-        return model.apply({"params": params}, preprocess(images), method="encode_image")
+        return call(model, "encode_image", params, preprocess(images))
 
     def encode_text(params, text):
         # Texts are compared by their pooled features; those of all tokens would be T times as large.
@@ -65,6 +78,24 @@ def _towers(
         return features.replace(mask=None)
 
     return jax.jit(encode_image, out_shardings=split), jax.jit(encode_text, out_shardings=whole)
+
+
+def call(model: nn.Module, method: str, params: Any, *args: Any) -> Any:
+    """A method of the model on its parameters, a nested dict."""
+    return model.apply({"params": params}, *args, method=method)
+
+
+@functools.lru_cache(maxsize=32)
+def _jit_method(model: nn.Module, method: str, out_shardings: NamedSharding) -> Callable:
+    return jax.jit(functools.partial(call, model, method), out_shardings=out_shardings)
+
+
+@functools.lru_cache(maxsize=8)
+def _jit_take(out_shardings: NamedSharding) -> Callable:
+    def take(blocks, index):
+        return jax.tree.map(lambda *x: jnp.concatenate(x)[index], *blocks)
+
+    return jax.jit(take, out_shardings=out_shardings)
 
 
 class Encoder:
@@ -75,6 +106,7 @@ class Encoder:
 
     Attributes:
       mesh: devices to run on.
+      whole: sharding of an array that every device holds as a whole.
 
     Args:
       model: a module with the methods `encode_image` and `encode_text` and a `context_length`.
@@ -98,19 +130,15 @@ class Encoder:
         self.mesh = evaluation_mesh() if mesh is None else mesh
         self._model, self._image_batch, self._text_batch = model, image_batch, text_batch
         axes = tuple(axis for axis in sharding.BATCH_AXES if axis in self.mesh.axis_names)
-        self._split, self._whole = (NamedSharding(self.mesh, PartitionSpec(*spec)) for spec in ((axes,), ()))
+        self._split, self.whole = (NamedSharding(self.mesh, PartitionSpec(*spec)) for spec in ((axes,), ()))
         self._shards = int(np.prod([self.mesh.shape[axis] for axis in axes], dtype=int))
 
-        self._encode_image, self._encode_text = _towers(model, preprocess, self._split, self._whole)
-        self._take = self.jit(lambda blocks, index: jax.tree.map(lambda *x: jnp.concatenate(x)[index], *blocks))
+        self._encode_image, self._encode_text = _towers(model, preprocess, self._split, self.whole)
 
-    def jit(self, function: Callable) -> Callable:
-        """Jits `function(params, …)`; its results are whole on every device, ready for `np.asarray`."""
-        return jax.jit(function, out_shardings=self._whole)
-
-    def method(self, name: str) -> Callable:
-        """The model's method `name` as a function of the parameters and the method's arguments."""
-        return lambda params, *args: self._model.apply({"params": params}, *args, method=name)
+    def apply(self, method: str, params: Any, *args: Any) -> Any:
+        """A method of the model, jitted; its results are whole on every device, ready for `np.asarray`."""
+        with jax.set_mesh(self.mesh):
+            return _jit_method(self._model, method, self.whole)(params, *args)
 
     def place(self, params: Any) -> Any:
         """Parameters on the devices of the mesh; those that are there already keep their sharding."""
@@ -118,7 +146,7 @@ class Encoder:
 
         def put(x):
             there = isinstance(x, jax.Array) and x.sharding.device_set == devices
-            return x if there else jax.device_put(x, self._whole)
+            return x if there else jax.device_put(x, self.whole)
 
         return jax.tree.map(put, params)
 
@@ -192,4 +220,4 @@ class Encoder:
 
     def take(self, blocks: Sequence[Any], index: np.ndarray) -> Any:
         """Rows by number out of features that stand one behind the other in `blocks`, whole on every device."""
-        return self._take(blocks, jax.device_put(index, self._whole))
+        return _jit_take(self.whole)(blocks, jax.device_put(index, self.whole))
