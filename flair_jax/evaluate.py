@@ -49,7 +49,8 @@ def scenes_evaluators(model: nn.Module, name: str, *, count: int, seed: int, siz
     yield Retrieval(model, parts, preprocess=normalize, **options)
     objects = np.bincount(unseen.phrase_images, minlength=count)[unseen.phrase_images]
     phrases = PointingSet(name, unseen.images, tokenize(unseen.phrases), unseen.phrase_images, unseen.boxes, objects)
-    yield Pointing(model, phrases, preprocess=normalize)
+    if model.has_pooling:
+        yield Pointing(model, phrases, preprocess=normalize)
     yield segmentation("colour", unseen.colour_masks, unseen.colour_names, unseen.colour_prompts)
     yield segmentation("shape", unseen.shape_masks, unseen.shape_names, unseen.shape_prompts)
 
@@ -220,10 +221,12 @@ def pictures(workdir: epath.PathLike) -> epath.Path:
 
 
 def draw_attention_sheets(config: Mapping[str, Any], model: nn.Module, params: Any, workdir: epath.PathLike) -> None:
-    """A sheet of attention maps for each evaluator; every process takes part, the first one writes.
+    """A sheet of attention maps for each evaluator, if the model has them; every process takes part, the first writes.
 
     A sheet that cannot be drawn is reported and ends nothing: the work that it illustrates is done.
     """
+    if not model.has_pooling:
+        return
     for name, (kind, options) in sections(config).items():
         try:
             images, texts, boxes = KINDS[kind][1](model, **options)

@@ -19,7 +19,7 @@ from flair_jax.convert.tables import flatten
 from flair_jax.data.transforms import images as image_rules
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators.features import Encoder
-from flair_jax.models.flair import ImageFeatures, TextFeatures
+from flair_jax.models.dual_encoder import ImageFeatures, TextFeatures
 from flair_jax.models.text import Text
 
 IMAGE_BATCH, TEXT_BATCH = 64, 512  # images, rows of texts

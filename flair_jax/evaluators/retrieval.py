@@ -175,7 +175,7 @@ class Retrieval:
       model: a module with `encode_image`, `encode_text`, `score` and, for topk and global, `global_score`.
       data: what to rank.
       preprocess: the set's images (B, H, W, 3) -> the model's input; runs inside jit.
-      modes: some of `MODES`.
+      modes: some of `MODES`, of which a model without text-conditioned pooling has "global" alone; None: all.
       topk: texts an image keeps; more than there are means all.
       image_batch, text_batch: sizes of batches. Results depend on neither, nor on the devices.
       mesh: see `features.Encoder`.
@@ -190,14 +190,16 @@ class Retrieval:
         data: RetrievalSet,
         *,
         preprocess: Callable[[jax.Array], jax.Array],
-        modes: Sequence[str] = MODES,
+        modes: Sequence[str] | None = None,
         topk: int = 128,
         image_batch: int = 64,
         text_batch: int = 512,
         mesh: Mesh | None = None,
     ):
-        if unknown := set(modes) - set(MODES):
-            raise ValueError(f"unknown retrieval modes {sorted(unknown)}; there are {MODES}")
+        available = MODES if model.has_pooling else ("global",)
+        modes = available if modes is None else modes
+        if unknown := set(modes) - set(available):
+            raise ValueError(f"unknown retrieval modes {sorted(unknown)}; for this model there are {available}")
         if topk < 1:
             raise ValueError(f"topk is {topk}; expected at least 1")
         self._data, self._modes = data, tuple(modes)

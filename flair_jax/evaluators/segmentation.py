@@ -139,7 +139,7 @@ class Segmentation:
       model: a module with `encode_image`, `encode_text` and, for value, `dense_features`.
       data: what to segment.
       preprocess: the set's images (B, H, W, 3) -> the model's input of the same height and width; runs inside jit.
-      ways: some of `WAYS`.
+      ways: some of `WAYS`, of which a model without text-conditioned pooling has "projected" alone; None: all.
       image_batch, text_batch: sizes of batches. Results depend on neither, nor on the devices.
       mesh: see `features.Encoder`.
 
@@ -153,13 +153,15 @@ class Segmentation:
         data: SegmentationSet,
         *,
         preprocess: Callable[[jax.Array], jax.Array],
-        ways: Sequence[str] = WAYS,
+        ways: Sequence[str] | None = None,
         image_batch: int = 64,
         text_batch: int = 512,
         mesh: Mesh | None = None,
     ):
-        if not ways or set(ways) - set(WAYS):
-            raise ValueError(f"segmentation ways are {tuple(ways)}; expected one or more of {WAYS}")
+        available = WAYS if model.has_pooling else ("projected",)
+        ways = available if ways is None else ways
+        if not ways or set(ways) - set(available):
+            raise ValueError(f"segmentation ways are {tuple(ways)}; expected one or more of {available}")
         self._data, self._ways = data, tuple(ways)
         self._encoder = Encoder(model, preprocess, image_batch=image_batch, text_batch=text_batch, mesh=mesh)
         self._membership = (np.arange(len(data.classes))[:, None] == data.class_of_prompt).astype(np.float32)  # (C, P)
