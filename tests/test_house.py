@@ -16,7 +16,7 @@ ROOMS = {
     "flair_jax": "flair_jax",
 }
 # Modules of flair_jax that may use the rooms beside it.
-DOORS = {"main", "train", "evaluate", "pretrained", "benchmark"}
+DOORS = {"main", "train", "evaluate", "pretrained"}
 LEARNING = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 
@@ -90,8 +90,7 @@ def test_only_the_doors_of_flair_jax_lead_outside():
         door = relative.parts[0].removesuffix(".py")
         if door not in DOORS:
             assert not outside, path
-        if door != "benchmark":
-            assert not roots(path) & {"torch"}, path
+        assert not roots(path) & {"torch"}, path
 
 
 def test_importing_the_package_loads_neither_tensorflow_nor_torch():

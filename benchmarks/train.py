@@ -1,4 +1,4 @@
-"""Images per second of a training step, beside the PyTorch twin on the same batches."""
+"""Images per second of training steps, beside the PyTorch twin on the same batches, at one setting or at several."""
 
 import contextlib
 import functools
@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
-from flair_jax.benchmark import inputs, processes, torch_twin
-from flair_jax.benchmark.contender import median
+from benchmarks import command, inputs, processes, torch_twin
+from benchmarks.sides import beside_twin, median
 from flair_jax.data.transforms import packing
 
 TWIN_BATCHES = 4  # different ones, which come again and again
+COLUMNS = ("images_per_second", "mfu", "memory_mb", "compile_seconds")
 
 
 def measure(
@@ -30,7 +32,7 @@ def measure(
     Args:
       config: of a run; `batch_size`, `model`, `loss`, `optimizer`, `mesh` and `data` are looked at. Without
         `data.shards` batches are made up.
-      beside: sides of the twin to run as well, of `torch_twin.SIDES`, in turns with ours.
+      beside: sides of the twin to run as well, "eager" and "compiled", in turns with ours.
       steps: in a turn.
       turns: of each side; medians count.
       trace: folder for a profile of one more turn of ours.
@@ -43,7 +45,7 @@ def measure(
       in the turns between.
     """
     training_ours = functools.partial(training, trace=trace)
-    ours, pairs = torch_twin.in_turns(training_ours, twin_training, [config], beside, steps, turns)
+    ours, pairs = beside_twin(training_ours, twin_training, [config], beside, steps, turns)
 
     figures = {name: ours[-1][name] for name in ("device", "devices", "compile_seconds", "fill")}
     figures |= {"batch_size": config["batch_size"], "dtype": config["model"]["dtype"]}
@@ -60,6 +62,55 @@ def measure(
         figures[f"{side}_images_per_second"] = config["batch_size"] / seconds
         figures[f"{side}_memory_mb"] = max(turn["memory_mb"] for turn in twin)
         figures[f"ratio_{side}"] = seconds / median(beside_it, "seconds")
+    return figures
+
+
+def vary(config: Mapping[str, Any], changes: Sequence[str], **options) -> dict[str, Any]:
+    """`measure` for every combination of some settings, with a table of them in Markdown on the way.
+
+    A side that fails, for want of memory as a rule, leaves its cells empty; the twin is measured once per `batch_size`.
+
+    Args:
+      config: of a run.
+      changes: "key=value,value,…" each, keys of the config with dots.
+      options: of `measure`.
+
+    Returns:
+      `best_images_per_second` and the settings that gave it, and of each side of the twin its own best, and
+      `ratio_best_…`.
+    """
+    names = [change.partition("=")[0] for change in changes]
+    choices = [[command.value(word) for word in change.partition("=")[2].split(",")] for change in changes]
+    beside = options.pop("beside", ())
+    sides = [f"{side}_images_per_second" for side in beside]
+    columns = [*COLUMNS, *sides]
+    print("| " + " | ".join([*names, *columns]) + " |")
+    print("|" + " --- |" * len(names) + " ---: |" * len(columns))
+    figures, measured = {}, set()
+    for values in itertools.product(*choices):
+        changed = ConfigDict(config)
+        for name, value in zip(names, values, strict=True):
+            command.set_key(changed, name, value)
+        # Each side of the twin beside ours, and ours alone only where no side of the twin could do it.
+        row, parts = {}, [] if changed.batch_size in measured else [(side,) for side in beside]
+        measured.add(changed.batch_size)
+        for part in (*parts, ()):
+            if row and not part:
+                break
+            try:
+                row |= measure(changed.to_dict(), beside=part, **options)
+            except RuntimeError as error:
+                print(f"<!-- {values} {part}: {error} -->")
+        cells = [f"{row[name]:,.3g}" if name in row else "" for name in columns]
+        print("| " + " | ".join([*map(str, values), *cells]) + " |", flush=True)
+        for name in ("images_per_second", *sides):
+            if row.get(name, 0) > figures.get(f"best_{name}", 0):
+                settings = str(dict(zip(names, values, strict=True)))
+                figures |= {f"best_{name}": row[name], f"settings_of_best_{name}": settings}
+    for side in beside:
+        if f"best_{side}_images_per_second" in figures and "best_images_per_second" in figures:
+            theirs = figures[f"best_{side}_images_per_second"]
+            figures[f"ratio_best_{side}"] = figures["best_images_per_second"] / theirs
     return figures
 
 
@@ -146,9 +197,10 @@ def _batches(config: Mapping[str, Any], model) -> Iterator[Iterator[Mapping[str,
         with tempfile.TemporaryDirectory() as folder, train.open_stream(config, model, epath.Path(folder)) as stream:
             yield stream
     else:
-        yield inputs.made_up(
-            config["data"], config["batch_size"], jax.local_device_count(), model.image_size, model.context_length
-        )
+        data = config["data"]
+        sizes = model.image_size, data["captions"]["count"], config["model"]["text"], data["packing"]["row_length"]
+        batches = inputs.made_up(config["batch_size"], *sizes, parts=jax.local_device_count())
+        yield itertools.cycle(batches)
 
 
 @contextlib.contextmanager
@@ -160,3 +212,25 @@ def twin_training(config: Mapping[str, Any], compiled: bool) -> Iterator[Callabl
         held = [next(batches) for _ in range(TWIN_BATCHES)]
     with torch_twin.training(config, held, compiled) as turn:
         yield turn
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command.parser("train", "Images per second of training steps.")
+    command.add_model(parser)
+    command.add_sizes(parser, steps=(3, "in a turn"))
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images; the config's if absent")
+    parser.add_argument("--trace", metavar="FOLDER", help="write a profile of two more steps there, for XProf")
+    parser.add_argument(
+        "--vary", nargs="+", metavar="KEY=V,V", help="settings of the config to combine: batch_size=64,128; a table"
+    )
+    parsed = parser.parse_args(arguments)
+    config = command.config(parsed)
+    if parsed.batch_size:
+        config["batch_size"] = parsed.batch_size
+    options = command.pick(parsed, ("steps", "turns", "trace")) | {"beside": command.BESIDE[parsed.beside]}
+    figures = vary(config, parsed.vary, **options) if parsed.vary else measure(config, **options)
+    command.report(figures, parsed.json)
+
+
+if __name__ == "__main__":
+    main()

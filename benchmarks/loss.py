@@ -1,6 +1,9 @@
 """Temporary memory of FLAIR's loss and its gradient in chunks, beside the same all at once."""
 
 import os
+from collections.abc import Sequence
+
+from benchmarks import command
 
 
 def measure(
@@ -88,3 +91,21 @@ def _temporary_bytes(mesh, images: int, captions: int, block_size: int, chunk_si
         step = jax.jit(jax.value_and_grad(value, range(5)))
         compiled = step.lower(image, text, params, scalar, scalar, rng).compile()
     return compiled.memory_analysis().temp_size_in_bytes
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command.parser("loss", "Temporary memory of the loss and its gradient, all at once and in chunks.")
+    sizes = dict(
+        images=(2048, "of the global batch"),
+        captions=(8, "per image"),
+        block_size=(128, "images per block"),
+        chunk_size=(8, "images at a time"),
+        devices=(1, "that share the batch"),
+    )
+    command.add_sizes(parser, **sizes)
+    parsed = parser.parse_args(arguments)
+    command.report(measure(**command.pick(parsed, tuple(sizes))), parsed.json)
+
+
+if __name__ == "__main__":
+    main()
