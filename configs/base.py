@@ -1,5 +1,7 @@
 """Every key of a run with the defaults of FLAIR's recipe. A config starts from here and says what differs."""
 
+import math
+
 from ml_collections import ConfigDict, config_dict
 
 from flair_jax.configs import variants
@@ -32,10 +34,7 @@ def get_config() -> ConfigDict:
 
     config.model = variants.flair("B/16")
 
-    config.loss = ConfigDict()
-    config.loss.block_size = config_dict.placeholder(int)  # images that the recipe has on a GPU; None: the whole batch
-    config.loss.mps = True  # the multi-positive global loss beside the text-conditioned one
-    config.loss.chunk_size = config_dict.placeholder(int)  # images at a time on a device, for memory; None: all
+    config.objectives = variants.flair_objectives()  # the loss: sum of weight * objective, see flair_jax/objectives
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 5e-4
@@ -45,6 +44,10 @@ def get_config() -> ConfigDict:
     config.optimizer.b2 = 0.98
     config.optimizer.eps = 1e-8
     config.optimizer.clip_norm = config_dict.placeholder(float)
+    # (pattern of parameter names, what holds for them), such as ("vision/.*", {"frozen": True, "lr_scale": 0.1,
+    # "decay": False}); the first pattern that matches counts. Unless told otherwise what has two axes or more decays.
+    config.optimizer.rules = ()
+    config.optimizer.clamp = (("logit_scale", 0.0, math.log(100)),)  # (pattern, lowest, highest), after each step
 
     # Decay of a moving average of the parameters, such as 0.9999, which is then what is evaluated and loaded.
     config.ema_decay = config_dict.placeholder(float)  # None: no average

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 
 
 def crop_and_resize(images: jax.Array, boxes: jax.Array, size: int | tuple[int, int]) -> jax.Array:
-    """Cuts a box out of every image and resizes it, as Pillow crops and then resizes by antialiased bicubic weights.
+    """Crops a box from each image and resizes it, as Pillow crops and then resizes by antialiased bicubic weights.
 
-    Two matrix products an image, so it belongs inside the jitted step; images may be split over devices. Equal to
+    Two matrix products per image, so it belongs inside the jitted step; images may be split over devices. Equal to
     Pillow's result to within rounding, for boxes of whole pixels; the borders of others may lie within a pixel.
 
     Args:
       images: uint8 (B, C, C, 3).
-      boxes: float32 (B, 4): top, left, height and width in pixels, within the image. What lies outside does not shine
-        in.
+      boxes: float32 (B, 4): top, left, height and width in pixels, within the image. Pixels
+        outside the box are ignored.
       size: side of the results in pixels, or (height, width); static under jit.
 
     Returns:

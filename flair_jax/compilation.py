@@ -1,4 +1,4 @@
-"""Compiling the step before it runs: what it will need is known first, and what was compiled once is found again."""
+"""Ahead-of-time compilation of the step, its memory, and the cache of compiled programs."""
 
 import os
 from collections.abc import Callable
@@ -18,18 +18,18 @@ def use_cache(folder: epath.PathLike) -> None:
 
 
 def jit_step(step: Callable, state: Any) -> Callable:
-    """Jits a training step that takes the state for its own and gives it back where it was, array by array."""
+    """Jits a training step with donated state and unchanged shardings."""
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
 
 
 def compile_step(step: Callable, state: Any, batch: Any) -> jax.stages.Compiled:
-    """A training step, compiled for these arrays or shapes; it takes the state for its own. Warns if it cannot fit."""
+    """A training step with donated state, compiled for these arrays or shapes. Warns if it cannot fit into memory."""
     compiled = jit_step(step, state).lower(state, batch).compile()
     needed, limit = memory(compiled)["total"], memory_limit()
     if limit is not None and needed > limit:
         logging.warning(
             "the step needs %.1f GiB a device and there are %.1f: make batch_size smaller, or set model.micro_batches, "
-            "model.remat, loss.chunk_size or mesh.fsdp",
+            "model.remat, chunk_size of the objectives or mesh.fsdp",
             needed / GIB,
             limit / GIB,
         )
@@ -37,7 +37,7 @@ def compile_step(step: Callable, state: Any, batch: Any) -> jax.stages.Compiled:
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes of a compiled program on one device: arguments, outputs that are not the arguments' places, temporaries."""
+    """Bytes of a compiled program on one device: arguments, outputs less donated arguments, temporaries, code."""
     account = compiled.memory_analysis()
     parts = {
         "arguments": account.argument_size_in_bytes,
@@ -49,7 +49,7 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 
 def memory_table(compiled: jax.stages.Compiled) -> str:
-    """`memory` as lines to print, beside what the device has."""
+    """`memory` as lines to print, with the device's limit where it is known."""
     limit = memory_limit()
     lines = [f"  {name:12}{size / GIB:9.2f} GiB" for name, size in memory(compiled).items()]
     there = "" if limit is None else f" of {limit / GIB:.1f} GiB"

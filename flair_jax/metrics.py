@@ -3,7 +3,7 @@
 import collections
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -148,15 +148,15 @@ def table(title: str, figures: Mapping[str, Any]) -> str:
     return "\n".join([f"{title}:", *lines])
 
 
-def draw_loss_curve(workdir: epath.PathLike, path: epath.PathLike) -> None:
-    """Writes the loss and its parts over the steps as a PNG."""
+def draw_loss_curve(workdir: epath.PathLike, path: epath.PathLike, parts: Iterable[str]) -> None:
+    """Writes the loss and some parts of it, by their names in the log, over the steps as a PNG."""
     from matplotlib.figure import Figure  # slow to import and only needed at the end
 
     lines = [line for line in read_json_lines(workdir) if "loss" in line]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     steps = [line["step"] for line in lines]
-    for name in ("loss", "tcs", "mps"):
+    for name in ("loss", *parts):
         if lines and name in lines[0]:
             axes.plot(steps, [line[name] for line in lines], label=name, linewidth=2 if name == "loss" else 1)
     axes.set(xlabel="step", ylabel="loss", title="Training loss")

@@ -1,16 +1,13 @@
-"""Training: the step, and the loop around it, top to bottom in one fixed order."""
+"""The training loop around `step.train_step`, top to bottom in one fixed order."""
 
-import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
@@ -29,65 +26,17 @@ from flair_jax import (
     sharding,
     state,
 )
-from flair_jax.augmentation import crop_and_resize
 from flair_jax.data import iterator_state, loader, scenes
 from flair_jax.data.transforms import packing
-from flair_jax.data.transforms.images import normalize
 from flair_jax.data.transforms.tokenizer import VOCAB_SIZE
+from flair_jax.step import step_of
 
 SECTIONS = {
     "seed", "batch_size", "steps", "epochs", "init_from", "log_every", "save_every", "keep", "keep_every", "eval_every",
-    "profile_steps", "model", "loss", "optimizer", "ema_decay", "data", "evaluators", "mesh",
+    "profile_steps", "model", "objectives", "optimizer", "ema_decay", "data", "evaluators", "mesh",
 }  # fmt: skip
 # Keys that say how a step is computed, not what: a run may go on with others, as it may on other hardware.
 HOW = {"model": ("scan_blocks", "remat", "attention", "micro_batches"), "loss": ("chunk_size",)}
-
-
-def train_step(
-    state: state.TrainState,
-    batch: Mapping[str, Any],
-    *,
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    seed: int,
-    ema_decay: float | None = None,
-) -> tuple[state.TrainState, dict[str, jax.Array]]:
-    """One step of the optimiser; a pure function.
-
-    Args:
-      state: before the step.
-      batch: `images` (N, H, W, 3), uint8 pixels or normalised floats, and `texts`, see the model's `loss`. Where there
-        are `boxes` (N, 4), `images` are canvases (N, C, C, 3), see `augmentation.crop_and_resize`.
-      model, tx: what to train and how.
-      seed: with the number of the step, the only source of chance.
-      ema_decay: see `optimizer.average`; None where the state has no average.
-
-    Returns:
-      The state after the step, and the loss, its parts and what helps to judge them, float32 scalars.
-    """
-    images = batch["images"]
-    if "boxes" in batch:
-        images = crop_and_resize(images, batch["boxes"], model.image_size)
-    images = normalize(images) if images.dtype == jnp.uint8 else images
-    rng = jax.random.fold_in(jax.random.key(seed), state.step)
-
-    def objective(params):
-        params = models.cast_matrices(params, model.dtype)
-        return model.apply({"params": params}, {**batch, "images": images}, rng, method="loss")
-
-    (loss, parts), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optimizer.clamp_scale(optax.apply_updates(state.params, updates))
-    ema = None if ema_decay is None else optimizer.average(state.ema, params, state.step, ema_decay)
-    numbers = {
-        "loss": loss,
-        **parts,
-        "grad_norm": optax.tree.norm(grads),
-        "param_norm": optax.tree.norm(state.params),
-        "logit_scale": jnp.exp(state.params["logit_scale"]),
-        "logit_bias": state.params["logit_bias"],
-    }
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), numbers
 
 
 def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float]:
@@ -118,7 +67,7 @@ def _train(config, workdir, mesh, signals):
     main_process = jax.process_index() == 0
 
     # 1. What is trained.
-    model = models.create(config["model"], config["loss"])
+    model = models.create(config["model"])
     saved = checkpoint.Checkpoints(workdir, config["keep"], config["keep_every"], clean=True)
     latest = saved.latest()
     position = None
@@ -132,8 +81,8 @@ def _train(config, workdir, mesh, signals):
     # 3. State: born on its devices, then restored, or started from other weights.
     batches = len(stream.source) / config["batch_size"]
     steps = config["steps"] or math.ceil(config["epochs"] * batches)
-    tx = optimizer.create(total_steps=steps, **config["optimizer"])
-    current = state.create(model, tx, mesh, config["seed"], ema=config["ema_decay"] is not None)
+    optimize = optimizer.create(total_steps=steps, **config["optimizer"])
+    current = state.create(model, optimize, mesh, config["seed"], ema=config["ema_decay"] is not None)
     if latest is not None:
         current = saved.restore(latest, current)
         logging.warning("going on from step %d in %s", latest, saved.folder)
@@ -191,7 +140,7 @@ def _train(config, workdir, mesh, signals):
                 batch = next(stream)
             placed = sharding.global_batch(mesh, batch)
             if step_function is None:
-                step_function = compilation.compile_step(step_of(config, model, tx), current, placed)
+                step_function = compilation.compile_step(step_of(config, model, optimize), current, placed)
                 if main_process:
                     print(compilation.memory_table(step_function), flush=True)
                 progress.start()
@@ -228,13 +177,8 @@ def _train(config, workdir, mesh, signals):
         print(metrics.table("this run", {**final, **summary, **counts}))
         for reason, count in stream.skipped.most_common():
             logging.warning("%d samples were skipped: %s", count, reason)
-        metrics.draw_loss_curve(workdir, evaluate.pictures(workdir) / "loss.png")
+        metrics.draw_loss_curve(workdir, evaluate.pictures(workdir) / "loss.png", config["objectives"])
     return results
-
-
-def step_of(config: Mapping[str, Any], model: nn.Module, tx: optax.GradientTransformation) -> Callable:
-    """`train_step` of a config, as a function of state and batch."""
-    return functools.partial(train_step, model=model, tx=tx, seed=config["seed"], ema_decay=config["ema_decay"])
 
 
 def peak_flops(config: Mapping[str, Any]) -> float | None:
@@ -248,7 +192,7 @@ def _work(config: Mapping[str, Any], texts: Mapping[str, np.ndarray]) -> tuple[f
     places of this process's captions."""
     lengths = packing.text_lengths(texts)
     everywhere = np.tile(lengths, jax.process_count())
-    work = flops.train_step(config["model"], config["loss"], config["batch_size"], everywhere)
+    work = flops.train_step(config["model"], config["objectives"], config["batch_size"], everywhere)
     return work, int(lengths.sum()), texts["tokens"].size
 
 
@@ -307,7 +251,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         value = config.get(section)
         return value if section not in HOW else {key: value[key] for key in value if key not in HOW[section]}
 
-    for section in ("seed", "batch_size", "model", "loss", "optimizer", "ema_decay"):
+    for section in ("seed", "batch_size", "model", "objectives", "optimizer", "ema_decay"):
         if what(before, section) != what(now, section):
             raise ValueError(
                 f"config.{section} is {now[section]}, the checkpoint in the workdir was trained with "

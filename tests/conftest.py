@@ -62,6 +62,15 @@ def load_golden(name: str):
     return safetensors.numpy.load_file(path)
 
 
+def losses(mps: bool = True, **options) -> dict:
+    """Our `objectives` section for FLAIR's loss, with options of the text-conditioned one."""
+    text_conditioned = dict(weight=0.5 if mps else 1.0, **options)
+    return dict(
+        text_conditioned=text_conditioned,
+        sigmoid=dict(weight=0.5 if mps else 0.0, chunk_size=options.get("chunk_size")),
+    )
+
+
 TINY = model_section(
     dict(
         embed_dim=64,

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import losses
 from jax.sharding import PartitionSpec
 
-from flair_jax import models, sharding
+from flair_jax import models, objectives, sharding
 from flair_jax.data import loader
 from flair_jax.models.accumulation import in_micro_batches
 from flair_jax.models.text import Text
@@ -47,10 +48,11 @@ def params():
 
 def run(params, batch, devices=1, **changes):
     """Loss, gradients and the compiled function, on so many devices."""
-    model = models.create({**MODEL, **changes}, dict(chunk_size=2))
+    model = models.create({**MODEL, **changes})
 
     def loss(params, batch):
-        return model.apply({"params": params}, batch, jax.random.key(1), method="loss")[0]
+        features = model.apply({"params": params}, batch["images"], Text(**batch["texts"]), method="features")
+        return objectives.weighted_sum(losses(chunk_size=2), features, batch, jax.random.key(1))[0]
 
     mesh = sharding.create_mesh(devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, load_golden, model_section, nhwc
+from conftest import TINY, load_golden, losses, model_section, nhwc
 
-from flair_jax import models
+from flair_jax import models, objectives
 from flair_jax.configs import variants
 from flair_jax.models import layers
 from flair_jax.models.text import Text
@@ -115,11 +115,11 @@ def test_matrices_are_cast_once_to_the_same_numbers(tiny_params):
     """Loss and gradients in bfloat16 are equal to the bit to those where every use casts for itself."""
     model = models.create({**TINY, "dtype": "bfloat16"})
     text = Text.padded(TOKENS)
-    batch = {"images": IMAGES, "texts": {"tokens": text.tokens, "ends": text.ends}}
 
     def loss(params, cast):
         params = models.cast_matrices(params, model.dtype) if cast else params
-        return model.apply({"params": params}, batch, jax.random.key(0), method="loss")[0]
+        features = model.apply({"params": params}, IMAGES, text, method="features")
+        return objectives.weighted_sum(losses(), features, {}, jax.random.key(0))[0]
 
     step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     once, often = (jax.device_get(step(tiny_params, cast)) for cast in (True, False))
@@ -163,14 +163,18 @@ def test_patch_dropout_is_for_training(tiny_params):
     """The loss differs from that of all patches, by draw; with a share of zero the draw is not seen."""
     text = Text.padded(TOKENS)
     draws = np.zeros((len(IMAGES), len(IMAGES)), np.int32)
-    batch = {"images": IMAGES, "texts": {"tokens": text.tokens, "ends": text.ends}, "draws": draws}
 
-    def losses(share):
+    def values(share):
         model = models.create({**TINY, "vision": {**TINY["vision"], "patch_dropout": share}})
-        loss = jax.jit(lambda rng: model.apply({"params": tiny_params}, batch, rng, method="loss")[0])
+
+        @jax.jit
+        def loss(rng):
+            features = model.apply({"params": tiny_params}, IMAGES, text, rng=rng, method="features")
+            return objectives.weighted_sum(losses(), features, {"draws": draws}, rng)[0]
+
         return [float(loss(jax.random.key(seed))) for seed in (0, 1)]
 
-    whole, dropped = losses(0.0), losses(0.5)
+    whole, dropped = values(0.0), values(0.5)
     assert len({whole[0], *dropped}) == 3 and whole[0] == whole[1]
 
 
@@ -354,8 +358,8 @@ def test_remat_saves_memory():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(KeyError, match="flare"):
-        models.create({**TINY, "name": "flare"})
+    with pytest.raises(TypeError, match="towers"):
+        models.create({**TINY, "towers": 3})
     with pytest.raises(ValueError, match="sometimes"):
         model = models.create({**TINY, "remat": "sometimes"})
         model.init(jax.random.key(0), IMAGES[:1], TOKENS[:1])

@@ -13,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flair_jax import sharding
 from flair_jax.models.text import Text
-from flair_jax.objectives.sigmoid import BATCH_AXES
 
 Item = TypeVar("Item")
 ROW_TEXTS = 8  # texts that share a row, at most
@@ -132,7 +131,7 @@ class Encoder:
             raise ValueError(f"image_batch {image_batch} and text_batch {text_batch} must be at least 1")
         self.mesh = evaluation_mesh() if mesh is None else mesh
         self._model, self._image_batch, self._text_batch = model, image_batch, text_batch
-        axes = tuple(axis for axis in BATCH_AXES if axis in self.mesh.axis_names)
+        axes = tuple(axis for axis in sharding.BATCH_AXES if axis in self.mesh.axis_names)
         self._split, self._whole = (NamedSharding(self.mesh, PartitionSpec(*spec)) for spec in ((axes,), ()))
         self._shards = int(np.prod([self.mesh.shape[axis] for axis in axes], dtype=int))
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from flair_jax.attention_maps import patch_grid
 from flair_jax.evaluators.features import Encoder, check_texts, one_behind
-from flair_jax.objectives.sigmoid import normalize
+from flair_jax.models.layers import normalize
 
 IGNORE = 255
 WAYS = ("value", "projected")
