@@ -6,9 +6,10 @@ sizes of the models stand here as plain dicts, which a test compares with config
 
 import argparse
 import contextlib
-import functools
 import json
+import math
 import pathlib
+import re
 import statistics
 import tempfile
 import time
@@ -27,37 +28,38 @@ import optax
 import safetensors.numpy
 
 from benchmarks import inputs, kernels
-from flair_jax import compilation, flops, models, optimizer, sharding, state, train
+from flair_jax import compilation, flops, models, optimizer, sharding, state, step
 from flair_jax.convert import names
+from flair_jax.data.transforms import packing
 from flair_jax.data.transforms.images import normalize
 from flair_jax.evaluators import Retrieval, RetrievalSet
 from flair_jax.evaluators.features import Encoder
 from flair_jax.models import layers
 from flair_jax.models.text import Text
-from flair_jax.objectives import sigmoid
+from flair_jax.objectives import text_conditioned
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "tests" / "golden"
 GIB = 2**30
 MARK = "RESULT "  # as in gpu_check
 CAPTIONS, ROW_LENGTH = 8, 80  # K, and tokens in a row of packed captions
 OPTIMIZER = dict(learning_rate=5e-4, warmup_steps=2000, weight_decay=0.5, b1=0.9, b2=0.98, eps=1e-8)
-LOSS = dict(block_size=None, mps=True, chunk_size=None)  # the whole batch is a block, as in the PyTorch twin
 COMPUTE = dict(dtype="bfloat16", scan_blocks=False, remat="none", attention="xla", gelu="exact", micro_batches=1)
-LESS_MEMORY = dict(remat="dots"), dict(chunk_size=64)  # of model and loss, where a batch does not fit
+LESS_MEMORY = dict(remat="dots", chunk_size=64)  # of model and objectives, where a batch does not fit
+HEADS = dict(pooling=dict(heads=8), init_logit_scale=math.log(1 / 0.07), init_logit_bias=-10.0)
 
 FLAIR = dict(
     name="flair",
     embed_dim=512,
     vision=dict(image_size=224, patch_size=16, width=768, depth=12, heads=12, patch_dropout=0.0),
     text=dict(context_length=77, vocab_size=49408, width=512, depth=12, heads=8),
-    pooling=dict(heads=8),
+    **HEADS,
 )
 TINY = dict(  # whose numbers the original computed: tests/golden/tiny*
     name="flair",
     embed_dim=64,
     vision=dict(image_size=64, patch_size=16, width=96, depth=3, heads=3),
     text=dict(context_length=77, vocab_size=512, width=64, depth=3, heads=4),
-    pooling=dict(heads=8),
+    **HEADS,
 )
 FULL_SIZES = dict(
     model=FLAIR,
@@ -107,7 +109,12 @@ class Run:
         try:
             yield
         except Exception as error:
-            self.emit(case, {"error": f"{type(error).__name__}: {error}"[:300]})
+            self.emit(case, {"error": describe(error)})
+
+
+def describe(error: Exception) -> str:
+    """An exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,22 +154,22 @@ def _golden_forward(run: Run, model, params) -> None:
 
 
 def _golden_loss(run: Run, case: str, golden: Mapping[str, Any], params, expected) -> None:
-    """Loss and gradients by the training step itself, with an optimizer that keeps the gradients and changes nothing."""
+    """Loss and gradients by the training step itself, whose optimizer keeps the gradients and changes nothing."""
     given = np.load(GOLDEN / "tiny_loss_inputs.npz")
     text = Text.padded(given["tokens"].reshape(-1, given["tokens"].shape[-1]))
     batch = {
         "images": np.moveaxis(given["images"], 1, -1),
         "texts": {"tokens": text.tokens, "ends": text.ends},
-        "draws": sigmoid.draws_of_rows(given["indices"], given["tokens"].shape[1]),
+        "draws": text_conditioned.draws_of_rows(given["indices"], given["tokens"].shape[1]),
     }
     params = {**params, **{name: np.float32(value) for name, value in (golden["override"] or {}).items()}}
-    keep = optax.GradientTransformation(
-        lambda params: jax.tree.map(jnp.zeros_like, params),
-        lambda grads, *_: (jax.tree.map(jnp.zeros_like, grads), grads),
-    )
-    step = step_of(TINY, {**LOSS, "mps": golden["added_mps_loss"]}, keep)
+
+    def update(grads, opt_state, params):
+        return jax.tree.map(jnp.zeros_like, grads), grads
+
+    keep = optimizer.Optimizer(optax.GradientTransformation(lambda params: params, update))
     before = state.TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=keep.init(params))
-    after, numbers = jax.jit(step)(before, batch)
+    after, numbers = jax.jit(step_of(TINY, objectives(mps=golden["added_mps_loss"]), keep))(before, batch)
     grads = names.to_torch(jax.device_get(after.opt_state))
     loss_error = abs(float(numbers["loss"]) / golden["loss_fp64"] - 1)
     largest = max(float(np.abs(leaf).max()) for leaf in expected.values())
@@ -181,28 +188,25 @@ def _golden_loss(run: Run, case: str, golden: Mapping[str, Any], params, expecte
 
 
 def attention(run: Run) -> None:
-    """`layers.attend` by cuDNN in bfloat16 against the plain one in float32: value and gradient, at the model's shapes."""
+    """Attention by cuDNN in bfloat16 against the plain one in float32: value and gradient, at the model's shapes."""
     model, batch = run.sizes["model"], run.sizes["attention_batch"]
     vision, text = model["vision"], model["text"]
     patches, context = flops.patches(vision), text["context_length"]
-    width = model["embed_dim"] // model["pooling"]["heads"]
-    cases = {  # queries, keys, heads, width of a head, causal, packed
-        "image tokens, odd": (
-            1 + patches,
-            1 + patches,
-            vision["heads"],
-            vision["width"] // vision["heads"],
-            False,
-            False,
-        ),
-        "padded captions, odd": (context, context, text["heads"], text["width"] // text["heads"], True, False),
-        "packed captions": (ROW_LENGTH, ROW_LENGTH, text["heads"], text["width"] // text["heads"], True, True),
-        "packed captions, odd": (context, context, text["heads"], text["width"] // text["heads"], True, True),
-        "pooling, odd": (263, 1 + patches, model["pooling"]["heads"], width, False, False),
+    sizes = {  # heads, and channels per head
+        "vision": (vision["heads"], vision["width"] // vision["heads"]),
+        "text": (text["heads"], text["width"] // text["heads"]),
+        "pooling": (model["pooling"]["heads"], model["embed_dim"] // model["pooling"]["heads"]),
     }
-    for case, sizes in cases.items():
+    cases = {  # queries, keys, sizes, causal, packed
+        "image tokens, odd": (1 + patches, 1 + patches, *sizes["vision"], False, False),
+        "padded captions, odd": (context, context, *sizes["text"], True, False),
+        "packed captions": (ROW_LENGTH, ROW_LENGTH, *sizes["text"], True, True),
+        "packed captions, odd": (context, context, *sizes["text"], True, True),
+        "pooling, odd": (263, 1 + patches, *sizes["pooling"], False, False),
+    }
+    for case, arguments in cases.items():
         with run.guard(case):
-            run.emit(case, _attention_case(batch, *sizes))
+            run.emit(case, _attention_case(batch, *arguments))
 
 
 def _attention_case(batch, queries, keys, heads, width, causal, packed) -> dict[str, Any]:
@@ -237,7 +241,7 @@ def _attention_case(batch, queries, keys, heads, width, causal, packed) -> dict[
         try:
             found, figures[f"{kind}_ms"] = value_and_grad(kind, rounded)
         except Exception as error:  # what cuDNN does not take, or no such kernel on this machine
-            figures["error"] = f"{kind}: {error}"[:300]
+            figures["error"] = f"{kind}: {describe(error)}"
             continue
         errors = [float(np.abs(x - y).max() / np.abs(y).max()) for x, y in zip(found, expected, strict=True)]
         figures[f"{kind}_value_error"], figures[f"{kind}_gradient_error"] = errors[0], max(errors[1:])
@@ -251,19 +255,25 @@ def _attention_case(batch, queries, keys, heads, width, causal, packed) -> dict[
 # (c) The training step
 
 
-def step_of(model: Mapping[str, Any], loss: Mapping[str, Any], tx: optax.GradientTransformation) -> Callable:
-    """`train_step` of plain sections of a config, as a function of state and batch."""
-    return functools.partial(train.train_step, model=models.create(model, loss), tx=tx, seed=0)
+def objectives(mps: bool = True, chunk_size: int | None = None) -> dict[str, dict[str, Any]]:
+    """FLAIR's `objectives` section; the whole batch is a block, as in the PyTorch twin."""
+    weights = (0.5, 0.5) if mps else (1.0, 0.0)
+    options = [{"weight": weight, "chunk_size": chunk_size} for weight in weights]
+    return dict(zip(("text_conditioned", "sigmoid"), options, strict=True))
 
 
-def scoped(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimizer, whose instructions the profile can tell by their scope."""
+def step_of(model: Mapping[str, Any], losses: Mapping[str, Any], optimize: optimizer.Optimizer) -> Callable:
+    """The training step as a function of state and batch."""
+    config = {"objectives": losses, "seed": 0, "ema_decay": None}
+    return step.step_of(config, models.create(model), optimize)
 
-    def update(*arguments):
+
+class Scoped(optimizer.Optimizer):
+    """An optimizer whose instructions the profile can tell by their scope."""
+
+    def update(self, *arguments):
         with jax.named_scope("optimizer"):
-            return tx.update(*arguments)
-
-    return optax.GradientTransformation(tx.init, update)
+            return super().update(*arguments)
 
 
 def batches_of(model: Mapping[str, Any], size: int, count: int = 2) -> list[dict[str, Any]]:
@@ -272,45 +282,71 @@ def batches_of(model: Mapping[str, Any], size: int, count: int = 2) -> list[dict
     return inputs.made_up(size, image_size, CAPTIONS, text, ROW_LENGTH, batches=count)
 
 
-def compiled_step(model: Mapping[str, Any], loss: Mapping[str, Any], size: int):
-    """The compiled step, a fresh state and host batches, on one device."""
-    mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    tx = scoped(optimizer.create(total_steps=100_000, **OPTIMIZER))
-    held = batches_of(model, size)
-    with jax.set_mesh(mesh):
-        current = state.create(models.create(model), tx, mesh, 0)
-        place = functools.partial(sharding.global_batch, mesh)
-        compiled = compilation.compile_step(step_of(model, loss, tx), current, place(held[0]))
-    return compiled, current, held, place
+class Compiled:
+    """The compiled step of a setting, on one device.
+
+    Args:
+      model: the `model` section.
+      size: images in a batch.
+      change: keys of `model`, and `chunk_size` of the objectives, that differ from `COMPUTE`.
+    """
+
+    def __init__(self, model: Mapping[str, Any], size: int, change: Mapping[str, Any]):
+        change = dict(change)
+        self.losses = objectives(chunk_size=change.pop("chunk_size", None))
+        self.model, self.size = {**model, **COMPUTE, **change}, size
+        self.mesh = sharding.create_mesh(devices=jax.devices()[:1])
+        self.batches = batches_of(self.model, size)
+        made = optimizer.create(total_steps=100_000, **OPTIMIZER)
+        optimize = Scoped(made.tx, made.rules)
+        with jax.set_mesh(self.mesh):
+            self.state = state.create(models.create(self.model), optimize, self.mesh, 0)
+            began = time.perf_counter()
+            function = step_of(self.model, self.losses, optimize)
+            self.step = compilation.compile_step(function, self.state, self.place(0))
+            self.compile_seconds = time.perf_counter() - began
+
+    def place(self, number: int) -> Any:
+        """A batch on its way to the device, as the training loop sends it."""
+        return sharding.global_batch(self.mesh, self.batches[number % len(self.batches)])
+
+    def run(self, placed: Sequence[Any] | None = None, steps: int = 1) -> float:
+        """Takes steps, waits for the last one and returns its loss."""
+        with jax.set_mesh(self.mesh):
+            for number in range(steps):
+                batch = placed[number % len(placed)] if placed else self.place(number)
+                self.state, numbers = self.step(self.state, batch)
+            jax.block_until_ready((self.state, numbers))
+        return float(numbers["loss"])
+
+    def flop(self) -> float:
+        """Operations of a step, as `flops.train_step` counts them."""
+        lengths = (packing.text_lengths(batch["texts"]) for batch in self.batches)
+        return statistics.mean(flops.train_step(self.model, self.losses, self.size, each) for each in lengths)
 
 
-def train_case(run: Run, size: int, change: Mapping[str, Any], loss: Mapping[str, Any]) -> dict[str, Any]:
-    """Images per second of a setting, each batch sent to the device as the training loop sends it."""
-    model = {**run.sizes["model"], **COMPUTE, **change}
-    began = time.perf_counter()
-    step, current, held, place = compiled_step(model, {**LOSS, **loss}, size)
-    compile_seconds = time.perf_counter() - began
-    needed, limit = compilation.memory(step)["total"], compilation.memory_limit()
-    figures = {"images": size, "change": {**change}, "loss_change": {**loss}, "needed_gib": needed / GIB}
+def train_case(run: Run, size: int, change: Mapping[str, Any]) -> dict[str, Any]:
+    """Images per second of a setting.
+
+    Raises:
+      MemoryError: by the compiler's account it does not fit.
+    """
+    compiled = Compiled(run.sizes["model"], size, change)
+    needed, limit = compilation.memory(compiled.step)["total"], compilation.memory_limit()
     if limit is not None and needed > limit:
         raise MemoryError(f"needs {needed / GIB:.1f} GiB of {limit / GIB:.1f}")
-    with jax.set_mesh(place.args[0]):
-        current, numbers = step(current, place(held[0]))
-        first_loss = float(numbers["loss"])
-        current, numbers = jax.block_until_ready(step(current, place(held[1])))
-        seconds = []
-        for _ in range(run.sizes["turns"]):
-            began = time.perf_counter()
-            for number in range(run.sizes["steps"]):
-                current, numbers = step(current, place(held[number % 2]))
-            jax.block_until_ready((current, numbers))
-            seconds.append((time.perf_counter() - began) / run.sizes["steps"])
-    lengths = [inputs.packing.text_lengths(batch["texts"]) for batch in held]
-    work = statistics.mean(flops.train_step(model, {**LOSS, **loss}, size, each) for each in lengths)
-    figures |= {"step_seconds": statistics.median(seconds), "compile_seconds": compile_seconds, "loss": first_loss}
-    figures |= {"images_per_second": size / figures["step_seconds"], "tflop_per_step": work / 1e12}
+    figures = {"images": size, "change": dict(change), "compile_seconds": compiled.compile_seconds}
+    figures |= {"loss": compiled.run(), "needed_gib": needed / GIB}
+    compiled.run(steps=2)
+    turns = []
+    for _ in range(run.sizes["turns"]):
+        began = time.perf_counter()
+        compiled.run(steps=run.sizes["steps"])
+        turns.append((time.perf_counter() - began) / run.sizes["steps"])
+    seconds, work = statistics.median(turns), compiled.flop()
+    figures |= {"step_seconds": seconds, "images_per_second": size / seconds, "tflop_per_step": work / 1e12}
     if peak := flops.peak(jax.devices()[0].device_kind):
-        figures["mfu"] = work / figures["step_seconds"] / peak
+        figures["mfu"] = work / seconds / peak
     statistics_of_device = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics_of_device:  # of the process so far
         figures["memory_gib"] = statistics_of_device["peak_bytes_in_use"] / GIB
@@ -319,44 +355,43 @@ def train_case(run: Run, size: int, change: Mapping[str, Any], loss: Mapping[str
 
 def training(run: Run) -> None:
     """FLAIR B/16 in bfloat16, K = 8, packed captions: plain and cuDNN's attention, then batches of other sizes."""
-    device = jax.devices()[0]
-    run.emit("device", {"kind": device.device_kind, "jax": jax.__version__, "limit": compilation.memory_limit()})
-    done: dict[str, dict[str, Any]] = {}
+    limit = compilation.memory_limit()
+    run.emit("device", {"kind": jax.devices()[0].device_kind, "jax": jax.__version__, "limit": limit})
+    done: list[dict[str, Any]] = []
     longest = 0.0
 
     def measure(size: int, **change) -> None:
-        """One setting; the same with less memory where it failed, or is going to by what smaller batches needed."""
+        """One setting; with less memory where it does not fit, or will not by what smaller batches needed."""
         nonlocal longest
-        plain = [case for case in done.values() if not case["loss_change"]]
+        plain = [case for case in done if "chunk_size" not in case["change"]]
         needs = max((case["needed_gib"] * size / case["images"] for case in plain), default=0.0)
-        limit = compilation.memory_limit()
-        tries = [({}, {}), LESS_MEMORY]
-        for less, loss in tries[1:] if limit is not None and needs > limit / GIB else tries:
-            words = " ".join(f"{name}={value}" for name, value in {**change, **less, **loss}.items())
-            case = f"{size} {words}"
+        fits = limit is None or needs < limit / GIB
+        for less in ({}, LESS_MEMORY) if fits else (LESS_MEMORY,):
+            case = " ".join([str(size), *(f"{name}={value}" for name, value in {**change, **less}.items())])
             if run.left() < longest:
                 run.emit(case, {"error": f"not started: {run.left():.0f} seconds are left"})
                 return
             began = time.monotonic()
-            with run.guard(case):
-                done[case] = train_case(run, size, {**change, **less}, loss)
-                run.emit(case, done[case])
+            try:
+                figures = train_case(run, size, {**change, **less})
+                done.append(figures)
+            except Exception as error:
+                figures = {"error": describe(error)}
+            run.emit(case, figures)
             longest = max(longest, time.monotonic() - began)
-            jax.clear_caches()
-            if case in done:
+            if "error" not in figures or not re.search("MemoryError|RESOURCE_EXHAUSTED", figures["error"]):
                 return
 
-    first = run.sizes["first_batch"]
+    first, others = run.sizes["first_batch"], run.sizes["batches"]
     measure(first, attention="cudnn")
     scan = {}
-    if run.left() < (1 + len(run.sizes["batches"])) * longest:  # unrolled blocks take too long to compile
+    if run.left() < (1 + len(others)) * longest:  # unrolled blocks take too long to compile
         scan = dict(scan_blocks=True)
         measure(first, attention="cudnn", **scan)
     measure(first, attention="xla", **scan)
-    best = max(done.values(), key=lambda case: case["images_per_second"], default=None)
-    kind = best["change"]["attention"] if best else "xla"
-    for size in run.sizes["batches"]:
-        measure(size, attention=kind, **scan)
+    best = max(done, key=lambda case: case["images_per_second"], default=None)
+    for size in others:
+        measure(size, attention=best["change"]["attention"] if best else "xla", **scan)
 
 
 def twin(run: Run) -> None:
@@ -366,7 +401,7 @@ def twin(run: Run) -> None:
     from benchmarks import torch_twin
 
     model = {**run.sizes["model"], **COMPUTE}
-    config = {"model": model, "optimizer": OPTIMIZER, "loss": LOSS}
+    config = {"model": model, "optimizer": OPTIMIZER, "objectives": objectives()}
     run.emit("device", {"torch": torch.__version__})
     speeds = {}
 
@@ -455,20 +490,14 @@ def profile(run: Run) -> None:
     if not done:
         raise ValueError("no setting of the training step was measured")
     best = max(done, key=lambda case: case["images_per_second"])
-    model = {**run.sizes["model"], **COMPUTE, **best["change"]}
-    steps = 3
-    step, current, held, place = compiled_step(model, {**LOSS, **best["loss_change"]}, best["images"])
-    with jax.set_mesh(place.args[0]), tempfile.TemporaryDirectory() as folder:
-        placed = [place(batch) for batch in held]
-        for batch in placed:
-            current, numbers = jax.block_until_ready(step(current, batch))
+    steps, compiled = 3, Compiled(run.sizes["model"], best["images"], best["change"])
+    placed = [compiled.place(number) for number in range(steps)]
+    compiled.run(placed, steps)
+    with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for number in range(steps):
-                current, numbers = step(current, placed[number % 2])
-            jax.block_until_ready((current, numbers))
-        figures = kernels.summary(pathlib.Path(folder), step.as_text(), steps)
-    words = " ".join(f"{name}={value}" for name, value in {**best["change"], **best["loss_change"]}.items())
-    run.emit(f"{best['images']} {words}", figures)
+            compiled.run(placed, steps)
+        figures = kernels.summary(pathlib.Path(folder), compiled.step.as_text(), steps)
+    run.emit(" ".join([str(best["images"]), *(f"{name}={value}" for name, value in best["change"].items())]), figures)
 
 
 PARTS = {

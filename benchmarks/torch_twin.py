@@ -66,7 +66,7 @@ def training(config: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], co
     import torch
 
     twin, device, autocast = _start(config)
-    settings = config["optimizer"]
+    settings, mps = config["optimizer"], config["objectives"]["sigmoid"]["weight"] > 0
     decayed = [p for p in twin.parameters() if p.ndim >= 2]
     others = [p for p in twin.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -89,7 +89,7 @@ def training(config: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], co
         tokens = torch.from_numpy(tokens.astype(np.int64)).view(size, -1, context).to(device, non_blocking=True)
         rows = torch.from_numpy(_rows(rng, size, tokens.shape[1])).to(device, non_blocking=True)
         with autocast:
-            loss = loss_of(_images(pixels, device), tokens, rows, config["loss"]["mps"])
+            loss = loss_of(_images(pixels, device), tokens, rows, mps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

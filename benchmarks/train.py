@@ -27,10 +27,10 @@ def measure(
     turns: int = 3,
     trace: str | None = None,
 ) -> dict[str, Any]:
-    """Figures of `train.train_step` as the loop runs it.
+    """Figures of `step.train_step` as the loop runs it.
 
     Args:
-      config: of a run; `batch_size`, `model`, `loss`, `optimizer`, `mesh` and `data` are looked at. Without
+      config: of a run; `batch_size`, `model`, `objectives`, `optimizer`, `mesh` and `data` are looked at. Without
         `data.shards` batches are made up.
       beside: sides of the twin to run as well, "eager" and "compiled", in turns with ours.
       steps: in a turn.
@@ -119,19 +119,20 @@ def training(config: Mapping[str, Any], trace: str | None = None) -> Iterator[Ca
     """Turns of the training loop: draw a batch, step, report the numbers of the step before."""
     import jax
 
-    from flair_jax import compilation, cpu, flops, metrics, models, optimizer, sharding, state, train
+    from flair_jax import compilation, cpu, flops, metrics, models, optimizer, sharding, state, step, train
 
     cpu.keep_heap()
-    model = models.create(config["model"], config["loss"])
+    model = models.create(config["model"])
     mesh = sharding.create_mesh(**config["mesh"])
-    tx = optimizer.create(total_steps=100_000, **config["optimizer"])
+    optimize = optimizer.create(total_steps=100_000, **config["optimizer"])
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         batches = stack.enter_context(_batches(config, model))
-        current = state.create(model, tx, mesh, 0, ema=config["ema_decay"] is not None)
+        current = state.create(model, optimize, mesh, 0, ema=config["ema_decay"] is not None)
         first = next(batches)
         began = time.perf_counter()
-        step = compilation.compile_step(train.step_of(config, model, tx), current, sharding.global_batch(mesh, first))
+        placed = sharding.global_batch(mesh, first)
+        compiled = compilation.compile_step(step.step_of(config, model, optimize), current, placed)
         compile_seconds = time.perf_counter() - began
         batches = itertools.chain([first], batches)
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -146,11 +147,11 @@ def training(config: Mapping[str, Any], trace: str | None = None) -> Iterator[Ca
                 with clock.measure("data"):
                     batch = next(batches)
                 lengths = packing.text_lengths(batch["texts"])
-                work += flops.train_step(config["model"], config["loss"], config["batch_size"], lengths)
+                work += flops.train_step(config["model"], config["objectives"], config["batch_size"], lengths)
                 tokens, places = tokens + int(lengths.sum()), places + batch["texts"]["tokens"].size
                 placed = sharding.global_batch(mesh, batch)
                 cpu.finish(pending)
-                current, numbers = step(current, placed)
+                current, numbers = compiled(current, placed)
                 if pending is not None:
                     values = {name: float(value) for name, value in jax.device_get(pending).items()}
                     with clock.measure("logging"):
@@ -208,7 +209,7 @@ def twin_training(config: Mapping[str, Any], compiled: bool) -> Iterator[Callabl
     """Turns of the twin on the first batches of the same stream, which lie ready: it never waits for data."""
     from flair_jax import models
 
-    with _batches(config, models.create(config["model"], config["loss"])) as batches:
+    with _batches(config, models.create(config["model"])) as batches:
         held = [next(batches) for _ in range(TWIN_BATCHES)]
     with torch_twin.training(config, held, compiled) as turn:
         yield turn

@@ -6,12 +6,11 @@ that turns the PyTorch array into the Flax one. Another model is another entry o
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from flair_jax.configs import variants
 from flair_jax.convert.tables import (
     CONVOLUTION,
     LINEAR,
@@ -225,9 +224,11 @@ def _sizes(config: Mapping[str, Any]) -> Sizes:
     }
 
 
-def _config(published: Callable[[], Any], sizes: Sizes) -> dict[str, Any]:
-    """The `model` section of a file with these sizes, see `infer_config`; `published` gives what shapes do not tell."""
-    config = published().to_dict()
+def _config(name: str, sizes: Sizes) -> dict[str, Any]:
+    """The `model` section of a file with these sizes, see `infer_config`; the published one has what shapes do not."""
+    from flair_jax.configs import variants  # needs ml_collections, which translating names does without
+
+    config = getattr(variants, name)().to_dict()
     side = math.isqrt(sizes["vision.tokens"] - 1)
     if side**2 != sizes["vision.tokens"] - 1:
         raise ConversionError(
@@ -264,10 +265,6 @@ def _config(published: Callable[[], Any], sizes: Sizes) -> dict[str, Any]:
 
 
 TABLES = {
-    name: Table(name, rules, _sizes, functools.partial(_config, published))
-    for name, rules, published in (
-        ("flair", FLAIR_RULES, variants.flair),
-        ("clip", CLIP_RULES, variants.clip),
-        ("siglip", SIGLIP_RULES, variants.siglip),
-    )
+    name: Table(name, rules, _sizes, functools.partial(_config, name))
+    for name, rules in (("flair", FLAIR_RULES), ("clip", CLIP_RULES), ("siglip", SIGLIP_RULES))
 }
