@@ -72,7 +72,11 @@ FULL_SIZES = dict(
     encoding=dict(images=5000, texts=25014, image_batch=250, text_batch=1024),
 )
 TOY_SIZES = dict(
-    model=TINY,
+    model={
+        **TINY,
+        "vision": dict(image_size=32, patch_size=16, width=32, depth=1, heads=2),
+        "text": dict(context_length=77, vocab_size=512, width=32, depth=1, heads=2),
+    },
     first_batch=4,
     batches=(8,),
     twin_batches=(2, 4),
