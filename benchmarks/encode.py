@@ -104,8 +104,7 @@ def ours(
 
     if kind == "pairs":
         image_features, text_features = jax.tree.map(lambda *x: jnp.concatenate(x), *encode_images()), encode_texts()
-        score = encoder.jit(encoder.method("score"))
-        run = lambda: score(params, image_features, text_features)  # noqa: E731
+        run = lambda: encoder.apply("score", params, image_features, text_features)  # noqa: E731
     else:
         run = {"images": encode_images, "texts": encode_texts}[kind]
 

@@ -1,6 +1,6 @@
 """Batches to measure with: from shards, as training reads them, or made up, of captions as long as real ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,26 +45,13 @@ def made_up(
     pixels = [rng.integers(0, 256, (images, *image_size, 3), dtype=np.uint8) for _ in range(batches)]
     tokens = [captions(rng, images * captions_per_image, *sizes) for _ in range(batches)]
     if row_length is None:
-        texts = [{"tokens": padded, "ends": _ends(padded)} for padded in tokens]
+        texts = [packing.padded(padded) for padded in tokens]
     else:
-        shares = [np.split(padded, parts) for padded in tokens]
-        lengths = (packing.lengths(share) for batch in shares for share in batch)
-        rows = packing.rows_for(lengths, row_length=row_length, quantile=1.0)  # no caption is cut
-        texts = [_pack(batch, row_length, rows) for batch in shares]
+        lengths = (packing.lengths(share) for padded in tokens for share in np.split(padded, parts))
+        rows = packing.rows_for(lengths, row_length=row_length, quantile=1.0)
+        pack = packing.Packer(row_length, (rows,), parts)
+        texts = [pack(padded).texts for padded in tokens]
     return [{"images": image, "texts": text} for image, text in zip(pixels, texts, strict=True)]
-
-
-def _pack(shares: Sequence[np.ndarray], row_length: int, rows: int) -> dict[str, np.ndarray]:
-    """Padded captions of each device -> its rows, one after the other."""
-    packed = [packing.pack(share, row_length=row_length, rows=rows).texts for share in shares]
-    for number, texts in enumerate(packed):
-        texts["ends"] = texts["ends"] + np.int32(number * rows * row_length)
-    return {name: np.concatenate([texts[name] for texts in packed]) for name in packed[0]}
-
-
-def _ends(tokens: np.ndarray) -> np.ndarray:
-    """Flat indices of the ends of padded captions: (N, T) -> int32 (N,)."""
-    return (np.arange(len(tokens)) * tokens.shape[1] + packing.lengths(tokens) - 1).astype(np.int32)
 
 
 def captions(rng: np.random.Generator, count: int, context_length: int, vocab_size: int) -> np.ndarray:

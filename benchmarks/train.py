@@ -129,20 +129,15 @@ def training(config: Mapping[str, Any], trace: str | None = None) -> Iterator[Ca
         stack.enter_context(jax.set_mesh(mesh))
         batches = stack.enter_context(_batches(config, model))
         current = state.create(model, optimize, mesh, 0, ema=config["ema_decay"] is not None)
-        first = next(batches)
-        began = time.perf_counter()
-        placed = sharding.global_batch(mesh, first)
-        compiled = compilation.compile_step(step.step_of(config, model, optimize), current, placed)
-        compile_seconds = time.perf_counter() - began
-        batches = itertools.chain([first], batches)
+        function, programs, compile_seconds = step.step_of(config, model, optimize), {}, 0.0
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        writer = metrics.create_writer(epath.Path(folder), 0)
+        writer = metrics.Writer(epath.Path(folder), 0)
         done = 0
 
         def turn(count: int) -> Mapping[str, Any]:
-            nonlocal current, done
+            nonlocal current, done, compile_seconds
             clock = metrics.Clock()
-            pending, work, tokens, places = None, 0.0, 0, 0
+            pending, work, tokens, places, uncounted = None, 0.0, 0, 0, 0.0
             for _ in range(count):
                 with clock.measure("data"):
                     batch = next(batches)
@@ -150,15 +145,21 @@ def training(config: Mapping[str, Any], trace: str | None = None) -> Iterator[Ca
                 work += flops.train_step(config["model"], config["objectives"], config["batch_size"], lengths)
                 tokens, places = tokens + int(lengths.sum()), places + batch["texts"]["tokens"].size
                 placed = sharding.global_batch(mesh, batch)
+                shape = placed["texts"]["tokens"].shape
+                if shape not in programs:  # of the first batch, and of one that needs more rows than those before it
+                    began = time.perf_counter()
+                    programs[shape] = compilation.compile_step(function, current, placed)
+                    took = time.perf_counter() - began
+                    compile_seconds, uncounted = compile_seconds + took, uncounted + took
                 cpu.finish(pending)
-                current, numbers = compiled(current, placed)
+                current, numbers = programs[shape](current, placed)
                 if pending is not None:
                     values = {name: float(value) for name, value in jax.device_get(pending).items()}
                     with clock.measure("logging"):
                         writer.write_scalars(done, values)
                 pending, done = numbers, done + 1
             jax.block_until_ready((current, numbers))
-            seconds = clock.total()
+            seconds = clock.total() - uncounted
             return {
                 "seconds": seconds / count,
                 "data_wait_seconds": clock.seconds["data"] / count,

@@ -1,8 +1,8 @@
 """What a run needs before it is started: work, time and memory per device. Nothing is allocated, no data is read.
 
-    python -m flair_jax.plan --config configs/flair_cc12m.py
-    python -m flair_jax.plan --config configs/flair_cc12m.py --config.mesh.fsdp=8 --devices 64 --mean_tokens 40
-    python -m flair_jax.plan --config configs/flair_cc12m.py --topology v6e:4x8    # TPU's compiler: pip install libtpu
+    python -m flair_jax.plan --config flair_cc12m
+    python -m flair_jax.plan --config flair_cc12m --config.mesh.fsdp=8 --devices 64 --mean_tokens 40
+    python -m flair_jax.plan --config flair_cc12m --topology v6e:4x8    # TPU's compiler: pip install libtpu
     python -m flair_jax.plan --table                                               # the tables of docs/scale.md
 
 The training step is compiled for as many devices as asked, which need not exist. By default the compiler is the CPU's:
@@ -12,7 +12,6 @@ and `model.remat` only with `model.scan_blocks`, for it finds in unrolled blocks
 With `--topology` the account is the TPU compiler's own.
 """
 
-import importlib
 import json
 import math
 import pathlib
@@ -23,9 +22,10 @@ import jax
 import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
-from ml_collections import config_flags
 
 from flair_jax import compilation, flops, models, optimizer, sharding, state
+from flair_jax import config as configuration
+from flair_jax.data.transforms.images import pair
 from flair_jax.step import step_of
 
 RECIPES = ("flair_cc3m", "flair_cc12m", "flair_yfcc15m", "flair_merged30m", "flair_pixelprose")
@@ -60,8 +60,7 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
         text = {name: ints(rows, row_length) for name in ("tokens", "segments", "positions")}
     else:
         text = {"tokens": ints(texts, model["text"]["context_length"])}
-    size = model["vision"]["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = pair(model["vision"]["image_size"])
     pixels = jax.ShapeDtypeStruct((images, height, width, 3), np.uint8, sharding=split)
     return {"images": pixels, "texts": {**text, "ends": ints(texts)}}
 
@@ -169,7 +168,7 @@ def estimates(operations: float, devices: int, chips: Sequence[str] = CHIPS) -> 
 
 def recipe(name: str) -> dict[str, Any]:
     """The config of a file of `configs/`, as a plain dict."""
-    return importlib.import_module(f"flair_jax.configs.{name}").get_config().to_dict()
+    return configuration.read(name)
 
 
 def tables() -> str:
@@ -195,14 +194,16 @@ def _rule(numbers: int) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"unexpected arguments {arguments[1:]}")
     if _TABLE.value:
         print(tables())
         return
     if _CONFIG.value is None:
-        raise app.UsageError("--config names the run to plan, such as configs/flair_cc12m.py")
-    config = _CONFIG.value.to_dict()
+        raise app.UsageError("--config names the run to plan, such as flair_cc12m")
+    try:
+        config = configuration.read(_CONFIG.value, arguments[1:])
+        configuration.check(config)
+    except (ValueError, FileNotFoundError) as error:
+        raise app.UsageError(str(error)) from error
     if not config["steps"]:
         raise app.UsageError("the length of the run must be known without its data: set --config.steps")
     chips = (_DEVICE.value,) if _DEVICE.value else CHIPS
@@ -220,15 +221,15 @@ def main(arguments: Sequence[str]) -> None:
     print("\nEstimated, not measured, at a share of the chips' dense bfloat16 peak:")
     print(estimates(1e18 * figures["eflop"], len(devices), chips))
     if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n")
+        pathlib.Path(configuration.normalize(_JSON.value)).write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
+    _CONFIG = flags.DEFINE_string("config", None, "The experiment: a path, or the name of a shipped config.")
     _DEVICES = flags.DEFINE_integer("devices", None, "To plan for; default: as many as the reference's.")
     _DEVICE = flags.DEFINE_string("device", None, "Kind of chip as jax names it; default: several.")
     _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs to compile for, such as v5e:4x8, instead of --devices.")
     _MEAN_TOKENS = flags.DEFINE_float("mean_tokens", MEAN_TOKENS, "Of a caption, with both ends.")
     _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
     _TABLE = flags.DEFINE_bool("table", False, "Print the tables of docs/scale.md.")
-    app.run(main)
+    app.run(main, flags_parser=configuration.parse_known_flags)

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from flair_jax import models, optimizer, plan, sharding, state, step, train
+from flair_jax import config as configuration
+from flair_jax import models, optimizer, plan, sharding, state, step
 from flair_jax.data.transforms import captions
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -63,7 +64,7 @@ def test_every_config_builds_and_its_step_has_a_type(name):
     config = read(name).get_config()
     if not config.epochs:
         config.steps = config.steps or 10
-    train.check(config.to_dict())
+    configuration.check(config.to_dict())
     captions.CaptionOptions(**config.data.captions)
     model = models.create(config.model)
     optimize = optimizer.create(**config.optimizer, total_steps=config.steps or 10)
@@ -103,7 +104,7 @@ def test_the_flags_that_a_docstring_gives_are_keys(name):
         assert key in {path for path, _ in _flat(config)}, key
         if value[0].isdigit():
             config.update_from_flattened_dict({key: json.loads(value)})
-    train.check({**config.to_dict(), "steps": config.steps, "epochs": None if config.steps else 1.0})
+    configuration.check({**config.to_dict(), "steps": config.steps, "epochs": None if config.steps else 1.0})
 
 
 @pytest.mark.parametrize(
