@@ -6,12 +6,11 @@ that turns the PyTorch array into the Flax one. Another model is another entry o
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from flair_jax.configs import variants
 from flair_jax.convert.tables import (
     CONVOLUTION,
     LINEAR,
@@ -233,8 +232,11 @@ def _widths(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return config["vision"]["width"], config["text"]["width"], config["embed_dim"]
 
 
-def _config(published: Callable[[str], Any], sizes: Sizes) -> dict[str, Any]:
-    """The `model` section of a file with these sizes, see `infer_config`; `published` gives what shapes do not tell."""
+def _config(name: str, sizes: Sizes) -> dict[str, Any]:
+    """The `model` section of a file with these sizes, see `infer_config`; the published one has what shapes do not."""
+    from flair_jax.configs import variants  # needs ml_collections, which translating names does without
+
+    published = getattr(variants, name)
     side = math.isqrt(sizes["vision.tokens"] - 1)
     if side**2 != sizes["vision.tokens"] - 1:
         raise ConversionError(
@@ -267,10 +269,6 @@ def _config(published: Callable[[str], Any], sizes: Sizes) -> dict[str, Any]:
 
 
 TABLES = {
-    name: Table(name, rules, _sizes, functools.partial(_config, published))
-    for name, rules, published in (
-        ("flair", FLAIR_RULES, variants.flair),
-        ("clip", CLIP_RULES, variants.clip),
-        ("siglip", SIGLIP_RULES, variants.siglip),
-    )
+    name: Table(name, rules, _sizes, functools.partial(_config, name))
+    for name, rules in (("flair", FLAIR_RULES), ("clip", CLIP_RULES), ("siglip", SIGLIP_RULES))
 }

@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 from absl import logging
-from etils import epath
 
 GIB = 2**30
 
 
-def use_cache(folder: epath.PathLike) -> None:
+def use_cache(folder: str | os.PathLike) -> None:
     """Keeps compiled programs in a folder, for the next start; the one of JAX_COMPILATION_CACHE_DIR if that is set."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(folder))

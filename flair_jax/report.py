@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping
-
-from etils import epath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +35,13 @@ def flat(results: Iterable[Result]) -> dict[str, float]:
     return {result.name: result.value for result in results}
 
 
-def write(workdir: epath.PathLike, results: Iterable[Result]) -> str:
+def write(workdir: str | os.PathLike, results: Iterable[Result]) -> str:
     """Writes `report.json`, flat, and `report.md`, `tables` of the same numbers; makes the folder, returns the tables.
 
     Without results nothing is written: what an earlier evaluation found stays.
     """
+    from etils import epath  # evaluators import this module for `Result`, and may run where etils is not installed
+
     results, workdir = list(results), epath.Path(workdir)
     if not results:
         return ""

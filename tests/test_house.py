@@ -16,7 +16,7 @@ ROOMS = {
     "flair_jax": "flair_jax",
 }
 # Modules of flair_jax that may use the rooms beside it.
-DOORS = {"main", "config", "train", "evaluate", "pretrained", "benchmark"}
+DOORS = {"main", "config", "train", "evaluate", "pretrained"}
 TRANSFORMS = "flair_jax.data.transforms"
 LEARNING = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
@@ -91,8 +91,7 @@ def test_only_the_doors_of_flair_jax_lead_outside():
         if door not in DOORS:
             outside = {name for name in imports(path) if room_of(name) in ("flair_jax.data", "flair_jax.convert")}
             assert all(name.startswith(TRANSFORMS) for name in outside), path
-        if door != "benchmark":
-            assert not roots(path) & {"torch"}, path
+        assert not roots(path) & {"torch"}, path
 
 
 def test_objectives_know_no_devices_and_models_no_objectives():
