@@ -1,4 +1,4 @@
-"""Images for the shards: checked to the last byte, and made smaller where they are larger than wanted."""
+"""Images for the shards: decoded as a check, turned upright if wanted, and made smaller where they are too large."""
 
 import io
 from typing import NamedTuple
