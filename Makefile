@@ -1,25 +1,33 @@
-# `make demo` and `make test` need Python 3.11 or later and nothing else.
+# `make demo` and `make test` need Python 3.11 or later and nothing else. Both install into .venv: the demo what a
+# training run needs, the tests what they need besides. With another PYTHON, .venv is made again.
 PYTHON ?= python3
-# CPU builds of PyTorch: `make TORCH="torch --index-url …" test` installs it from elsewhere.
-TORCH ?= torch==2.13.0
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# Tests that need PyTorch are skipped where it is absent. Its CPU build: `make TORCH="torch --index-url …" test`.
+TORCH ?= $(if $(filter 3.11,$(VERSION)),torch==2.13.0)
 WORKDIR ?= runs/scenes
+CORE := .venv/.core-$(VERSION)
+TEST := .venv/.test-$(VERSION)
 
 .PHONY: venv demo test clean
 
-venv: .venv/.installed
+venv: $(CORE)
 
-.venv/.installed: setup.py
+$(CORE): setup.py
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed"'
-	$(PYTHON) -m venv .venv
+	test -e $@ || $(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet --upgrade pip
-	.venv/bin/python -m pip install --quiet $(TORCH)
-	.venv/bin/python -m pip install --quiet -e '.[tf,test]'
+	.venv/bin/python -m pip install --quiet -e .
 	touch $@
 
-demo: venv
+$(TEST): $(CORE)
+	$(if $(strip $(TORCH)),.venv/bin/python -m pip install --quiet $(TORCH))
+	.venv/bin/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+demo: $(CORE)
 	.venv/bin/python -m flair_jax.main --config configs/scenes.py --workdir $(WORKDIR)
 
-test: venv
+test: $(TEST)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest -n 2 --dist worksteal

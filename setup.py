@@ -13,7 +13,8 @@ FOLDERS = {
     "flair_jax.data": "data",
 }
 
-# Each lower bound is the oldest release that the test suite was run with; jax 0.10.2 is the last for Python 3.11.
+# Each lower bound is the oldest release that the test suite was run with, on Python 3.11 with jax 0.10.2 (the last for
+# it) or on Python 3.13 with jax 0.12.
 REQUIRES = [
     "absl-py>=2.5",
     "array_record>=0.8.6",
@@ -37,17 +38,16 @@ REQUIRES = [
     "safetensors>=0.8",
     "sentencex>=1.0.32",
     "simplejpeg>=1.9",
-    "tensorboard>=2.21",  # clu.metric_writers needs it and does not name it
-    "tensorflow>=2.21",  # clu.metric_writers writes TensorBoard files through it
+    "tensorboardX>=2.6.5",  # writes TensorBoard's files without TensorFlow; to look at them: pip install tensorboard
     "tokenizers>=0.23",
     "tqdm>=4.70",
 ]
-LINUX_X86 = 'sys_platform == "linux" and platform_machine == "x86_64"'  # where Intel publishes MKL
 EXTRAS = {
-    "cpu": [f"mkl>=2026.2; {LINUX_X86}", f"numba>=0.68; {LINUX_X86}"],  # faster matrix products on a CPU
-    "torch": ["torch>=2.13"],
-    "tf": ["importlib_resources>=7.1", "tensorflow-datasets>=4.9.10"],  # which uses the former and does not name it
-    "remote": ["aiohttp>=3.14", "gcsfs>=2026.9", "s3fs>=2026.9"],  # shards in gs://, s3:// and behind https://
+    "torch": ["torch>=2.13"],  # to read and write PyTorch's own files; .safetensors need no PyTorch
+    # Data sets of TensorFlow Datasets, which uses importlib_resources without naming it, and writers of TFRecord.
+    "tf": ["importlib_resources>=7.1", "tensorflow>=2.21", "tensorflow-datasets>=4.9.10"],
+    # Shards and work directories in gs:// and s3:// (boto3: TensorBoard's files there), shards behind https://.
+    "remote": ["aiohttp>=3.14", "boto3>=1.43", "gcsfs>=2026.9", "s3fs>=2026.9"],
     "prepare": ["apache-beam>=2.77", "pyarrow>=25.0"],
     "cuda": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
@@ -55,17 +55,18 @@ EXTRAS = {
     "bench": ["psutil>=7.2", "regex>=2026.9", "torch>=2.13", "webdataset==0.2.86"],
     "notebook": ["nbformat>=5.11", "nbclient>=0.11", "ipykernel>=7.4"],
 }
+# Without PyTorch, which the Makefile installs where there is a CPU build: tests that need it are skipped elsewhere.
 EXTRAS["test"] = [
     "aiohttp>=3.14",
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff>=0.17",
+    "tensorboard>=2.21",
     "transformers>=5.23",
-    *EXTRAS["cpu"],
-    *EXTRAS["bench"],
-    *EXTRAS["torch"],
+    *(requirement for requirement in EXTRAS["bench"] if requirement not in EXTRAS["torch"]),
     *EXTRAS["notebook"],
     *EXTRAS["prepare"],
+    *EXTRAS["tf"],
 ]
 
 setup(

@@ -32,6 +32,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 SIDES = ("own", "reference", "torch")
 SETS = (1, 101, 102, 103)  # seeds of the unseen sets; 1 is the config's own
@@ -101,7 +102,7 @@ def train_torch(config: Mapping[str, Any], start: Any, workdir: pathlib.Path) ->
     from flair_jax.convert import names
     from flair_jax.convert.torch_flair import TorchFLAIR
     from flair_jax.data.transforms.images import MEAN, STD
-    from flair_jax.objectives.sigmoid import draw_captions
+    from flair_jax.objectives.text_conditioned import draw_captions
 
     settings, steps = config["optimizer"], config["steps"]
     batch_size, count = config["batch_size"], config["data"]["captions"]["count"]
@@ -124,7 +125,7 @@ def train_torch(config: Mapping[str, Any], start: Any, workdir: pathlib.Path) ->
         _, rng = jax.random.split(jax.random.fold_in(jax.random.key(config["seed"]), step))
         return draw_captions(rng, numbers, numbers, count)
 
-    model = models.create(config["model"], config["loss"])
+    model = models.create(config["model"])
     with train.open_stream(config, model, workdir) as stream:
         for step in range(steps):
             warmup = settings["warmup_steps"]
@@ -135,7 +136,7 @@ def train_torch(config: Mapping[str, Any], start: Any, workdir: pathlib.Path) ->
             images = (torch.from_numpy(batch["images"]).permute(0, 3, 1, 2) / 255 - mean) / std
             tokens = torch.from_numpy(batch["texts"]["tokens"].astype(np.int64)).view(batch_size, count, -1)
             rows = torch.from_numpy(rows_of_draws(np.asarray(draws_of(step)), count))
-            loss = twin.loss(images, tokens, rows, config["loss"]["mps"])
+            loss = twin.loss(images, tokens, rows)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -173,21 +174,24 @@ def judge(config: Mapping[str, Any], params: Any, folder: pathlib.Path) -> dict[
     """All figures of trained parameters: metric -> one value per set of `SETS`, loss -> value."""
     import jax
 
-    from flair_jax import evaluate, models, train
+    from flair_jax import evaluate, models, objectives, train
     from flair_jax.data.transforms.images import normalize
+    from flair_jax.models.text import Text
+    from flair_jax.report import flat
 
-    model = models.create(config["model"], config["loss"])
+    model = models.create(config["model"])
     size = config["model"]["vision"]["image_size"]
     sets = {f"set{seed}": dict(kind="scenes", count=512, seed=seed, size=size) for seed in SETS}
-    report = evaluate.run(evaluate.build(sets, model), params)
+    report = flat(evaluate.run({**config, "evaluators": sets}, model, params))
     figures = {row: [report[name.format(data)] for data in sets] for row, name in METRICS.items()}
 
     @jax.jit
     def loss_of(params, batch, number):
-        batch = {**batch, "images": normalize(batch["images"])}
-        rng = jax.random.fold_in(jax.random.key(LOSS_SEED), number)
-        loss, parts = model.apply({"params": params}, batch, rng, method="loss")
-        return loss, parts["tcs"], parts["mps"]
+        _, rng = jax.random.split(jax.random.fold_in(jax.random.key(LOSS_SEED), number))
+        text = Text(**batch["texts"])
+        features = model.apply({"params": params}, normalize(batch["images"]), text, method="features")
+        loss, parts = objectives.weighted_sum(config["objectives"], features, batch, rng)
+        return loss, parts["text_conditioned"], parts["sigmoid"]
 
     unseen = {**config, "seed": LOSS_SEED, "data": {**config["data"], "shards": str(folder / "unseen")}}
     with train.open_stream(unseen, model, folder) as stream:
@@ -203,7 +207,7 @@ def run(folder: pathlib.Path, side: str, start: int, seed: int, steps: int, star
 
     config = config_of(folder, seed, steps)
     if side == "own":
-        params = state.init_params(models.create(config["model"], config["loss"]), start)
+        params = state.init_params(models.create(config["model"]), start)
     else:
         params, _ = flax_files.load(starts / f"start_{start:02d}.safetensors", config["model"])
     with tempfile.TemporaryDirectory() as workdir:
@@ -273,7 +277,106 @@ def read(file: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    raise NotImplementedError
+    """All sides in Markdown: mean and deviation of each figure, and what differs by how much more than its error."""
+    by_side = {side: {} for side in SIDES}
+    for run in runs:
+        by_side[run["side"]][run["start"], run["seed"]] = _scalars(run)
+    present = [side for side in SIDES if len(by_side[side]) > 1]
+    counts = ", ".join(f"{len(by_side[side])} runs of `{side}`" for side in present)
+    lines = [f"{counts}; mean ± standard deviation of a run.", "", _row("", *present), _rule(len(present))]
+    names = [*METRICS, *LOSSES]
+    for name in names:
+        cells = [_column(by_side[side], name) for side in present]
+        lines.append(_row(name, *(f"{np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for x in cells)))
+    for first, second in itertools.pairwise(present):
+        lines += ["", *_comparison(first, second, by_side, names)]
+    if parts := _crossed(by_side["reference"]):
+        lines += ["", *parts]
+    if "reference" in present or "own" in present:
+        lines += ["", *_original(by_side)]
+    return "\n".join(lines)
+
+
+def _scalars(run: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a run, those of several sets as their mean; "name, set 1" is that of the config's own set."""
+    figures = run["figures"]
+    first = {f"{name}, set {SETS[0]}": figures[name][0] for name in METRICS}
+    return {name: float(np.mean(value)) for name, value in figures.items()} | first
+
+
+def _column(runs: Mapping[Any, Mapping[str, float]], name: str) -> np.ndarray:
+    return np.array([figures[name] for figures in runs.values()])
+
+
+def _comparison(first: str, second: str, by_side: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
+    """`second` minus `first`: runs of the same start and seed as pairs where `torch` is one of them."""
+    paired = second == "torch"
+    common = sorted(set(by_side[first]) & set(by_side[second])) if paired else []
+    title = f"{len(common)} pairs of the same start and seed" if paired else "Welch's test"
+    yield _row(f"`{second}` minus `{first}` ({title})", "difference", "95 % interval", "p", "seen with 9 in 10")
+    yield _rule(4)
+    for name in names:
+        if paired:
+            gaps = np.array([by_side[second][key][name] - by_side[first][key][name] for key in common])
+            result = stats.ttest_1samp(gaps, 0.0)
+            error = np.std(gaps, ddof=1) / math.sqrt(len(gaps))
+            difference = np.mean(gaps)
+        else:
+            a, b = (_column(by_side[side], name) for side in (second, first))
+            result = stats.ttest_ind(a, b, equal_var=False)
+            error = math.sqrt(np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b))
+            difference = np.mean(a) - np.mean(b)
+        low, high = result.confidence_interval(0.95)
+        seen = error * (stats.t.ppf(0.975, result.df) + stats.t.ppf(0.9, result.df))
+        yield _row(name, f"{difference:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{result.pvalue:.2f}", f"{seen:.4f}")
+
+
+def _crossed(runs: Mapping[tuple[int, int], Mapping[str, float]]) -> list[str]:
+    """Where the spread comes from, if some starts were run with each of some seeds: a two-way table without repeats."""
+    starts, seeds = (sorted({key[axis] for key in runs}) for axis in (0, 1))
+    starts = [start for start in starts if all((start, seed) in runs for seed in seeds)]
+    if len(starts) < 2 or len(seeds) < 2:
+        return []
+    lines = [
+        _row(f"standard deviation by source ({len(starts)} starts x {len(seeds)} seeds)", "start", "seed", "the rest"),
+        _rule(3),
+    ]
+    for name in [*METRICS, *LOSSES]:
+        values = np.array([[runs[start, seed][name] for seed in seeds] for start in starts])  # (starts, seeds)
+        rows, columns = values.mean(1), values.mean(0)
+        rest = values - rows[:, None] - columns + values.mean()
+        noise = (rest**2).sum() / ((len(starts) - 1) * (len(seeds) - 1))
+        by_start = max(np.var(rows, ddof=1) - noise / len(seeds), 0.0)
+        by_seed = max(np.var(columns, ddof=1) - noise / len(starts), 0.0)
+        lines.append(_row(name, *(f"{math.sqrt(x):.4f}" for x in (by_start, by_seed, noise))))
+    return lines
+
+
+def _original(by_side: Mapping[str, Any]) -> Iterator[str]:
+    """The four runs of the original's own `main.py` beside all runs of this code, on the config's set."""
+    ours = {**by_side["own"], **{("reference", *key): run for key, run in by_side["reference"].items()}}
+    yield _row(
+        f"set {SETS[0]}: the original's `main.py`, 4 runs, beside {len(ours)} of ours",
+        "original",
+        "ours",
+        "p of the means",
+        "share of draws of 4 of ours with a mean as high",
+    )
+    yield _rule(4)
+    for name, theirs in ORIGINAL.items():
+        found = _column(ours, f"{name}, set {SETS[0]}")
+        result = stats.ttest_ind(theirs, found, equal_var=False)
+        draws = np.random.default_rng(0).choice(found, (100_000, len(theirs))).mean(1)
+        cells = (f"{np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for x in (theirs, found))
+        yield _row(name, *cells, f"{result.pvalue:.2f}", f"{np.mean(draws >= np.mean(theirs)):.3f}")
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _rule(numbers: int) -> str:
+    return "|---|" + "---:|" * numbers
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,5 +1,7 @@
 """Every key of a run with the defaults of FLAIR's recipe. A config starts from here and says what differs."""
 
+import math
+
 from ml_collections import ConfigDict, config_dict
 
 from flair_jax.configs import variants
@@ -22,6 +24,7 @@ def get_config() -> ConfigDict:
     config.steps = config_dict.placeholder(int)  # length of the run: this …
     config.epochs = config_dict.placeholder(float)  # … or this
     config.init_from = config_dict.placeholder(str)  # weights to start from: a workdir, .safetensors or .pt
+    config.init_partial = False  # True: take what fits of another model, initialise the rest, and print which is which
     config.log_every = 10  # steps, as all of these
     config.save_every = 1000
     config.keep = 2  # newest checkpoints that stay …
@@ -32,10 +35,7 @@ def get_config() -> ConfigDict:
 
     config.model = variants.flair("B/16")
 
-    config.loss = ConfigDict()
-    config.loss.block_size = config_dict.placeholder(int)  # images that the recipe has on a GPU; None: the whole batch
-    config.loss.mps = True  # the multi-positive global loss beside the text-conditioned one
-    config.loss.chunk_size = config_dict.placeholder(int)  # images at a time on a device, for memory; None: all
+    config.objectives = variants.flair_objectives()  # the loss: sum of weight * objective, see flair_jax/objectives
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 5e-4
@@ -45,6 +45,10 @@ def get_config() -> ConfigDict:
     config.optimizer.b2 = 0.98
     config.optimizer.eps = 1e-8
     config.optimizer.clip_norm = config_dict.placeholder(float)
+    # (pattern of parameter names, what holds for them), such as ("vision/.*", {"frozen": True, "lr_scale": 0.1,
+    # "decay": False}); the first pattern that matches counts. Unless told otherwise what has two axes or more decays.
+    config.optimizer.rules = ()
+    config.optimizer.clamp = (("logit_scale", 0.0, math.log(100)),)  # (pattern, lowest, highest), after each step
 
     # Decay of a moving average of the parameters, such as 0.9999, which is then what is evaluated and loaded.
     config.ema_decay = config_dict.placeholder(float)  # None: no average
@@ -67,7 +71,9 @@ def get_config() -> ConfigDict:
     config.data.pixels = "reference"  # the reference's to the bit; "fast", or "device": cropped inside the step
     config.data.packing = ConfigDict()  # of captions, side by side
     config.data.packing.row_length = config_dict.placeholder(int)  # tokens; None: a row for each caption
-    config.data.packing.quantile = 0.95  # share of batches that fit uncut into the rows measured for them
+    config.data.packing.quantile = 0.95  # share of batches that get the fewest rows; the others get more of them
+    config.data.packing.truncate = False  # True: always the same rows, and the longest captions are cut to fit
+    config.data.upright = False  # True: photographs are turned as their EXIF orientation says; the reference does not
     config.data.workers = 0  # processes that decode; 0: threads
     config.data.index_dir = config_dict.placeholder(str)  # where indexes of shards are kept; None: beside them
     config.data.max_skipped = 0.01  # share of unusable samples at which the run stops

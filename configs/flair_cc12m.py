@@ -3,7 +3,8 @@
     python -m flair_jax.main --config configs/flair_cc12m.py --workdir RUN --distributed \
         --config.data.shards='/data/cc12m/cc12m-train-{0000..2175}.tar'
 
-Hardware: the reference used 32 A100-40G with 192 images each; `loss.block_size` keeps that split on any hardware.
+Hardware: the reference used 32 A100-40G with 192 images each;
+`objectives.text_conditioned.block_size` keeps that split on any hardware.
 Length: 10,010,225 images, 32 epochs, 52,224 steps of 6,144 images.
 Expected of the published weights (R@1 in %): COCO text→image 47.8, image→text 64.1; Flickr30k 75.4 and 90.8.
 Not yet trained with this code.

@@ -22,7 +22,7 @@ def recipe(gpus: int, images: int, epoch_steps: int) -> ConfigDict:
     """
     config = base.get_config()
     config.batch_size = gpus * images
-    config.loss.block_size = images
+    config.objectives.text_conditioned.block_size = images
     config.steps = 32 * epoch_steps
     config.model.dtype = "bfloat16"  # the reference: float16 with a gradient scaler
     config.data.workers = 48  # a process, as in the reference

@@ -13,13 +13,41 @@ model learns what is in a picture, but not where).
 
 import ml_collections
 
-from flair_jax.configs import base
+from flair_jax.configs import base, variants
 
 SIZE = 48
 
 
-def get_config() -> ml_collections.ConfigDict:
+def _flair_and_clip() -> ml_collections.ConfigDict:
+    objectives = variants.flair_objectives()
+    objectives.update(variants.clip_objectives())
+    objectives.softmax.weight = 0.5
+    return objectives
+
+
+METHODS = {
+    "flair": (variants.flair, variants.flair_objectives),
+    "clip": (variants.clip, variants.clip_objectives),
+    "siglip": (variants.siglip, variants.siglip_objectives),
+    "flair+clip": (variants.flair, _flair_and_clip),
+}
+
+
+def get_config(method: str = "flair") -> ml_collections.ConfigDict:
+    """The config of a method, given after a colon: `--config configs/scenes.py:clip`.
+
+    Args:
+      method: "flair"; "clip" and "siglip", the same towers with their objectives; or "flair+clip", FLAIR's and CLIP's
+        objectives together.
+
+    Raises:
+      ValueError: another method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"no method {method!r}; there are {sorted(METHODS)}")
+    model, objectives = METHODS[method]
     config = base.get_config()
+    config.model, config.objectives = model(), objectives()
     config.batch_size = 32
     config.steps = 4000
     config.log_every = 20
@@ -29,9 +57,11 @@ def get_config() -> ml_collections.ConfigDict:
         embed_dim=128,
         vision=dict(image_size=SIZE, patch_size=16, width=128, depth=3, heads=4, position_std=0.25),
         text=dict(context_length=28, width=64, depth=2, heads=2),
-        pooling=dict(heads=4),
-        init_logit_bias=-3.0,
     )
+    if config.model.pooling is not None:
+        config.model.pooling.heads = 4
+    if config.model.init_logit_bias is not None:
+        config.model.init_logit_bias = -3.0
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 50
     config.optimizer.weight_decay = 0.1

@@ -1,47 +1,95 @@
-"""Sizes of the published models, one entry a model. Every config starts from this table and overrides what differs."""
+"""Sizes of the published models, and their objectives. Every config starts from here and overrides what differs."""
 
 import math
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
+
+# Sizes of OpenAI's CLIP (Radford et al., ICML 2021, table 19), which FLAIR and SigLIP's comparisons share.
+TOWERS = {
+    "B/32": dict(patch_size=32, width=768, depth=12, heads=12, embed_dim=512, text_width=512, text_heads=8),
+    "B/16": dict(patch_size=16, width=768, depth=12, heads=12, embed_dim=512, text_width=512, text_heads=8),
+    "L/14": dict(patch_size=14, width=1024, depth=24, heads=16, embed_dim=768, text_width=768, text_heads=12),
+}
 
 
-def flair(variant: str = "B/16") -> ConfigDict:
-    """Returns the `model` section of a FLAIR variant.
-
-    Args:
-      variant: "B/16" is ViT-B-16-FLAIR, 150,674,434 parameters (FLAIR, CVPR 2025, section 4.1).
-
-    Raises:
-      KeyError: the variant is not in the table.
-    """
-    sizes = {
-        "B/16": dict(
-            embed_dim=512,
-            vision=dict(
-                image_size=224,
-                patch_size=16,
-                width=768,
-                depth=12,
-                heads=12,
-                patch_dropout=0.0,  # share of each image's patches that a training step leaves out, such as 0.5
-            ),
-            text=dict(context_length=77, vocab_size=49408, width=512, depth=12, heads=8),
-            pooling=dict(heads=8),
-        ),
-    }
-    if variant not in sizes:
-        raise KeyError(f"no FLAIR variant {variant!r}; there are {sorted(sizes)}")
+def _dual_encoder(name: str, variant: str, **options) -> ConfigDict:
+    if variant not in TOWERS:
+        raise KeyError(f"no {name} variant {variant!r}; there are {sorted(TOWERS)}")
+    sizes = TOWERS[variant]
     return ConfigDict(
         dict(
-            name="flair",
-            **sizes[variant],
+            name=name,  # whose parameter names it has, for conversion
+            embed_dim=sizes["embed_dim"],
+            vision=dict(
+                image_size=224,
+                patch_size=sizes["patch_size"],
+                width=sizes["width"],
+                depth=sizes["depth"],
+                heads=sizes["heads"],
+                patch_dropout=0.0,  # share of each image's patches that a training step leaves out, such as 0.5
+            ),
+            text=dict(
+                context_length=77, vocab_size=49408, width=sizes["text_width"], depth=12, heads=sizes["text_heads"]
+            ),
+            pooling=None,
             init_logit_scale=math.log(1 / 0.07),
-            init_logit_bias=-10.0,
+            init_logit_bias=None,
             dtype="float32",  # of the computation; parameters, normalisation, softmax and losses stay float32
             scan_blocks=False,  # True: one compiled block, for pods and deep models; same checkpoint
             remat="none",  # what the backward pass computes again: "dots" all but dense layers, "full" whole blocks
             attention="xla",  # "cudnn": NVIDIA's fused kernel, for 16 bits
-            gelu="exact",  # "tanh": the usual approximation, another model
-            micro_batches=1,  # parts of a batch that the towers encode in turn: less memory, the same loss and gradient
+            gelu="exact",  # "quick": x sigmoid(1.702 x), OpenAI's own weights; "tanh": the usual approximation
+            micro_batches=1,  # parts of a batch that the towers encode in turn: less memory, same loss and gradient
+        )
+        | options
+    )
+
+
+def flair(variant: str = "B/16") -> ConfigDict:
+    """The `model` section of a FLAIR model; "B/16" is ViT-B-16-FLAIR, 150,674,434 parameters (FLAIR, section 4.1).
+
+    Raises:
+      KeyError: the variant is not in the table.
+    """
+    heads = TOWERS[variant]["text_heads"] if variant in TOWERS else 8
+    return _dual_encoder("flair", variant, pooling=dict(heads=heads), init_logit_bias=-10.0)
+
+
+def clip(variant: str = "B/16") -> ConfigDict:
+    """The `model` section of a CLIP model; "B/16" has 149,620,737 parameters.
+
+    OpenAI's own weights need `gelu="quick"`. Raises KeyError as `flair`.
+    """
+    return _dual_encoder("clip", variant)
+
+
+def siglip(variant: str = "B/16") -> ConfigDict:
+    """The `model` section of CLIP's towers with the scale and bias of SigLIP (Zhai et al., ICCV 2023, section 3.2).
+
+    Raises KeyError as `flair`.
+    """
+    return _dual_encoder("siglip", variant, init_logit_scale=math.log(10), init_logit_bias=-10.0)
+
+
+def flair_objectives() -> ConfigDict:
+    """FLAIR's loss, (TCS + MPS) / 2; without MPS the weights are 1 and 0."""
+    return ConfigDict(
+        dict(
+            text_conditioned=dict(
+                weight=0.5,
+                block_size=config_dict.placeholder(int),  # images that the recipe has on a GPU; None: the whole batch
+                chunk_size=config_dict.placeholder(int),  # images at a time on a device, for memory; None: all
+            ),
+            sigmoid=dict(weight=0.5, chunk_size=config_dict.placeholder(int)),
         )
     )
+
+
+def clip_objectives() -> ConfigDict:
+    """CLIP's softmax loss over the global batch."""
+    return ConfigDict(dict(softmax=dict(weight=1.0, caption=0, chunk_size=config_dict.placeholder(int))))
+
+
+def siglip_objectives() -> ConfigDict:
+    """SigLIP's sigmoid loss over the global batch."""
+    return ConfigDict(dict(sigmoid=dict(weight=1.0, chunk_size=config_dict.placeholder(int))))

@@ -4,8 +4,9 @@ A table is a list of rules, each with both names, the PyTorch shape in terms of 
 that turns the PyTorch array into the Flax one. Another model is another entry of `TABLES`.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from flair_jax.convert.tables import (
     unflatten,
 )
 
+PREFIXES = ("module.", "_orig_mod.")
+
 
 def to_flax(
     state_dict: Mapping[str, Any], model: str = "flair", config: Mapping[str, Any] | None = None
@@ -30,7 +33,7 @@ def to_flax(
     """Turns a PyTorch state dict into a Flax parameter tree.
 
     Args:
-      state_dict: arrays by PyTorch name; a training checkpoint around them and `module.` before every name are removed.
+      state_dict: arrays by PyTorch name; a training checkpoint around them and `PREFIXES` of every name are removed.
         Half precision is cast to float32 with a warning.
       model: the table, a key of `TABLES`.
       config: the `model` section that the shapes must have; None takes depths and sizes as the file has them.
@@ -63,9 +66,9 @@ def to_torch(params: Mapping[str, Any], model: str = "flair") -> dict[str, np.nd
 def infer_config(state_dict: Mapping[str, Any], model: str = "flair") -> dict[str, Any]:
     """Reads the `model` section from the shapes of a PyTorch state dict.
 
-    Shapes do not hold everything. The image is taken as square. Heads follow the published models: 64 channels a head
-    in both towers, 8 heads in the pooling; a model with others needs its section written down. Starting values, dtype
-    and switches are the defaults.
+    Shapes do not hold everything. The image is taken as square. Heads are those of the published models, for their
+    widths only; a model with others needs its section written down. Starting values, dtype and switches are the
+    defaults.
 
     Args:
       state_dict, model: as for `to_flax`.
@@ -74,11 +77,17 @@ def infer_config(state_dict: Mapping[str, Any], model: str = "flair") -> dict[st
       A `model` section that builds the model (`flair_jax.models.create`).
 
     Raises:
-      ConversionError: as `to_flax`; or the image is not square, or a width does not fit the rule for heads.
+      ConversionError: as `to_flax`; or the image is not square, or no published model has these widths.
     """
     arrays = plain(state_dict)
     refuse(table(model).find_problems(arrays, "torch", None), len(arrays), model)
     return table(model).config(table(model).measure(arrays, "torch"))
+
+
+def recognize(state_dict: Mapping[str, Any]) -> str:
+    """The model whose names a PyTorch state dict has, a key of `TABLES`: the one with the fewest that do not fit."""
+    arrays = plain(state_dict)
+    return min(TABLES, key=lambda model: len(TABLES[model].find_problems(arrays, "torch", None)))
 
 
 def table(model: str) -> Table:
@@ -101,14 +110,16 @@ def state_dict_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 def plain(checkpoint: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint by the model's own names.
 
-    `module.` is removed where every name has it: PyTorch's DistributedDataParallel puts it there.
+    Prefixes that every name has are removed: `module.` is of PyTorch's DistributedDataParallel, `_orig_mod.` of
+    `torch.compile`, and both may be there in either order.
     """
-    weights = state_dict_of(checkpoint)
-    prefix = "module." if all(name.startswith("module.") for name in weights) else ""
-    return {name.removeprefix(prefix): np.asarray(value) for name, value in weights.items()}
+    weights = dict(state_dict_of(checkpoint))
+    while found := [prefix for prefix in PREFIXES if weights and all(name.startswith(prefix) for name in weights)]:
+        weights = {name.removeprefix(found[0]): value for name, value in weights.items()}
+    return {name: np.asarray(value) for name, value in weights.items()}
 
 
-# -- FLAIR -------------------------------------------------------------------------------------------------------------
+# -- Parts that models share -------------------------------------------------------------------------------------------
 
 
 def _layer_norm(torch: str, flax: str, width: str, repeat: str = "") -> list[Rule]:
@@ -140,14 +151,11 @@ def _blocks(torch: str, tower: str) -> list[Rule]:
     ]
 
 
-# In the order of the reference's state_dict: an optimiser of PyTorch counts parameters.
-FLAIR_RULES = (
-    Rule("positional_embedding", "text/position_embedding", "text.context_length text.width"),
-    Rule("logit_scale", "logit_scale"),
-    # The reference fills in 0 without a word (spec/flair.md M12); for weights trained with -10 that is another model.
-    Rule("logit_bias", "logit_bias", hint="; a CLIP trained without one goes on with 0, which you must add yourself"),
+_VISION = (
     Rule("visual.class_embedding", "vision/class_embedding", "vision.width"),
     Rule("visual.positional_embedding", "vision/position_embedding", "vision.tokens vision.width"),
+)
+_PATCHES = (
     Rule(
         "visual.conv1.weight",
         "vision/patch_embedding/kernel",
@@ -157,26 +165,58 @@ FLAIR_RULES = (
     *_layer_norm("visual.ln_pre", "vision/ln_pre", "vision.width"),
     *_blocks("visual.transformer.resblocks", "vision"),
     *_layer_norm("visual.ln_post", "vision/ln_post", "vision.width"),
+)
+_TEXT = (
+    *_blocks("transformer.resblocks", "text"),
+    Rule("token_embedding.weight", "text/token_embedding", "text.vocab_size text.width"),
+    *_layer_norm("ln_final", "text/ln_final", "text.width"),
+)
+_TEXT_POSITIONS = Rule("positional_embedding", "text/position_embedding", "text.context_length text.width")
+_SCALE = Rule("logit_scale", "logit_scale")
+
+# -- Tables, each in the order of the reference's state_dict: an optimizer of PyTorch counts parameters ----------------
+
+FLAIR_RULES = (
+    _TEXT_POSITIONS,
+    _SCALE,
+    # The reference fills in 0 without a word (spec/flair.md M12); for weights trained with -10 that is another model.
+    Rule("logit_bias", "logit_bias", hint="; a CLIP trained without one goes on with 0, which you must add yourself"),
+    *_VISION,
+    *_PATCHES,
     *_attention("visual_proj.attn", "pooling/qkv", "pooling/out", "embed_dim"),
     *_layer_norm("visual_proj.ln_q", "pooling/ln_q", "embed_dim"),
     *_layer_norm("visual_proj.ln_k", "pooling/ln_k", "embed_dim"),
     *_layer_norm("visual_proj.ln_v", "pooling/ln_v", "embed_dim"),
-    *_blocks("transformer.resblocks", "text"),
-    Rule("token_embedding.weight", "text/token_embedding", "text.vocab_size text.width"),
-    *_layer_norm("ln_final", "text/ln_final", "text.width"),
+    *_TEXT,
     Rule("image_post.proj", "image_projection", "vision.width embed_dim"),
     Rule("text_post.proj", "text_projection", "text.width embed_dim"),
 )
 
 
-def _flair_sizes(config: Mapping[str, Any]) -> Sizes:
+def _clip_rules(*scalars: Rule) -> tuple[Rule, ...]:
+    """OpenAI's names, which open_clip has too."""
+    return (
+        _TEXT_POSITIONS,
+        Rule("text_projection", "text_projection", "text.width embed_dim"),
+        *scalars,
+        *_VISION,
+        Rule("visual.proj", "image_projection", "vision.width embed_dim"),
+        *_PATCHES,
+        *_TEXT,
+    )
+
+
+CLIP_RULES = _clip_rules(_SCALE)
+SIGLIP_RULES = _clip_rules(_SCALE, Rule("logit_bias", "logit_bias"))
+
+
+def _sizes(config: Mapping[str, Any]) -> Sizes:
     """Every size that a rule names, from the `model` section."""
     vision, text = config["vision"], config["text"]
-    for part, width, heads in (
-        ("vision", vision["width"], vision["heads"]),
-        ("text", text["width"], text["heads"]),
-        ("pooling", config["embed_dim"], config["pooling"]["heads"]),
-    ):
+    attentions = [("vision", vision["width"], vision["heads"]), ("text", text["width"], text["heads"])]
+    if config.get("pooling") is not None:
+        attentions.append(("pooling", config["embed_dim"], config["pooling"]["heads"]))
+    for part, width, heads in attentions:
         if width % heads:
             raise ConversionError(f"model.{part}.heads is {heads}, which does not divide the width {width}")
     size = vision["image_size"]
@@ -189,42 +229,48 @@ def _flair_sizes(config: Mapping[str, Any]) -> Sizes:
     }
 
 
-def _flair_config(sizes: Sizes) -> dict[str, Any]:
-    """The `model` section of a file with these sizes, see `infer_config`."""
+def _widths(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    return config["vision"]["width"], config["text"]["width"], config["embed_dim"]
+
+
+def _config(published: Callable[[str], Any], sizes: Sizes) -> dict[str, Any]:
+    """The `model` section of a file with these sizes, see `infer_config`; `published` gives what shapes do not tell."""
     side = math.isqrt(sizes["vision.tokens"] - 1)
     if side**2 != sizes["vision.tokens"] - 1:
         raise ConversionError(
             f"visual.positional_embedding has {sizes['vision.tokens']} rows, which is no square grid of patches and a "
             "class token; give the model section, with image_size as the pair (height, width)"
         )
-    for part, width, divisor in (
-        ("vision", sizes["vision.width"], 64),
-        ("text", sizes["text.width"], 64),
-        ("pooling", sizes["embed_dim"], 8),
-    ):
-        if width % divisor:
-            raise ConversionError(
-                f"shapes do not tell the number of {part} heads, and the rule of the published models (64 channels a "
-                f"head in the towers, 8 heads in the pooling) does not fit a width of {width}; give the model section"
-            )
-    config = variants.flair().to_dict()  # for what shapes do not tell
+    known = {_widths(config): config for config in (published(variant).to_dict() for variant in variants.TOWERS)}
+    widths = sizes["vision.width"], sizes["text.width"], sizes["embed_dim"]
+    if widths not in known:
+        raise ConversionError(
+            "shapes do not tell the number of heads. They are known for the widths of the published models, "
+            f"(vision, text, embed_dim) = {sorted(known)}; these weights have {widths}: give the model section, with "
+            "vision.heads, text.heads and pooling.heads"
+        )
+    config = known[widths]
     config["embed_dim"] = sizes["embed_dim"]
     config["vision"] |= {
         "image_size": side * sizes["vision.patch_size"],
         "patch_size": sizes["vision.patch_size"],
         "width": sizes["vision.width"],
         "depth": sizes["vision.depth"],
-        "heads": sizes["vision.width"] // 64,
     }
     config["text"] |= {
         "context_length": sizes["text.context_length"],
         "vocab_size": sizes["text.vocab_size"],
         "width": sizes["text.width"],
         "depth": sizes["text.depth"],
-        "heads": sizes["text.width"] // 64,
     }
-    config["pooling"] |= {"heads": 8}
     return config
 
 
-TABLES = {"flair": Table("flair", FLAIR_RULES, _flair_sizes, _flair_config)}
+TABLES = {
+    name: Table(name, rules, _sizes, functools.partial(_config, published))
+    for name, rules, published in (
+        ("flair", FLAIR_RULES, variants.flair),
+        ("clip", CLIP_RULES, variants.clip),
+        ("siglip", SIGLIP_RULES, variants.siglip),
+    )
+}

@@ -1,6 +1,5 @@
-"""Compiling the step before it runs: what it will need is known first, and what was compiled once is found again."""
+"""Ahead-of-time compilation of the step, its memory, and the cache of compiled programs."""
 
-import ctypes
 import os
 from collections.abc import Callable
 from typing import Any
@@ -18,45 +17,19 @@ def use_cache(folder: epath.PathLike) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def keep_heap() -> None:
-    """Makes the C library keep what a step frees for the next one; for processes that compute on a CPU.
-
-    XLA asks for all temporaries of a step anew (3.5 GB at batch 8), and glibc would take them from the system and give
-    them back each time: a fifth of a training step goes into that (docs/speed.md). One arena, because those of threads
-    hold 64 MB at most. Does nothing where the C library is another.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    arena_max, mmap_max, trim_threshold = -8, -4, -1  # malloc.h
-    for parameter, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1)):  # -1: never
-        mallopt(parameter, value)
-
-
-def finish_on_cpu(x: Any) -> None:
-    """Waits for the arrays of a step before the next one is started, if they are on a CPU.
-
-    A program takes its temporaries there when it is started, though it runs after the one before: two steps would hold
-    theirs at a time (14.8 GB in place of 9.0 at batch 8).
-    """
-    if jax.default_backend() == "cpu":
-        jax.block_until_ready(x)
-
-
 def jit_step(step: Callable, state: Any) -> Callable:
-    """Jits a training step that takes the state for its own and gives it back where it was, array by array."""
+    """Jits a training step with donated state and unchanged shardings."""
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
 
 
 def compile_step(step: Callable, state: Any, batch: Any) -> jax.stages.Compiled:
-    """A training step, compiled for these arrays or shapes; it takes the state for its own. Warns if it cannot fit."""
+    """A training step with donated state, compiled for these arrays or shapes. Warns if it cannot fit into memory."""
     compiled = jit_step(step, state).lower(state, batch).compile()
     needed, limit = memory(compiled)["total"], memory_limit()
     if limit is not None and needed > limit:
         logging.warning(
             "the step needs %.1f GiB a device and there are %.1f: make batch_size smaller, or set model.micro_batches, "
-            "model.remat, loss.chunk_size or mesh.fsdp",
+            "model.remat, chunk_size of the objectives or mesh.fsdp",
             needed / GIB,
             limit / GIB,
         )
@@ -64,7 +37,7 @@ def compile_step(step: Callable, state: Any, batch: Any) -> jax.stages.Compiled:
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes of a compiled program on one device: arguments, outputs that are not the arguments' places, temporaries."""
+    """Bytes of a compiled program on one device: arguments, outputs less donated arguments, temporaries, code."""
     account = compiled.memory_analysis()
     parts = {
         "arguments": account.argument_size_in_bytes,
@@ -76,7 +49,7 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 
 def memory_table(compiled: jax.stages.Compiled) -> str:
-    """`memory` as lines to print, beside what the device has."""
+    """`memory` as lines to print, with the device's limit where it is known."""
     limit = memory_limit()
     lines = [f"  {name:12}{size / GIB:9.2f} GiB" for name, size in memory(compiled).items()]
     there = "" if limit is None else f" of {limit / GIB:.1f} GiB"

@@ -5,12 +5,13 @@ are two operations; causal attention counts in full, as PyTorch's profilers and 
 it; softmax, normalisation and activations, about a hundredth, do not count. The backward pass is twice the forward.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from flair_jax.models.vision import kept_patches
+from flair_jax.models.vision import grid, kept_patches
 
 # Dense bfloat16 operations a second, of the makers' data sheets; the key is part of `jax.Device.device_kind`.
 PEAK_BF16 = {
@@ -42,9 +43,7 @@ def transformer(tokens: Any, width: int, depth: int) -> Any:
 
 def patches(vision: Mapping[str, Any]) -> int:
     """Patches of an image, L."""
-    size = vision["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return (height // vision["patch_size"]) * (width // vision["patch_size"])
+    return math.prod(grid(vision["image_size"], vision["patch_size"]))
 
 
 def encode_image(model: Mapping[str, Any], local: int | None = None) -> int:
@@ -81,20 +80,40 @@ def pool(model: Mapping[str, Any], images: int, texts: int, pairs: int, local: i
     )
 
 
-def train_step(model: Mapping[str, Any], loss: Mapping[str, Any], images: int, lengths: np.ndarray) -> float:
+def text_conditioned(options: Mapping[str, Any], model: Mapping[str, Any], images: int, texts: int, local: int) -> int:
+    """Forward operations of the objective of that name: pooling, for all texts that each image is scored against."""
+    block = options.get("block_size") or images
+    scored = (images // block) * (block + texts // images - 1)
+    return pool(model, images, texts, images * scored, local)
+
+
+def all_pairs(options: Mapping[str, Any], model: Mapping[str, Any], images: int, texts: int, local: int) -> int:
+    """Forward operations of the objective "sigmoid": one product of all pooled features."""
+    return images * texts * 2 * model["embed_dim"]
+
+
+def one_caption_pairs(options: Mapping[str, Any], model: Mapping[str, Any], images: int, texts: int, local: int) -> int:
+    """Forward operations of the objective "softmax": one product of images and one caption each."""
+    return images * images * 2 * model["embed_dim"]
+
+
+OBJECTIVES = {"text_conditioned": text_conditioned, "sigmoid": all_pairs, "softmax": one_caption_pairs}
+
+
+def train_step(
+    model: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]], images: int, lengths: np.ndarray
+) -> float:
     """Operations of a training step, forward and backward; patches that are left out do not count.
 
     Args:
-      model, loss: sections of a config; of `loss`, `block_size` and `mps`.
+      model, objectives: sections of a config.
       images: of the global batch.
       lengths: (N * K,) tokens of each of its captions, with both ends.
     """
     texts = len(lengths)
-    block = loss.get("block_size") or images
-    met = (images // block) * (block + texts // images - 1)  # texts that each image is pooled for
     local = kept_patches(patches(model["vision"]), model["vision"].get("patch_dropout", 0.0))
     forward = images * encode_image(model, local) + float(np.sum(encode_text(model, np.asarray(lengths, np.float64))))
-    forward += pool(model, images, texts, images * met, local)
-    if loss.get("mps", True):
-        forward += images * texts * 2 * model["embed_dim"]
+    for name, options in objectives.items():
+        if options["weight"]:
+            forward += OBJECTIVES[name](options, model, images, texts, local)
     return 3 * forward

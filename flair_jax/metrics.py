@@ -3,16 +3,20 @@
 import collections
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import tqdm
-from clu import metric_writers
+from clu import parameter_overview
 from etils import epath
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 JSON_LINES = "metrics.jsonl"
+FLUSH_SECONDS = 60
 
 
 def read_json_lines(workdir: epath.PathLike) -> list[dict[str, float]]:
@@ -24,35 +28,65 @@ def read_json_lines(workdir: epath.PathLike) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-class JsonLinesWriter(metric_writers.MetricWriter):
-    """Appends the scalars of each step as one line of `metrics.jsonl`.
+class Writer:
+    """Writes the scalars of a run as TensorBoard events and as lines of `metrics.jsonl`.
+
+    An object store has no files to append to, so there both are uploaded whole, every `FLUSH_SECONDS`.
 
     Args:
-      workdir: folder of the run.
-      step: steps behind this one are dropped: a resumed run writes them again.
+      workdir: folder of the run, local or in a store (`gs://`, `s3://`).
+      step: the run goes on from this step. What either file holds of later ones is dropped: a resumed run writes
+        them again.
     """
 
     def __init__(self, workdir: epath.PathLike, step: int):
         self.path = epath.Path(workdir) / JSON_LINES
-        kept = [line for line in read_json_lines(workdir) if line["step"] <= step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.lines = [json.dumps(line) + "\n" for line in read_json_lines(workdir) if line["step"] <= step]
+        self.path.write_text("".join(self.lines))
+        self.appends = "://" not in str(workdir)
+        # tensorboardX's SummaryWriter writes from a thread: after a full disk it would hang instead of raising.
+        self.events = EventsWriter(str(epath.Path(workdir) / "events"), filename_suffix=f".{step}")
+        self.events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self.flush()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        line = {"step": step, **{name: float(value) for name, value in scalars.items()}}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Appends what was measured at one step.
 
-    def _ignore(self, *args, **kwargs):
-        """TensorBoard alone shows what is not a scalar."""
+        Args:
+          step: counted from 1.
+          scalars: name -> a number or an array without dimensions.
 
-    write_summaries = write_images = write_videos = write_audios = write_texts = _ignore
-    write_histograms = write_pointcloud = write_hparams = flush = close = _ignore
+        Raises:
+          OSError: a file cannot be written.
+        """
+        numbers = {name: float(value) for name, value in scalars.items()}
+        line = json.dumps({"step": step, **numbers}) + "\n"
+        if self.appends:
+            with self.path.open("a") as file:
+                file.write(line)
+        else:
+            self.lines.append(line)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self.events.write_event(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+        if time.monotonic() - self.flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Returns once everything is in the files."""
+        if not self.appends:
+            self.path.write_text("".join(self.lines))
+        self.events.flush()
+        self.flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self.flush()
+        self.events.close()
 
 
-def create_writer(workdir: epath.PathLike, step: int) -> metric_writers.MetricWriter:
-    """TensorBoard files and JSON lines in `workdir`, from `step` on."""
-    writers = [metric_writers.SummaryWriter(str(workdir)), JsonLinesWriter(workdir, step)]
-    return metric_writers.MultiWriter(writers)
+def parameter_table(params: Mapping[str, Any]) -> str:
+    """Name, shape, dtype, size and sharding of every parameter, and their number, as a table to print."""
+    return parameter_overview.get_parameter_overview(params, include_stats="sharding")
 
 
 class Clock:
@@ -75,7 +109,7 @@ class Clock:
 
 
 class Progress:
-    """The progress bar, and how fast a run is: images a second, waits, work done, fill of the captions' rows.
+    """The progress bar, and how fast a run is: images a second, waits, work done, packing efficiency.
 
     Args:
       total, first: steps of the whole run, and those done before.
@@ -96,14 +130,14 @@ class Progress:
         """Begins a new interval; also after a pause for evaluation."""
         self.clock, self.sums = Clock(), collections.Counter()
 
-    def step(self, work: float, tokens: int, places: int) -> None:
+    def step(self, work: float, tokens: int, slots: int) -> None:
         """A step was started.
 
         Args:
           work: operations of it, over all devices.
-          tokens, places: of its captions' tokens, and places for tokens, padding included.
+          tokens, slots: its captions' tokens, and slots for tokens, padding included.
         """
-        self.sums.update(steps=1, work=work, tokens=tokens, places=places)
+        self.sums.update(steps=1, work=work, tokens=tokens, slots=slots)
         self.bar.update()
 
     def speed(self) -> dict[str, float]:
@@ -120,7 +154,7 @@ class Progress:
             "step_seconds": seconds / steps,
             "data_wait_share": sums["data"] / seconds,
             "saving_share": sums["saving"] / seconds,
-            "fill": sums["tokens"] / max(sums["places"], 1),
+            "packing_efficiency": sums["tokens"] / max(sums["slots"], 1),
             "tflop_per_second": sums["work"] / seconds / 1e12,
         }
         return figures if self.peak is None else {**figures, "mfu": sums["work"] / seconds / self.peak}
@@ -148,15 +182,15 @@ def table(title: str, figures: Mapping[str, Any]) -> str:
     return "\n".join([f"{title}:", *lines])
 
 
-def draw_loss_curve(workdir: epath.PathLike, path: epath.PathLike) -> None:
-    """Writes the loss and its parts over the steps as a PNG."""
+def draw_loss_curve(workdir: epath.PathLike, path: epath.PathLike, parts: Iterable[str]) -> None:
+    """Writes the loss and some parts of it, by their names in the log, over the steps as a PNG."""
     from matplotlib.figure import Figure  # slow to import and only needed at the end
 
     lines = [line for line in read_json_lines(workdir) if "loss" in line]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     steps = [line["step"] for line in lines]
-    for name in ("loss", "tcs", "mps"):
+    for name in ("loss", *parts):
         if lines and name in lines[0]:
             axes.plot(steps, [line[name] for line in lines], label=name, linewidth=2 if name == "loss" else 1)
     axes.set(xlabel="step", ylabel="loss", title="Training loss")

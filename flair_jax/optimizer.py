@@ -1,13 +1,15 @@
-"""AdamW as the reference runs it: warm-up and cosine, decay of matrices only, a clamped scale; and the average."""
+"""AdamW with rules by parameter name: decay, learning-rate scale, freezing, clamping; its schedule; and the average."""
 
-import math
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-MAX_LOGIT_SCALE = math.log(100)
+RULE_KEYS = {"decay", "lr_scale", "frozen"}
 
 
 def schedule(learning_rate: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -22,9 +24,101 @@ def schedule(learning_rate: float, warmup_steps: int, total_steps: int) -> optax
     return rate
 
 
-def decay_mask(params: Any) -> Any:
-    """True for matrices and embeddings; False for vectors and scalars: biases, normalisation, class token, scale."""
-    return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+def path_of(keys: Sequence[Any]) -> str:
+    """The name of a parameter in rules, such as "vision/blocks_0/attention/qkv/kernel"."""
+    return "/".join(key.key for key in keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What holds for which parameters.
+
+    Attributes:
+      rules: (pattern, values) pairs. A pattern is a regular expression for the whole name of a parameter, such as
+        "vision/.*"; of the rules whose pattern matches and that give a value, the first one counts. Values: `decay`,
+        whether weight decay applies, by default to all parameters with two axes or more (matrices and embeddings, as
+        OpenCLIP has it); `lr_scale`, a factor of the learning rate, 1 by default; `frozen`, False by default.
+      clamp: (pattern, lowest, highest): the bounds of parameters after each step.
+    """
+
+    rules: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    clamp: Sequence[tuple[str, float, float]] = ()
+
+    def __post_init__(self):
+        for pattern, values in self.rules:
+            if unknown := set(values) - RULE_KEYS:
+                raise ValueError(
+                    f"config.optimizer.rules: {pattern!r} has {sorted(unknown)}; there are {sorted(RULE_KEYS)}"
+                )
+
+    def check(self, params: Any) -> None:
+        """Raises ValueError if a pattern matches no parameter: it is misspelled, or the model lacks the part."""
+        names = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+        for kind in ("rules", "clamp"):
+            for pattern, *_ in getattr(self, kind):
+                if not any(re.fullmatch(pattern, name) for name in names):
+                    some = ", ".join(sorted({name.split("/")[0] for name in names}))
+                    raise ValueError(
+                        f"config.optimizer.{kind}: {pattern!r} matches no parameter; their names begin with {some}"
+                    )
+
+    def _tree(self, params: Any, key: str, default) -> Any:
+        def value(keys, leaf):
+            name = path_of(keys)
+            matching = (values[key] for pattern, values in self.rules if key in values and re.fullmatch(pattern, name))
+            return next(matching, default(leaf))
+
+        return jax.tree_util.tree_map_with_path(value, params)
+
+    def decay(self, params: Any) -> Any:
+        """Whether weight decay applies, a tree of bool."""
+        return self._tree(params, "decay", lambda leaf: leaf.ndim >= 2)
+
+    def lr_scale(self, params: Any) -> Any:
+        """Factor of the learning rate, a tree of float."""
+        return self._tree(params, "lr_scale", lambda _: 1.0)
+
+    def frozen(self, params: Any) -> Any:
+        """Which parameters are not trained, a tree of bool."""
+        return self._tree(params, "frozen", lambda _: False)
+
+    def stop_frozen(self, params: Any) -> Any:
+        """The parameters, those that are not trained as constants: their gradients are zero and cost nothing."""
+        return jax.tree.map(lambda x, frozen: jax.lax.stop_gradient(x) if frozen else x, params, self.frozen(params))
+
+    def clamped(self, params: Any) -> Any:
+        """The parameters within their bounds."""
+
+        def bounded(keys, leaf):
+            for pattern, lowest, highest in self.clamp:
+                if re.fullmatch(pattern, path_of(keys)):
+                    leaf = jnp.clip(leaf, lowest, highest)
+            return leaf
+
+        return jax.tree_util.tree_map_with_path(bounded, params) if self.clamp else params
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optax transformation and the rules that it was made with.
+
+    Attributes:
+      tx: gradients -> updates; it holds no state for frozen parameters.
+      rules: see `Rules`.
+    """
+
+    tx: optax.GradientTransformation
+    rules: Rules = Rules()
+
+    def init(self, params: Any) -> Any:
+        """The optimizer's state for some parameters. Raises ValueError as `Rules.check`."""
+        self.rules.check(params)
+        return self.tx.init(params)
+
+    def update(self, params: Any, grads: Any, opt_state: Any) -> tuple[Any, Any]:
+        """One step: the new parameters, within their bounds, and the new state."""
+        updates, opt_state = self.tx.update(grads, opt_state, params)
+        return self.rules.clamped(optax.apply_updates(params, updates)), opt_state
 
 
 def create(
@@ -36,25 +130,42 @@ def create(
     b2: float = 0.98,
     eps: float = 1e-8,
     clip_norm: float | None = None,
-) -> optax.GradientTransformation:
-    """The optimiser of a config's `optimizer` section.
+    rules: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    clamp: Sequence[tuple[str, float, float]] = (),
+) -> Optimizer:
+    """The optimizer of a config's `optimizer` section.
 
     Args:
       learning_rate: at the end of the warm-up.
       warmup_steps, total_steps: see `schedule`.
-      weight_decay: of `decay_mask`, times the learning rate, as in PyTorch's AdamW.
+      weight_decay: times the learning rate, as in PyTorch's AdamW.
       b1, b2, eps: of Adam.
       clip_norm: largest global norm of the gradient; None: no clipping.
+      rules, clamp: see `Rules`.
     """
-    adamw = optax.adamw(
-        schedule(learning_rate, warmup_steps, total_steps), b1, b2, eps, weight_decay=weight_decay, mask=decay_mask
-    )
-    return adamw if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adamw)
+    by_name = Rules(tuple((pattern, dict(values)) for pattern, values in rules), tuple(map(tuple, clamp)))
+    rate = schedule(learning_rate, warmup_steps, total_steps)
+    tx = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=by_name.decay)
+    if any("lr_scale" in values for _, values in by_name.rules):
+        tx = optax.chain(tx, _scale_by(by_name.lr_scale))
+    if any("frozen" in values for _, values in by_name.rules):
+
+        def labels(params):
+            return jax.tree.map(lambda frozen: "frozen" if frozen else "trained", by_name.frozen(params))
+
+        tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+    # The state has the same structure either way: clipping may be switched on when a run goes on.
+    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    return Optimizer(optax.chain(clip, tx), by_name)
 
 
-def clamp_scale(params: Any) -> Any:
-    """Keeps exp(logit_scale) within 1 and 100, after each step."""
-    return {**params, "logit_scale": jnp.clip(params["logit_scale"], 0.0, MAX_LOGIT_SCALE)}
+def _scale_by(scales) -> optax.GradientTransformation:
+    """Multiplies each update by a factor of its own; `scales(params)` gives them."""
+
+    def update(updates, state, params):
+        return jax.tree.map(lambda update, scale: update * scale, updates, scales(params)), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def average(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:

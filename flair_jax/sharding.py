@@ -1,4 +1,4 @@
-"""Mesh, rules and placement: which device holds what."""
+"""The mesh, its axes, and the shardings of states and batches."""
 
 import math
 from typing import Any
@@ -7,8 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flair_jax.objectives.sigmoid import BATCH_AXES
-
+BATCH_AXES = ("data", "fsdp")  # mesh axes over which batches are split
 # Below this many elements a parameter is cheaper to copy than to gather.
 MIN_SHARDED_SIZE = 2**16
 
@@ -32,6 +31,12 @@ def create_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None 
     return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
+def batch_axes() -> tuple[str, ...]:
+    """Axes of the mesh in use (`jax.set_mesh`) over which batches are split; none without a mesh."""
+    names = jax.sharding.get_abstract_mesh().axis_names
+    return tuple(axis for axis in BATCH_AXES if axis in names)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -44,7 +49,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def state_sharding(mesh: Mesh, state: Any) -> Any:
     """Sharding of every array of a state (parameters, moments, counters).
 
-    The rule: a large array is split over `fsdp` along its longest axis that divides evenly; all else is everywhere.
+    The rule: a large array is split over `fsdp` along its longest axis that divides evenly; the others are replicated.
     """
     parts = mesh.shape["fsdp"]
 

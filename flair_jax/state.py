@@ -1,4 +1,4 @@
-"""What a training step changes, and its creation on the devices where it will live."""
+"""The state of a training run, and its creation with its shardings."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from flair_jax import sharding
+from flair_jax.optimizer import Optimizer
 
 
 @flax.struct.dataclass
@@ -19,7 +19,7 @@ class TrainState:
     Attributes:
       step: int32 scalar, steps done.
       params: nested dict, float32.
-      opt_state: of the optax transformation.
+      opt_state: of the optimizer.
       ema: average of the parameters over the steps, see `optimizer.average`; None: the run keeps none.
     """
 
@@ -34,7 +34,7 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
     def start_from(self, params: Any) -> "TrainState":
-        """The state with other parameters (a tree of arrays), where the average begins, too, placed as its own are."""
+        """The state with other parameters (a tree of arrays), where the average begins too; same shardings."""
         params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, self.params))
         # A copy: the step donates both, and a buffer that is given away twice crashes.
         return self.replace(params=params, ema=None if self.ema is None else jax.tree.map(jnp.copy, params))
@@ -47,15 +47,13 @@ def init_params(model: nn.Module, seed: int) -> Any:
     return model.init(jax.random.key(seed), images, tokens)["params"]
 
 
-def create(
-    model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, seed: int, *, ema: bool = False
-) -> TrainState:
-    """A new state, with an average if `ema`, each array born on its own devices: nothing is ever whole on one."""
+def create(model: nn.Module, optimizer: Optimizer, mesh: Mesh, seed: int, *, ema: bool = False) -> TrainState:
+    """A new state, with an average if `ema`, each array created on its own devices: none is ever whole on one."""
 
     def build():
         params = init_params(model, seed)
         average = params if ema else None
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), ema=average)
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), ema=average)
 
     shardings = sharding.state_sharding(mesh, jax.eval_shape(build))
     return jax.jit(build, out_shardings=shardings)()

@@ -20,11 +20,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from flair_jax import JAXLIB_IS_KNOWN, models
+from flair_jax import models
 from flair_jax.convert import names
-
-if JAXLIB_IS_KNOWN:
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # XLA reads it when it is first used
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -63,6 +60,15 @@ def load_golden(name: str):
     if path.suffix == ".npz":
         return dict(np.load(path))
     return safetensors.numpy.load_file(path)
+
+
+def losses(mps: bool = True, **options) -> dict:
+    """Our `objectives` section for FLAIR's loss, with options of the text-conditioned one."""
+    text_conditioned = dict(weight=0.5 if mps else 1.0, **options)
+    return dict(
+        text_conditioned=text_conditioned,
+        sigmoid=dict(weight=0.5 if mps else 0.0, chunk_size=options.get("chunk_size")),
+    )
 
 
 TINY = model_section(

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import losses
 from jax.sharding import PartitionSpec
 
-from flair_jax import models, sharding
-from flair_jax.data import loader
+from flair_jax import models, objectives, sharding
+from flair_jax.data.transforms import packing
 from flair_jax.models.accumulation import in_micro_batches
 from flair_jax.models.text import Text
 
@@ -31,8 +32,7 @@ def make_batch(packed: bool) -> dict:
     tokens[np.arange(len(sizes)), sizes - 1] = 63
     tokens = np.where(np.arange(LENGTH) < sizes[:, None], tokens, 0)
     if packed:
-        texts, shortened = loader.Pack(row_length=LENGTH, rows=8, parts=8)(tokens)
-        assert shortened == 0
+        texts = packing.Packer(row_length=LENGTH, row_counts=(8,), devices=8)(tokens).texts
     else:
         padded = Text.padded(tokens)
         texts = {"tokens": tokens, "ends": np.asarray(padded.ends)}
@@ -47,10 +47,11 @@ def params():
 
 def run(params, batch, devices=1, **changes):
     """Loss, gradients and the compiled function, on so many devices."""
-    model = models.create({**MODEL, **changes}, dict(chunk_size=2))
+    model = models.create({**MODEL, **changes})
 
     def loss(params, batch):
-        return model.apply({"params": params}, batch, jax.random.key(1), method="loss")[0]
+        features = model.apply({"params": params}, batch["images"], Text(**batch["texts"]), method="features")
+        return objectives.weighted_sum(losses(chunk_size=2), features, batch, jax.random.key(1))[0]
 
     mesh = sharding.create_mesh(devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):

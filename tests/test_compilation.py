@@ -61,34 +61,3 @@ jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((64, 64)))
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], env=environment, check=True)
     assert any(chosen.glob("*lambda*")) == variable
     assert any((tmp_path / "run").glob("*lambda*")) != variable
-
-
-def test_a_kept_heap_takes_no_more_pages(tmp_path):
-    """What one step gave back serves the next: the system hands out no new memory."""
-    code = """
-import resource, sys
-import numpy as np
-from flair_jax import compilation
-if sys.argv[1] == "kept":
-    compilation.keep_heap()
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    np.ones(2**24, np.float32)  # 64 MB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(min(faults() for _ in range(3)))
-"""
-
-    def run(how):
-        return int(subprocess.run([sys.executable, "-c", code, how], check=True, capture_output=True, text=True).stdout)
-
-    assert run("kept") < 100 < run("given back")
-
-
-def test_a_step_on_a_cpu_is_done_before_the_next_one_starts():
-    chain = jax.jit(lambda x: jax.lax.fori_loop(0, 100, lambda _, y: jnp.tanh(y @ y), x))
-    x = jnp.eye(512)
-    chain(x).block_until_ready()
-    result = chain(x)
-    compilation.finish_on_cpu({"loss": result})
-    assert result.is_ready()

@@ -1,14 +1,12 @@
 """The evaluators' encoder: batches of one shape, texts that share rows, and the features of each alone."""
 
-import threading
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import load_golden
 
 from flair_jax import sharding
+from flair_jax.data.transforms import packing
 from flair_jax.evaluators import features
 from flair_jax.models.text import Text
 
@@ -20,12 +18,11 @@ def mesh(devices: int):
 def test_texts_share_rows():
     rng = np.random.default_rng(0)
     lengths = rng.gamma(4, 27 / 4, 3000).round().clip(4, 77).astype(int)
-    rows = features.share_rows(lengths, 78)
-    assert sorted(number for row in rows for number in row) == list(range(3000))
-    assert max(lengths[row].sum() for row in rows) <= 78 and max(map(len, rows)) <= features.ROW_TEXTS
-    assert lengths.sum() > 0.98 * 78 * len(rows)
-    assert features.share_rows(np.full(17, 2), 78) == [list(range(8)), list(range(8, 16)), [16]]
-    assert features.share_rows(np.full(3, 78), 78) == [[0], [1], [2]]
+    rows = packing.place(lengths, 78, row_captions=features.ROW_TEXTS)
+    assert np.bincount(rows.row, lengths).max() <= 78 and np.bincount(rows.row).max() <= features.ROW_TEXTS
+    assert lengths.sum() > 0.98 * 78 * rows.rows
+    assert packing.place(np.full(17, 2), 78, row_captions=8).row.tolist() == [0] * 8 + [1] * 8 + [2]
+    assert packing.place(np.full(3, 78), 78, row_captions=8).row.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -65,20 +62,11 @@ def test_equal_texts_have_equal_features_wherever_they_stand(tiny_model, tiny_pa
     assert len(np.unique(found, axis=0)) == 5
 
 
-def test_two_batches_run_at_a_time_on_one_cpu(tiny_model, tiny_params):
-    meeting = threading.Barrier(1)
-
-    def preprocess(images):
-        met = jax.pure_callback(lambda: np.float32(meeting.wait(60) >= 0), jax.ShapeDtypeStruct((), jnp.float32))
-        return images * met
-
-    images = np.random.default_rng(0).random((4, 64, 64, 3), np.float32)
-    runs = features.Encoder(tiny_model, preprocess, image_batch=1, text_batch=1, mesh=mesh(1))
-    params = runs.place(tiny_params)
-    list(runs.images(params, images[:1]))  # compiled: no two do that at a time
-    meeting = threading.Barrier(2)
-    batches = list(runs.images(params, images))
-    assert [number for numbers, _ in batches for number in numbers] == [0, 1, 2, 3]
-    found = jax.tree.map(lambda *x: np.concatenate(x), *[features for _, features in batches])
+def test_images_come_in_order_with_their_own_features(tiny_model, tiny_params):
+    images = np.random.default_rng(0).random((5, 64, 64, 3), np.float32)
+    runs = features.Encoder(tiny_model, lambda x: x, image_batch=2, text_batch=1, mesh=mesh(1))
+    batches = list(runs.images(runs.place(tiny_params), images))
+    assert [number for numbers, _ in batches for number in numbers] == [0, 1, 2, 3, 4]
+    found = jax.tree.map(lambda *x: np.concatenate(x)[:5], *[batch for _, batch in batches])  # the rest is padding
     expected = tiny_model.apply({"params": tiny_params}, images, method="encode_image")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, expected)

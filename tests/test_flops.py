@@ -9,6 +9,7 @@ from flair_jax import flops, models
 from flair_jax.configs import variants
 
 B16 = variants.flair("B/16").to_dict()
+FLAIR = variants.flair_objectives().to_dict()
 
 
 def test_towers_are_the_published_figures():
@@ -25,20 +26,24 @@ def test_pooling_of_a_pair():
 
 
 def test_a_step_at_the_full_length_is_the_published_figure():
-    step = flops.train_step(B16, {"block_size": 128}, 1024, np.full(8192, 77)) / 1024 / 1e9
+    step = (
+        flops.train_step(B16, FLAIR | {"text_conditioned": {"weight": 0.5, "block_size": 128}}, 1024, np.full(8192, 77))
+        / 1024
+        / 1e9
+    )
     assert step == pytest.approx(248.4 + 3 * (1080 * 0.93e-3 + 0.21), rel=0.01)
 
 
 def test_only_real_tokens_count():
-    short, long = (flops.train_step(B16, {}, 8, np.full(64, length)) for length in (20, 40))
+    short, long = (flops.train_step(B16, FLAIR, 8, np.full(64, length)) for length in (20, 40))
     assert long - short == pytest.approx(3 * 64 * (flops.encode_text(B16, 40) - flops.encode_text(B16, 20)))
 
 
 def test_patches_that_are_left_out_do_not_count():
     """A quarter of the patches is an image of half the side."""
     vision, lengths = B16["vision"], np.full(64, 20)
-    dropped = flops.train_step({**B16, "vision": {**vision, "patch_dropout": 0.75}}, {}, 8, lengths)
-    assert dropped == flops.train_step({**B16, "vision": {**vision, "image_size": 112}}, {}, 8, lengths)
+    dropped = flops.train_step({**B16, "vision": {**vision, "patch_dropout": 0.75}}, FLAIR, 8, lengths)
+    assert dropped == flops.train_step({**B16, "vision": {**vision, "image_size": 112}}, FLAIR, 8, lengths)
 
 
 def test_xla_counts_the_same_for_the_forward_pass():

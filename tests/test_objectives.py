@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, load_golden, model_section, nhwc
+import torch
+from conftest import TINY, load_golden, losses, model_section, nhwc
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flair_jax import models
+from flair_jax import models, objectives
 from flair_jax.convert import names
+from flair_jax.models.dual_encoder import Features, ImageFeatures, PoolingFeatures, TextFeatures
+from flair_jax.models.layers import normalize
 from flair_jax.models.text import Text
-from flair_jax.objectives import sigmoid
+from flair_jax.objectives import text_conditioned
 
 LOSS = load_golden("tiny_loss.json")
 DIST = load_golden("tiny_dist.json")
@@ -24,7 +27,7 @@ def batch_of(images, tokens, rows):
     return {
         "images": nhwc(images).reshape(-1, *nhwc(images).shape[-3:]),
         "texts": {"tokens": text.tokens, "ends": text.ends},
-        "draws": sigmoid.draws_of_rows(rows.reshape(-1, rows.shape[-1]), tokens.shape[-2]),
+        "draws": text_conditioned.draws_of_rows(rows.reshape(-1, rows.shape[-1]), tokens.shape[-2]),
     }
 
 
@@ -32,9 +35,10 @@ def mesh_of(devices):
     return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 
-def value_and_grad(model, params, batch):
+def value_and_grad(model, config, params, batch):
     def loss(params, batch):
-        return model.apply({"params": params}, batch, jax.random.key(0), method="loss")[0]
+        features = model.apply({"params": params}, batch["images"], Text(**batch["texts"]), method="features")
+        return objectives.weighted_sum(config, features, batch, jax.random.key(0))[0]
 
     return jax.jit(jax.value_and_grad(loss))(params, batch)
 
@@ -52,11 +56,11 @@ def compare_grads(grads, expected, tolerance):
 @pytest.mark.parametrize("case", ["init_mps", "init_nomps", "mid_mps", "mid_nomps"])
 def test_single_process_loss_and_gradients(case, tiny_params):
     golden, inputs = LOSS["cases"][case], load_golden("tiny_loss_inputs.npz")
-    model = models.create(TINY, dict(mps=golden["added_mps_loss"]))
+    model = models.create(TINY)
     override = {key: np.float32(value) for key, value in (golden["override"] or {}).items()}
     params = {**tiny_params, **override}
     batch = batch_of(inputs["images"], inputs["tokens"], inputs["indices"])
-    value, grads = value_and_grad(model, params, batch)
+    value, grads = value_and_grad(model, losses(golden["added_mps_loss"]), params, batch)
     np.testing.assert_allclose(value, golden["loss_fp64"], rtol=2e-6)
     if case != "init_nomps":  # the original's gradients of this case were not kept
         expected = load_golden(f"tiny_loss_grads_{case}.safetensors")
@@ -72,8 +76,8 @@ def test_loss_of_many_processes_on_any_number_of_devices(world, mps, devices, ch
     inputs = load_golden(f"tiny_dist_inputs_ws{world}.npz")
     indices = load_golden(f"tiny_dist_indices_ws{world}.npz")["combined_indices"]
     section = model_section(DIST["model_cfg"])
-    options = dict(block_size=DIST["block_size"], mps=mps, chunk_size=chunk_size)
-    model = models.create(section, options)
+    config = losses(mps, block_size=DIST["block_size"], chunk_size=chunk_size)
+    model = models.create(section)
     params = names.to_flax(load_golden("tiny_dist.safetensors"), config=section)
     batch = batch_of(inputs["images"], inputs["tokens"], indices)
 
@@ -81,27 +85,27 @@ def test_loss_of_many_processes_on_any_number_of_devices(world, mps, devices, ch
     with jax.set_mesh(mesh):
         draws, params = jax.device_put((batch.pop("draws"), params), NamedSharding(mesh, PartitionSpec()))
         batch = {**jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data"))), "draws": draws}
-        value, grads = value_and_grad(model, params, batch)
+        value, grads = value_and_grad(model, config, params, batch)
     np.testing.assert_allclose(value, DIST[case]["loss"], rtol=2e-6)
     compare_grads(grads, load_golden(f"tiny_dist_grads_{case}.safetensors"), DIST[case]["grad_tolerance"])
 
 
 def test_a_draw_is_even_and_depends_on_its_two_images_alone():
     rng = jax.random.key(3)
-    draws = np.asarray(sigmoid.draw_captions(rng, jnp.arange(4), jnp.arange(3000), captions=3))
+    draws = np.asarray(text_conditioned.draw_captions(rng, jnp.arange(4), jnp.arange(3000), captions=3))
     assert draws.shape == (4, 3000) and draws.min() == 0 and draws.max() == 2
-    again = sigmoid.draw_captions(rng, jnp.array([3, 1]), jnp.arange(2990, 3000), captions=3)
+    again = text_conditioned.draw_captions(rng, jnp.array([3, 1]), jnp.arange(2990, 3000), captions=3)
     np.testing.assert_array_equal(again, draws[[3, 1], 2990:])
     # Pairs of draws of two places are even too, and so are those of neighbours: four standard errors.
     pairs = np.bincount(draws[0] * 3 + draws[1], minlength=9), np.bincount(draws[0, 1:] * 3 + draws[0, :-1])
     np.testing.assert_allclose(np.divide(pairs, 3000), 1 / 9, atol=0.023)
-    assert np.mean(draws != sigmoid.draw_captions(jax.random.key(4), jnp.arange(4), jnp.arange(3000), 3)) > 0.6
+    assert np.mean(draws != text_conditioned.draw_captions(jax.random.key(4), jnp.arange(4), jnp.arange(3000), 3)) > 0.6
 
 
 def test_rows_of_the_reference_are_draws():
     rows = load_golden("tiny_dist_indices_ws2.npz")["combined_indices"].reshape(8, -1)
     block, per_image = 4, rows.shape[1] - 3
-    draws = np.asarray(sigmoid.draws_of_rows(rows, per_image))
+    draws = np.asarray(text_conditioned.draws_of_rows(rows, per_image))
     assert draws.shape == (block, 8)
     for n, row in enumerate(rows):
         place, rank = n % block, n // block
@@ -116,10 +120,12 @@ def random_sides(images, captions, width=16, heads=2, keys=5):
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    image = sigmoid.ImageSide(
-        normal(images, width), normal(images, keys, heads, width // heads), normal(images, keys, heads, width // heads)
+    image = (
+        normal(images, width),
+        normal(images, keys, heads, width // heads),
+        normal(images, keys, heads, width // heads),
     )
-    return image, sigmoid.TextSide(normal(images * captions, width), normal(images * captions, heads, width // heads))
+    return image, (normal(images * captions, width), normal(images * captions, heads, width // heads))
 
 
 def attend(params, queries, keys, values):
@@ -127,16 +133,23 @@ def attend(params, queries, keys, values):
     return pooled.reshape(*pooled.shape[:2], -1) @ params
 
 
+def flair_loss(image, text, weight, scale, bias, *, rng, **options):
+    """FLAIR's loss of (pooled, keys, values) and (pooled, queries), pooled by `attend` with this weight."""
+    pooling = PoolingFeatures(text[1], *image[1:], params=weight, attend=attend)
+    features = Features(ImageFeatures(image[0], None), TextFeatures(text[0], None, None), scale, bias, pooling)
+    return objectives.weighted_sum(losses(**options), features, {}, rng)
+
+
 def test_loss_equals_its_definition_term_by_term():
     """The docstring's double sums, written out with loops in float64."""
     images, captions, block = 6, 2, 3
     image, text = random_sides(images, captions)
     weight = jnp.eye(16)
-    chosen = np.asarray(sigmoid.draw_captions(jax.random.key(0), jnp.arange(block), jnp.arange(images), captions))
-    scale, bias = 1.3, -0.7
-    value, parts = sigmoid.flair_loss(
-        image, text, attend, weight, scale, bias, rng=jax.random.key(0), block_size=block, chunk_size=2
+    chosen = np.asarray(
+        text_conditioned.draw_captions(jax.random.key(0), jnp.arange(block), jnp.arange(images), captions)
     )
+    scale, bias = 1.3, -0.7
+    value, parts = flair_loss(image, text, weight, scale, bias, rng=jax.random.key(0), block_size=block, chunk_size=2)
 
     def unit(x):
         x = np.asarray(x, np.float64)
@@ -152,17 +165,21 @@ def test_loss_equals_its_definition_term_by_term():
             same = m % block == n % block
             for caption in range(captions) if same else [chosen[n % block, m]]:
                 t = m * captions + caption
-                pooled = attend(weight, text.queries[None, t][None], image.keys[n][None], image.values[n][None])
-                cosine, own = unit(pooled[0, 0]) @ unit(text.pooled[t]), t // captions == n
+                pooled = attend(weight, text[1][None, t][None], image[1][n][None], image[2][n][None])
+                cosine, own = unit(pooled[0, 0]) @ unit(text[0][t]), t // captions == n
                 tcs += cost(cosine, own)
                 logits[own].append(np.exp(scale) * cosine + bias)
         for t in range(images * captions):
-            mps += cost(unit(image.pooled[n]) @ unit(text.pooled[t]), t // captions == n)
+            mps += cost(unit(image[0][n]) @ unit(text[0][t]), t // captions == n)
     tcs /= (images // block) * (block + captions - 1)
     mps /= images * captions
-    np.testing.assert_allclose([parts["tcs"], parts["mps"], value], [tcs, mps, (tcs + mps) / 2], rtol=1e-5)
+    np.testing.assert_allclose(
+        [parts["text_conditioned"], parts["sigmoid"], value], [tcs, mps, (tcs + mps) / 2], rtol=1e-5
+    )
     means = np.mean(logits[True]), np.mean(logits[False])
-    np.testing.assert_allclose([parts["positive_logit"], parts["negative_logit"]], means, rtol=1e-5)
+    np.testing.assert_allclose(
+        [parts[f"text_conditioned/{kind}_logit"] for kind in ("positive", "negative")], means, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,7 +191,7 @@ def test_blocks_and_shards_of_any_sizes(images, block, devices):
     image, text = random_sides(images, captions=3)
 
     def loss(image, text, weight, scale):
-        return sigmoid.flair_loss(image, text, attend, weight, scale, -0.7, rng=jax.random.key(5), block_size=block)
+        return flair_loss(image, text, weight, scale, -0.7, rng=jax.random.key(5), block_size=block)
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
     weight, scale = jnp.eye(16) + 0.1, jnp.float32(1.3)
@@ -192,9 +209,9 @@ def compiled_loss(mesh, images, chunk_size):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), shapes)
 
     def loss(image, text, weight):
-        return sigmoid.flair_loss(
-            image, text, attend, weight, 1.0, -1.0, rng=jax.random.key(0), block_size=32, chunk_size=chunk_size
-        )[0]
+        return flair_loss(image, text, weight, 1.0, -1.0, rng=jax.random.key(0), block_size=32, chunk_size=chunk_size)[
+            0
+        ]
 
     with jax.set_mesh(mesh):
         weight = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -229,7 +246,7 @@ def test_gradients_of_pairs_are_summed_in_float32(chunk_size):
     def gradient(sides):
         def loss(sides):
             options = dict(rng=jax.random.key(5), block_size=32, chunk_size=chunk_size)
-            return sigmoid.flair_loss(*sides, attend, jnp.eye(16), 1.3, -0.7, **options)[0]
+            return flair_loss(*sides, jnp.eye(16), 1.3, -0.7, **options)[0]
 
         return jax.jit(jax.grad(loss))(sides)
 
@@ -248,9 +265,91 @@ def sizes_of(shapes):
 def test_impossible_splits_are_refused_by_name(options):
     image, text = random_sides(4, 2)
     with pytest.raises(ValueError, match=next(iter(options))):
-        sigmoid.flair_loss(image, text, attend, jnp.eye(16), 1.0, 0.0, rng=jax.random.key(0), **options)
+        flair_loss(image, text, jnp.eye(16), 1.0, 0.0, rng=jax.random.key(0), **options)
 
 
 def test_normalize_is_finite_at_zero():
-    np.testing.assert_array_equal(jax.grad(lambda x: sigmoid.normalize(x).sum())(jnp.zeros(3)) < np.inf, True)
-    np.testing.assert_allclose(sigmoid.normalize(jnp.array([3.0, 4.0])), [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_array_equal(jax.grad(lambda x: normalize(x).sum())(jnp.zeros(3)) < np.inf, True)
+    np.testing.assert_allclose(normalize(jnp.array([3.0, 4.0])), [0.6, 0.8], rtol=1e-6)
+
+
+def dense_torch_loss(name, image, text, scale, bias):
+    """Value and gradients of CLIP's or SigLIP's loss of pooled features, all pairs at once, in float64."""
+    leaves = [torch.tensor(np.asarray(x, np.float64), requires_grad=True) for x in (image, text, scale, bias)]
+    image, text, scale, bias = leaves
+    captions = len(text) // len(image)
+    unit = torch.nn.functional.normalize
+    if name == "softmax":
+        logits = scale.exp() * unit(image, dim=-1) @ unit(text[::captions], dim=-1).T
+        own = torch.arange(len(image))
+        value = (torch.nn.functional.cross_entropy(logits, own) + torch.nn.functional.cross_entropy(logits.T, own)) / 2
+    else:
+        logits = scale.exp() * unit(image, dim=-1) @ unit(text, dim=-1).T + bias
+        own = torch.arange(len(text)) // captions == torch.arange(len(image))[:, None]
+        value = -torch.nn.functional.logsigmoid(torch.where(own, logits, -logits)).sum() / len(text)
+    value.backward()
+    return value.item(), [0.0 if x.grad is None else x.grad.numpy() for x in leaves]
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize(("name", "captions"), [("softmax", 1), ("softmax", 3), ("sigmoid", 1), ("sigmoid", 3)])
+def test_global_objectives_equal_a_dense_computation(name, captions, chunk_size, devices):
+    rng = np.random.default_rng(1)
+    image, text = (jnp.asarray(rng.normal(size=(16 * n, 24)), jnp.float32) for n in (1, captions))
+    scale, bias = jnp.float32(2.3), jnp.float32(-1.7)
+    expected, expected_grads = dense_torch_loss(name, image, text, scale, bias)
+
+    def loss(image, text, scale, bias):
+        features = Features(ImageFeatures(image, None), TextFeatures(text, None, None), scale, bias)
+        config = {name: dict(weight=1.0, chunk_size=chunk_size)}
+        return objectives.weighted_sum(config, features, {}, jax.random.key(0))[0]
+
+    mesh = mesh_of(devices)
+    with jax.set_mesh(mesh):
+        sides = jax.device_put((image, text), NamedSharding(mesh, PartitionSpec("data")))
+        value, grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(*sides, scale, bias)
+    np.testing.assert_allclose(value, expected, rtol=2e-6)
+    for found, wanted in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid"])
+def test_no_device_holds_the_logits_of_all_pairs(name):
+    shape = jax.ShapeDtypeStruct((512, 8), jnp.float32, sharding=NamedSharding(mesh_of(8), PartitionSpec("data")))
+
+    def loss(image, text):
+        features = Features(ImageFeatures(image, None), TextFeatures(text, None, None), jnp.float32(1), jnp.float32(0))
+        config = {name: dict(weight=1.0, chunk_size=8)}
+        return objectives.weighted_sum(config, features, {}, jax.random.key(0))[0]
+
+    with jax.set_mesh(mesh_of(8)):
+        program = jax.jit(jax.grad(loss, (0, 1))).lower(shape, shape).compile().as_text()
+    assert max(np.prod(size) for size in sizes_of(program)) <= 512 * 8  # rows of a chunk by texts of a device: 8 * 64
+
+
+def test_a_weight_of_zero_leaves_an_objective_out():
+    sides = random_sides(4, 2)
+    both = flair_loss(*sides, jnp.eye(16), 1.3, -0.7, rng=jax.random.key(0))[1]
+    value, parts = flair_loss(*sides, jnp.eye(16), 1.3, -0.7, rng=jax.random.key(0), mps=False)
+    assert "sigmoid" in both and "sigmoid" not in parts
+    np.testing.assert_allclose(value, both["text_conditioned"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"contrast": {"weight": 1.0}}, r"config\.objectives\.contrast is unknown; there are .*softmax"),
+        ({"softmax": {"weight": -1.0}}, r"config\.objectives\.softmax\.weight is -1\.0"),
+        ({"softmax": {"weight": 0.0}}, "no objective a weight"),
+        ({"softmax": {"weight": 1.0, "caption": 2}}, r"config\.objectives\.softmax\.caption is 2; there are 2"),
+        ({"text_conditioned": {"weight": 1.0}}, r"text_conditioned needs config\.model\.pooling"),
+        ({"sigmoid": {"weight": 1.0}}, "sigmoid needs a bias"),
+    ],
+)
+def test_what_an_objective_needs_is_named(config, message):
+    features = Features(
+        ImageFeatures(jnp.ones((2, 4)), None), TextFeatures(jnp.ones((4, 4)), None, None), jnp.zeros(())
+    )
+    with pytest.raises(ValueError, match=message):
+        objectives.weighted_sum(config, features, {}, jax.random.key(0))

@@ -6,23 +6,26 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import TINY, load_golden, nhwc
+from conftest import TINY, load_golden, losses, nhwc
 
-from flair_jax import models, optimizer, train
+from flair_jax import models, optimizer
+from flair_jax.configs import base
 from flair_jax.convert import names
 from flair_jax.models.text import Text
-from flair_jax.objectives import sigmoid
+from flair_jax.objectives import text_conditioned
 from flair_jax.state import TrainState
+from flair_jax.step import train_step
 
 GOLDEN = load_golden("tiny_train.json")
 HYPER = GOLDEN["hp"]
+CLAMP = base.get_config().optimizer.clamp
 INPUTS = load_golden("tiny_train_inputs.npz")
 
 
 def run(params, clip_norm):
     """The five steps: states before and after each, and the numbers of each."""
-    model = models.create(TINY, dict(mps=True))
-    tx = optimizer.create(
+    model = models.create(TINY)
+    optimize = optimizer.create(
         learning_rate=HYPER["lr"],
         warmup_steps=HYPER["warmup"],
         total_steps=HYPER["total_steps"],
@@ -31,14 +34,15 @@ def run(params, clip_norm):
         b2=HYPER["beta2"],
         eps=HYPER["eps"],
         clip_norm=clip_norm,
+        clamp=CLAMP,
     )
-    state = TrainState(step=np.int32(0), params=params, opt_state=tx.init(params))
-    step = jax.jit(functools.partial(train.train_step, model=model, tx=tx, seed=0))
+    state = TrainState(step=np.int32(0), params=params, opt_state=optimize.init(params))
+    step = jax.jit(functools.partial(train_step, model=model, losses=losses(), optimizer=optimize, seed=0))
     trace = []
     for images, tokens, indices in zip(INPUTS["images"], INPUTS["tokens"], INPUTS["indices"], strict=True):
         text = Text.padded(tokens.reshape(-1, tokens.shape[-1]))
         texts = {"tokens": text.tokens, "ends": text.ends}
-        draws = sigmoid.draws_of_rows(indices, tokens.shape[-2])
+        draws = text_conditioned.draws_of_rows(indices, tokens.shape[-2])
         state, numbers = step(state, {"images": nhwc(images), "texts": texts, "draws": draws})
         trace.append(jax.device_get(numbers))
     return state, {name: [float(numbers[name]) for numbers in trace] for name in trace[0]}
@@ -80,7 +84,7 @@ def test_the_scale_is_clamped_after_each_step(case, tiny_params):
 
 
 def test_decay_is_for_the_tensors_that_the_original_decays(tiny_params):
-    mask = optimizer.decay_mask(tiny_params)
+    mask = optimizer.Rules().decay(tiny_params)
     ones = jax.tree.map(lambda leaf, decays: np.full_like(leaf, decays), tiny_params, mask)
     decayed = {name for name, leaf in names.to_torch(ones).items() if leaf.all()}
     assert decayed == set(GOLDEN["decay_params"])
@@ -96,8 +100,64 @@ def test_schedule():
 
 
 def test_clipping_bounds_the_update():
-    tx = optimizer.create(1.0, 0, 10, weight_decay=0.0, b1=0.0, b2=0.0, eps=1.0, clip_norm=0.1)
+    optimize = optimizer.create(1.0, 0, 10, weight_decay=0.0, b1=0.0, b2=0.0, eps=1.0, clip_norm=0.1)
     params = {"a": np.zeros(4, np.float32)}
-    small = tx.update({"a": np.full(4, 1e3, np.float32)}, tx.init(params), params)[0]
+    small, _ = optimize.update(params, {"a": np.full(4, 1e3, np.float32)}, optimize.init(params))
     # Clipped to norm 0.1, each of four equal parts is 0.05, and g / (|g| + 1) follows.
     np.testing.assert_allclose(optax.tree.norm(small), 2 * 0.05 / 1.05, rtol=1e-5)
+
+
+PARAMS = {
+    "vision": {"kernel": np.ones((2, 2), np.float32), "bias": np.ones(2, np.float32)},
+    "text": {"kernel": np.ones((2, 2), np.float32)},
+    "scale": np.float32(1.0),
+}
+
+
+def step_of_ones(**options):
+    """Parameters after a step of gradients of one, from parameters of one; without rules each moves by -0.5."""
+    optimize = optimizer.create(1.0, 0, 10**9, weight_decay=0.0, b1=0.0, b2=0.0, eps=1.0, **options)
+    grads = jax.tree.map(np.ones_like, PARAMS)
+    params, opt_state = optimize.update(PARAMS, grads, optimize.init(PARAMS))
+    return jax.device_get(params), opt_state
+
+
+def test_of_several_rules_the_first_that_gives_a_value_counts():
+    rules = (("vision/bias", {"lr_scale": 0.5}), ("vision/.*", {"lr_scale": 0.1, "decay": False}))
+    params, _ = step_of_ones(rules=rules)
+    np.testing.assert_allclose(params["vision"]["bias"], 1 - 0.25, rtol=1e-6)
+    np.testing.assert_allclose(params["vision"]["kernel"], 1 - 0.05, rtol=1e-6)
+    np.testing.assert_allclose(params["text"]["kernel"], 1 - 0.5, rtol=1e-6)
+    decay = optimizer.Rules(rules).decay(PARAMS)
+    assert decay == {"vision": {"kernel": False, "bias": False}, "text": {"kernel": True}, "scale": False}
+
+
+def test_frozen_parameters_keep_their_bits_and_have_no_state():
+    params, opt_state = step_of_ones(rules=(("vision/.*", {"frozen": True}),))
+    jax.tree.map(np.testing.assert_array_equal, params["vision"], PARAMS["vision"])
+    np.testing.assert_allclose(params["text"]["kernel"], 0.5, rtol=1e-6)
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(opt_state)]
+    assert (2,) not in shapes and shapes.count((2, 2)) == 2  # the moments of text/kernel alone
+
+
+def test_frozen_parameters_have_no_gradient():
+    rules = optimizer.Rules((("text/.*", {"frozen": True}),))
+    total = jax.grad(lambda params: sum(x.sum() for x in jax.tree.leaves(rules.stop_frozen(params))))(PARAMS)
+    assert not total["text"]["kernel"].any() and total["vision"]["kernel"].all()
+
+
+def test_parameters_stay_within_their_bounds():
+    params, _ = step_of_ones(clamp=(("scale", 0.8, 2.0), ("text/.*", 0.0, 0.1)))
+    assert params["scale"] == np.float32(0.8) and (params["text"]["kernel"] == np.float32(0.1)).all()
+    np.testing.assert_allclose(params["vision"]["bias"], 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [dict(rules=(("visoin/.*", {"frozen": True}),)), dict(clamp=(("bias", 0.0, 1.0),))])
+def test_a_pattern_that_matches_nothing_is_refused(options):
+    with pytest.raises(ValueError, match=r"config\.optimizer\.\w+: .* matches no parameter; .* scale, text, vision"):
+        step_of_ones(**options)
+
+
+def test_an_unknown_value_of_a_rule_is_refused():
+    with pytest.raises(ValueError, match=r"'\.\*' has \['learning_rate'\]; there are"):
+        step_of_ones(rules=((".*", {"learning_rate": 0.1}),))

@@ -4,7 +4,6 @@ A reader is given one file and yields a `Row`, or `LeftOut` with the reason. Not
 written in a cell as text are read as JSON or as Python literals.
 """
 
-import ast
 import codecs
 import collections
 import contextlib
@@ -15,10 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TextIO
 
 from flair_jax.data.prepare.atomic import InputError
-from flair_jax.data.transforms.captions import FIELDS, SPLITTINGS, CaptionError, split
+from flair_jax.data.transforms.captions import FIELDS, CaptionError, field_sentences, split
 
 MAX_CELL = 1 << 24  # characters; what is longer is a quotation mark that was never closed
-MAX_LIST = 1 << 20  # characters of a list written as text
 PARQUET_ROWS = 1024  # read at a time
 DELIMITERS = {"csv": ",", "tsv": "\t"}  # by the ending of the file
 DELIMITER_NAMES = {"\t": "tab"}  # for the command line
@@ -59,38 +57,15 @@ Progress = Callable[[int], None]  # called with the number of bytes of the file 
 
 
 def sentences(value, splitting: str = "every_stop") -> list[str]:
-    """The sentences of one caption field, split already or not yet.
-
-    A list is taken as it stands, blank entries left out, be it a list or the text of one (`["a", "b"]`, `['a', 'b']`);
-    other text is split by the rule `splitting`, a key of `transforms.captions.SPLITTINGS`.
+    """The sentences of one caption field, stripped; see `captions.field_sentences`.
 
     Raises:
-      CaptionError: the value is something else.
+      CaptionError: the value is neither a text nor a list of texts.
     """
-    if value is None:
-        return []
-    if isinstance(value, str):
-        written = _written_list(value.strip())
-        if written is None:
-            return SPLITTINGS[splitting](value)
-        value = written
-    if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
-        raise CaptionError(BAD_CELL)
-    return [stripped for item in value if (stripped := item.strip())]
-
-
-def _written_list(text: str) -> list[str] | None:
-    """The list that a text spells; None where it is ordinary text, which may begin with a bracket, too."""
-    if not (text.startswith("[") and text.endswith("]")) or len(text) > MAX_LIST:
-        return None
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            found = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):  # MemoryError: nested too deep for the parser
-            continue
-        if isinstance(found, list) and all(isinstance(item, str) for item in found):
-            return found
-    return None
+    try:
+        return [sentence.strip() for sentence in field_sentences(value, splitting)]
+    except CaptionError as error:
+        raise CaptionError(BAD_CELL) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

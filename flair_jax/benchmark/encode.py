@@ -86,11 +86,11 @@ def ours(
     import jax
     import jax.numpy as jnp
 
-    from flair_jax import compilation, models, state
+    from flair_jax import cpu, models, state
     from flair_jax.data.transforms.images import normalize
     from flair_jax.evaluators.features import Encoder
 
-    compilation.keep_heap()
+    cpu.keep_heap()
     model = models.create(config["model"])
     encoder = Encoder(model, normalize, image_batch=image_batch, text_batch=text_batch)
     params = encoder.place(jax.jit(lambda: state.init_params(model, 0))())
@@ -104,8 +104,7 @@ def ours(
 
     if kind == "pairs":
         image_features, text_features = jax.tree.map(lambda *x: jnp.concatenate(x), *encode_images()), encode_texts()
-        score = encoder.jit(encoder.method("score"))
-        run = lambda: score(params, image_features, text_features)  # noqa: E731
+        run = lambda: encoder.apply("score", params, image_features, text_features)  # noqa: E731
     else:
         run = {"images": encode_images, "texts": encode_texts}[kind]
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from flair_jax.data import loader
 from flair_jax.data.transforms import packing, tokenizer
 
 # Merged sub-captions of DreamLIP's kind: a gamma of this mean, in tokens with both ends (spec/anchors.md 2.1).
@@ -32,10 +31,11 @@ def made_up(config: Mapping[str, Any], batch_size: int, devices: int, image_size
         rows = packing.measure_rows(
             samples, batch_size=share, row_length=row_length, quantile=config["packing"]["quantile"]
         )
-        pack = loader.Pack(row_length, rows, devices)
+        counts = packing.row_counts(rows, share * count, row_length=row_length, longest=context_length)
+        pack = packing.Packer(row_length, counts, devices)
     batches = []
     for images, tokens in held:
-        texts = {"tokens": tokens, "ends": tokenizer.ends(tokens)} if pack is None else pack(tokens).texts
+        texts = packing.padded(tokens) if pack is None else pack(tokens).texts
         batches.append({"images": images, "texts": texts})
     return itertools.cycle(batches)
 

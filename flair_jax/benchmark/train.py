@@ -68,9 +68,9 @@ def training(config: Mapping[str, Any], trace: str | None = None) -> Iterator[Ca
     """Turns of the training loop: draw a batch, step, report the numbers of the step before."""
     import jax
 
-    from flair_jax import compilation, flops, metrics, models, optimizer, sharding, state, train
+    from flair_jax import compilation, cpu, flops, metrics, models, optimizer, sharding, state, train
 
-    compilation.keep_heap()
+    cpu.keep_heap()
     model = models.create(config["model"], config["loss"])
     mesh = sharding.create_mesh(**config["mesh"])
     tx = optimizer.create(total_steps=100_000, **config["optimizer"])
@@ -98,7 +98,7 @@ def training(config: Mapping[str, Any], trace: str | None = None) -> Iterator[Ca
                 work += flops.train_step(config["model"], config["loss"], config["batch_size"], lengths)
                 tokens, places = tokens + int(lengths.sum()), places + batch["texts"]["tokens"].size
                 placed = sharding.global_batch(mesh, batch)
-                compilation.finish_on_cpu(pending)
+                cpu.finish(pending)
                 current, numbers = step(current, placed)
                 if pending is not None:
                     values = {name: float(value) for name, value in jax.device_get(pending).items()}

@@ -1,36 +1,39 @@
-"""Models by name: one module each, with the methods `encode_image`, `encode_text`, `score` and `loss`."""
+"""Models from the `model` section of a config: parts, and the module that holds them."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from flair_jax.models.flair import FLAIR
+from flair_jax.data.transforms.images import pair
+from flair_jax.models.dual_encoder import DualEncoder
+from flair_jax.models.layers import ComputeOptions
 
-MODELS = {"flair": FLAIR}
+COMPUTE = ("scan_blocks", "remat", "attention", "gelu")  # keys of the section that are fields of ComputeOptions
+FLOAT32_PARTS = ("pooling",)  # whose gradients objectives sum over chunks and devices
 
 
-def create(model: Mapping[str, Any], loss: Mapping[str, Any] | None = None) -> nn.Module:
+def create(model: Mapping[str, Any]) -> DualEncoder:
     """Builds the model of a config.
 
     Args:
-      model: the `model` section, see `configs.variants`.
-      loss: the `loss` section; None for a model that is only evaluated.
+      model: the `model` section, see `configs.variants`. `name` says whose parameters it has, for conversion; what is
+        built follows from the other keys alone.
 
     Raises:
-      KeyError: the name is unknown. TypeError: a key is unknown or missing.
+      TypeError: a key is unknown or missing.
     """
     options = dict(model)
-    name = options.pop("name")
-    if name not in MODELS:
-        raise KeyError(f"model.name is {name!r}; expected one of {sorted(MODELS)}")
-    options["dtype"] = jnp.dtype(options.pop("dtype", "float32"))
-    sections = {key: options.pop(key) for key in ("vision", "text", "pooling")} | {"loss": loss or {}}
-    frozen = {f"{key}_options": FrozenDict(value) for key, value in sections.items()}  # a model can be hashed
-    return MODELS[name](**options, **frozen)
+    options.pop("name", None)
+    dtype = jnp.dtype(options.pop("dtype", "float32"))
+    compute = ComputeOptions(dtype, **{key: options.pop(key) for key in COMPUTE if key in options})
+    parts = {key: dict(options.pop(key)) for key in ("vision", "text", "pooling") if options.get(key) is not None}
+    options.pop("pooling", None)
+    parts["vision"]["image_size"] = pair(parts["vision"]["image_size"])  # JSON gives back a list
+    frozen = {f"{key}_options": FrozenDict(value) for key, value in parts.items()}  # a model can be hashed
+    return DualEncoder(**options, **frozen, compute=compute)
 
 
 def cast_matrices(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
@@ -38,12 +41,12 @@ def cast_matrices(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
 
     So devices gather them in `dtype`, and no micro-batch or rematerialised block casts again; gradients pass the cast
     and arrive in float32. The rule: kernels of the towers and both projections. Embeddings, biases, normalisation and
-    scalars stay, and so does the pooling, whose gradients the loss sums over chunks and devices in float32.
+    scalars stay, and so do `FLOAT32_PARTS`.
     """
 
     def cast(path, leaf):
         first, last = path[0].key, path[-1].key
         matrix = last == "kernel" or last in ("image_projection", "text_projection")
-        return leaf.astype(dtype) if matrix and first != "pooling" else leaf
+        return leaf.astype(dtype) if matrix and first not in FLOAT32_PARTS else leaf
 
     return jax.tree.map_with_path(cast, params)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flair_jax.objectives.sigmoid import batch_axes
+from flair_jax.sharding import batch_axes
 
 
 def in_micro_batches(encode: Callable[..., jax.Array], count: int) -> Callable[..., jax.Array]:
-    """Makes `encode` work on one micro-batch after another and keep nothing between them but its arguments and results.
+    """`encode` on one micro-batch after another, keeping only arguments and results between them.
 
     The loss sees all rows at once, so that negatives are those of the whole batch; the backward pass encodes each
     micro-batch again, when its turn comes. Values and gradients are those of `encode` itself, up to the order of sums;

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from flair_jax.models import blas
+from flair_jax import cpu
 from flair_jax.models.accumulation import in_micro_batches
 
 PRODUCT = "product"  # what `project` calls its results, for `block_class`
@@ -25,13 +25,17 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     With several leading axes the gradient of the kernel would contract all of them, for which XLA transposes `x` and
     the gradient first on a CPU, and computes the sum of all residual branches anew for each: a third of a step.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    product = blas.multiply if blas.multiplies(rows, kernel) else jnp.matmul
-    result = checkpoint_name(product(rows, kernel), PRODUCT)
+    result = checkpoint_name(x.reshape(-1, x.shape[-1]) @ kernel, PRODUCT)
     return result.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 Dense = functools.partial(nn.Dense, dot_general=lambda x, kernel, *_, **__: project(x, kernel))
+
+
+def normalize(x: jax.Array) -> jax.Array:
+    """Unit length along the last axis, in float32; zero stays zero, with a finite gradient."""
+    x = x.astype(jnp.float32)
+    return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 class BlockInit(NamedTuple):
@@ -75,8 +79,6 @@ def attend(
         length = query.shape[1]
         earlier = jnp.tril(jnp.ones((length, length), bool))
         mask = earlier if mask is None else mask & earlier
-    if blas.multiplies(query, key, value):
-        return blas.attend(query, key, value, mask)
     logits = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
     logits = logits * query.shape[-1] ** -0.5
     if mask is not None:
@@ -86,36 +88,25 @@ def attend(
 
 
 def gelu(x: jax.Array, form: str = "exact") -> jax.Array:
-    """GELU, "exact" as the reference has it or "tanh", its usual approximation.
+    """GELU: "exact"; "tanh", its usual approximation; or "quick", x sigmoid(1.702 x), of OpenAI's CLIP.
 
     The exact form is written with the error function, as PyTorch's is; `jax.nn.gelu` takes erfc, which costs a CPU
     several passes over `x`.
+
+    Raises:
+      ValueError: another `form`.
     """
+    if form == "exact":
+        return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
     if form == "tanh":
         return jax.nn.gelu(x, approximate=True)
-    if form != "exact":
-        raise ValueError(f"model.gelu is {form!r}; expected 'exact' or 'tanh'")
-    return x * (0.5 + 0.5 * lax.erf(x * math.sqrt(0.5)))
+    if form == "quick":
+        return x * jax.nn.sigmoid(1.702 * x)
+    raise ValueError(f"model.gelu is {form!r}; expected 'exact', 'tanh' or 'quick'")
 
 
-@jax.custom_vjp
-def settle(x: jax.Array) -> jax.Array:
-    """`x` itself, forward and backward; on a CPU, computed once.
-
-    The CPU compiler merges a cheap sum into each of its users. Along the residual stream every block would then add up
-    the branches of all blocks before it anew, several times over: a tenth of a training step. A division that could
-    change something (it does not: NaN stays NaN) is no cheap thing to it.
-    """
-    if jax.default_backend() != "cpu":
-        return x
-    return x / jnp.where(jnp.isnan(x), x, 1)
-
-
-settle.defvjp(lambda x: (settle(x), None), lambda _, gradient: (settle(gradient),))
-
-
-class How(NamedTuple):
-    """How the towers compute, not what; keys of the `model` section.
+class ComputeOptions(NamedTuple):
+    """How the towers compute; keys of the `model` section.
 
     Attributes:
       dtype: of the computation.
@@ -138,24 +129,24 @@ class SelfAttention(nn.Module):
     heads: int
     causal: bool
     initializers: BlockInit
-    how: How
+    compute: ComputeOptions
 
     @nn.compact
     def __call__(self, x: jax.Array, mask, pick: Callable[[jax.Array], jax.Array]) -> jax.Array:
         batch, length, width = x.shape
-        qkv = Dense(3 * width, kernel_init=self.initializers.qkv, dtype=self.how.dtype, name="qkv")(x)
+        qkv = Dense(3 * width, kernel_init=self.initializers.qkv, dtype=self.compute.dtype, name="qkv")(x)
         qkv = qkv.reshape(batch, length, 3, self.heads, width // self.heads)  # (B, T, 3, H, W/H)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        x = attend(query, key, value, causal=self.causal, mask=mask, attention=self.how.attention)
+        x = attend(query, key, value, causal=self.causal, mask=mask, attention=self.compute.attention)
         x = pick(x.reshape(batch, length, width))
-        return Dense(width, kernel_init=self.initializers.out, dtype=self.how.dtype, name="out")(x)
+        return Dense(width, kernel_init=self.initializers.out, dtype=self.compute.dtype, name="out")(x)
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide inside, exact GELU as in the reference."""
+    """Two layers, four times as wide inside, with GELU between them."""
 
     initializers: BlockInit
-    how: How
+    compute: ComputeOptions
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -164,8 +155,8 @@ class MLP(nn.Module):
         # The biases follow PyTorch's default in both towers: the reference re-initialises weights only.
         fc = dict(kernel_init=self.initializers.fc, bias_init=torch_linear(width))
         proj = dict(kernel_init=self.initializers.proj, bias_init=torch_linear(hidden))
-        x = gelu(Dense(hidden, **fc, dtype=self.how.dtype, name="fc")(x), self.how.gelu)
-        return Dense(width, **proj, dtype=self.how.dtype, name="proj")(x)
+        x = gelu(Dense(hidden, **fc, dtype=self.compute.dtype, name="fc")(x), self.compute.gelu)
+        return Dense(width, **proj, dtype=self.compute.dtype, name="proj")(x)
 
 
 def _all(x: jax.Array) -> jax.Array:
@@ -175,21 +166,21 @@ def _all(x: jax.Array) -> jax.Array:
 class Block(nn.Module):
     """Pre-normalised transformer block, (B, T, W) -> (B, T, W); or (N, W), the states of some tokens.
 
-    Those are taken as soon as the attention has seen all tokens: what comes behind it, most of the work, is theirs
+    Those are taken as soon as the attention has seen all tokens: what follows, most of the work, is done for them
     alone. `pick` chooses them, (B, T, W) -> (N, W).
     """
 
     heads: int
     causal: bool
     initializers: BlockInit
-    how: How
+    compute: ComputeOptions
 
     @nn.compact
     def __call__(self, x: jax.Array, mask=None, pick: Callable[[jax.Array], jax.Array] = _all) -> jax.Array:
-        attention = SelfAttention(self.heads, self.causal, self.initializers, self.how, name="attention")
-        x = settle(pick(x) + attention(LayerNorm(dtype=self.how.dtype, name="ln_1")(x), mask, pick))
-        mlp = MLP(self.initializers, self.how, name="mlp")
-        return settle(x + mlp(LayerNorm(dtype=self.how.dtype, name="ln_2")(x)))
+        attention = SelfAttention(self.heads, self.causal, self.initializers, self.compute, name="attention")
+        x = cpu.settle(pick(x) + attention(LayerNorm(dtype=self.compute.dtype, name="ln_1")(x), mask, pick))
+        mlp = MLP(self.initializers, self.compute, name="mlp")
+        return cpu.settle(x + mlp(LayerNorm(dtype=self.compute.dtype, name="ln_2")(x)))
 
 
 def block_class(remat: str) -> type[nn.Module]:

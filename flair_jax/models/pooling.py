@@ -28,23 +28,23 @@ class InputProjection(nn.Module):
 
 
 class TextConditionedPooling(nn.Module):
-    """Pools the local tokens of an image once for every text.
+    """Attention pooling of the local tokens of each image, conditioned on each text.
 
     The work is split by what it depends on, so that each part is done once: `queries` once a text, `keys_values` once
-    an image, `attend` once a pair. Behind the projected keys and values stands a row of zeros: a text that finds
+    an image, `attend` once a pair. After the projected keys and values comes a row of zeros: a text that finds
     nothing in the image can look there (`add_zero_attn` of the reference), and no mask is needed.
     """
 
     width: int
     heads: int
-    how: layers.How = layers.How()
+    compute: layers.ComputeOptions = layers.ComputeOptions()
 
     def setup(self):
-        self.ln_q = layers.LayerNorm(dtype=self.how.dtype)
-        self.ln_k = layers.LayerNorm(dtype=self.how.dtype)
-        self.ln_v = layers.LayerNorm(dtype=self.how.dtype)
-        self.qkv = InputProjection(self.width, self.how.dtype)
-        self.out = layers.Dense(self.width, kernel_init=layers.torch_linear(self.width), dtype=self.how.dtype)
+        self.ln_q = layers.LayerNorm(dtype=self.compute.dtype)
+        self.ln_k = layers.LayerNorm(dtype=self.compute.dtype)
+        self.ln_v = layers.LayerNorm(dtype=self.compute.dtype)
+        self.qkv = InputProjection(self.width, self.compute.dtype)
+        self.out = layers.Dense(self.width, kernel_init=layers.torch_linear(self.width), dtype=self.compute.dtype)
 
     def split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
@@ -62,7 +62,7 @@ class TextConditionedPooling(nn.Module):
 
     def attend(self, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         """(B, N, H, D/H) and the image's (B, L + 1, H, D/H) twice -> pooled (B, N, D)."""
-        x = layers.attend(queries, keys, values, attention=self.how.attention)
+        x = layers.attend(queries, keys, values, attention=self.compute.attention)
         return self.out(x.reshape(*x.shape[:-2], self.width))
 
     def __call__(self, text: jax.Array, local: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from flair_jax.models import layers
-from flair_jax.objectives.sigmoid import batch_axes
+from flair_jax.sharding import batch_axes
 
 
 @flax.struct.dataclass
@@ -16,14 +16,14 @@ class Text:
     """Captions in rows.
 
     Under a mesh (`jax.set_mesh`) rows and captions are split over the devices in order, and a packed caption stands in
-    the rows of its own device, as `data.loader.Pack` lays them.
+    the rows of its own device, as the loader packs them.
 
     Attributes:
       tokens: int32 (R, T).
       ends: int32 (N,), flat index `row * T + column` of each caption's end-of-text token.
-      positions: int32 (R, T), place of each token within its caption; None: one caption a row.
+      positions: int32 (R, T), index of each token within its caption; None: one caption a row.
       segments: int32 (R, T), 1, 2, … for the captions of a row and 0 for padding; None: one caption a row. The padding
-        behind a single caption needs no mask: attention is causal and nothing reads behind the end.
+        after a single caption needs no mask: attention is causal and nothing reads past the end.
     """
 
     tokens: jax.Array
@@ -70,7 +70,7 @@ class TextTower(nn.Module):
     Attributes:
       context_length: longest caption in tokens.
       vocab_size, width, depth, heads: sizes.
-      how: it computes.
+      compute: how it computes.
     """
 
     context_length: int
@@ -78,7 +78,7 @@ class TextTower(nn.Module):
     width: int
     depth: int
     heads: int
-    how: layers.How = layers.How()
+    compute: layers.ComputeOptions = layers.ComputeOptions()
 
     def setup(self):
         # CLIP's rule (golden/flair/full/init_stats.json): residual branches shrink with the depth.
@@ -89,9 +89,9 @@ class TextTower(nn.Module):
         )
         self.token_embedding = self.param("token_embedding", normal(0.02), (self.vocab_size, self.width))
         self.position_embedding = self.param("position_embedding", normal(0.01), (self.context_length, self.width))
-        block = layers.block_class(self.how.remat)
-        self.blocks = [block(self.heads, True, init, self.how) for _ in range(self.depth)]
-        self.ln_final = layers.LayerNorm(dtype=self.how.dtype)
+        block = layers.block_class(self.compute.remat)
+        self.blocks = [block(self.heads, True, init, self.compute) for _ in range(self.depth)]
+        self.ln_final = layers.LayerNorm(dtype=self.compute.dtype)
 
     def __call__(self, text: Text, *, local: bool = True, micro_batches: int = 1) -> tuple[jax.Array, jax.Array | None]:
         """Returns the captions' end states (N, W) and, if `local`, the states of all tokens (R, T, W).
@@ -107,17 +107,17 @@ class TextTower(nn.Module):
         length = text.tokens.shape[1]
         if text.positions is None and length > self.context_length:
             raise ValueError(f"texts have {length} tokens; model.text.context_length is {self.context_length}")
-        # `take` answers NaN, not a neighbour, for an id behind the vocabulary or a place behind the context.
+        # `take` answers NaN, not a neighbour, for an id outside the vocabulary or a position outside the context.
         x = jnp.take(self.token_embedding, text.tokens, axis=0)  # (R, T, W)
         if text.positions is None:
             x = x + self.position_embedding[:length]
         else:
             x = x + jnp.take(self.position_embedding, text.positions, axis=0)
-        x = x.astype(self.how.dtype)
-        mask, how = text.mask(), dict(scan=self.how.scan_blocks, micro_batches=micro_batches)
+        x = x.astype(self.compute.dtype)
+        mask, options = text.mask(), dict(scan=self.compute.scan_blocks, micro_batches=micro_batches)
         if local or micro_batches > 1:  # an end may stand in any of the micro-batches
-            x = layers.run_blocks(self.blocks, x, mask, **how)
+            x = layers.run_blocks(self.blocks, x, mask, **options)
             return self.ln_final(text.at_ends(x)), self.ln_final(x) if local else None
         *blocks, last = self.blocks
-        x = layers.run_blocks(blocks, x, mask, **how)
+        x = layers.run_blocks(blocks, x, mask, **options)
         return self.ln_final(last(x, mask, jax.tree_util.Partial(Text.at_ends, text))), None

@@ -7,13 +7,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flair_jax.data.transforms.images import pair
 from flair_jax.models import layers
 
 
-def pair(size) -> tuple[int, int]:
-    """(height, width) of a size that is one number or two."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+def grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches in an image.
+
+    Raises:
+      ValueError: patches do not divide the image.
+    """
+    height, width = pair(image_size)
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"model.vision.image_size {image_size} is no multiple of patch_size {patch_size}")
+    return height // patch_size, width // patch_size
 
 
 def kept_patches(patches: int, dropout: float) -> int:
@@ -52,7 +59,7 @@ class VisionTower(nn.Module):
       image_size: height and width in pixels, one number for both.
       patch_size: side of a patch in pixels.
       width, depth, heads: of the transformer.
-      how: it computes.
+      compute: how it computes.
       position_std: deviation of the initial position embedding; None: 1 / sqrt(width), as the reference.
       patch_dropout: share of each image's patches that a training step leaves out (FLIP, Li et al., CVPR 2023).
     """
@@ -62,19 +69,9 @@ class VisionTower(nn.Module):
     width: int
     depth: int
     heads: int
-    how: layers.How = layers.How()
+    compute: layers.ComputeOptions = layers.ComputeOptions()
     position_std: float | None = None
     patch_dropout: float = 0.0
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches in a column and in a row."""
-        height, width = pair(self.image_size)
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"model.vision.image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
-            )
-        return height // self.patch_size, width // self.patch_size
 
     def setup(self):
         # PyTorch's defaults: the reference re-initialises only the text tower (golden/flair/full/init_stats.json).
@@ -85,16 +82,16 @@ class VisionTower(nn.Module):
             proj=layers.torch_linear(4 * self.width),
         )
         normal = nn.initializers.normal(self.width**-0.5)
-        rows, columns = self.grid
+        rows, columns = grid(self.image_size, self.patch_size)
         self.kept = kept_patches(rows * columns, self.patch_dropout)
-        self.patch_embedding = PatchEmbedding(self.patch_size, self.width, self.how.dtype)
+        self.patch_embedding = PatchEmbedding(self.patch_size, self.width, self.compute.dtype)
         self.class_embedding = self.param("class_embedding", normal, (self.width,))
         position = normal if self.position_std is None else nn.initializers.normal(self.position_std)
         self.position_embedding = self.param("position_embedding", position, (1 + rows * columns, self.width))
-        self.ln_pre = layers.LayerNorm(dtype=self.how.dtype)
-        block = layers.block_class(self.how.remat)
-        self.blocks = [block(self.heads, False, init, self.how) for _ in range(self.depth)]
-        self.ln_post = layers.LayerNorm(dtype=self.how.dtype)
+        self.ln_pre = layers.LayerNorm(dtype=self.compute.dtype)
+        block = layers.block_class(self.compute.remat)
+        self.blocks = [block(self.heads, False, init, self.compute) for _ in range(self.depth)]
+        self.ln_post = layers.LayerNorm(dtype=self.compute.dtype)
 
     def __call__(self, images: jax.Array, *, rng: jax.Array | None = None, micro_batches: int = 1) -> jax.Array:
         """Normalised images (B, H, W, 3) -> tokens (B, 1 + L, width), the class token first.
@@ -111,11 +108,11 @@ class VisionTower(nn.Module):
         if images.shape[1:] != expected:
             raise ValueError(f"images have shape {images.shape}; expected (batch, {', '.join(map(str, expected))})")
         x = self.patch_embedding(images)  # (B, L, W)
-        first = jnp.broadcast_to(self.class_embedding.astype(self.how.dtype), (x.shape[0], 1, self.width))
-        x = jnp.concatenate([first, x], axis=1) + self.position_embedding.astype(self.how.dtype)  # (B, 1 + L, W)
+        first = jnp.broadcast_to(self.class_embedding.astype(self.compute.dtype), (x.shape[0], 1, self.width))
+        x = jnp.concatenate([first, x], axis=1) + self.position_embedding.astype(self.compute.dtype)  # (B, 1 + L, W)
         if rng is not None and self.patch_dropout:
             x = self.drop_patches(x, rng)
-        x = layers.run_blocks(self.blocks, self.ln_pre(x), scan=self.how.scan_blocks, micro_batches=micro_batches)
+        x = layers.run_blocks(self.blocks, self.ln_pre(x), scan=self.compute.scan_blocks, micro_batches=micro_batches)
         return self.ln_post(x)
 
     def drop_patches(self, x: jax.Array, rng: jax.Array) -> jax.Array:
@@ -124,6 +121,6 @@ class VisionTower(nn.Module):
         (B, 1 + L, W) -> (B, 1 + kept, W).
         """
         order = jnp.argsort(jax.random.uniform(rng, (x.shape[0], x.shape[1] - 1)), axis=1)  # (B, L)
-        patches = 1 + jnp.sort(order[:, : self.kept], axis=1)  # (B, kept) places behind the class token
-        places = jnp.pad(patches, ((0, 0), (1, 0)))  # (B, 1 + kept)
-        return jnp.take_along_axis(x, places[:, :, None], axis=1)
+        patches = 1 + jnp.sort(order[:, : self.kept], axis=1)  # (B, kept) indices after the class token
+        tokens = jnp.pad(patches, ((0, 0), (1, 0)))  # (B, 1 + kept)
+        return jnp.take_along_axis(x, tokens[:, :, None], axis=1)

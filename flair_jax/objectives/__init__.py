@@ -1,1 +1,62 @@
-"""Losses: pure functions of features."""
+"""Training objectives: a loss is a weighted sum of them, over the features of one global batch.
+
+An objective is a pure function `loss(features, batch, rng, **options) -> (scalar, {name: scalar})` of the features of
+the global batch (`models.dual_encoder.Features`), the batch itself, a key and its own options. It never asks on how
+many devices it runs.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from flair_jax.models.dual_encoder import Features
+from flair_jax.objectives import sigmoid, softmax, text_conditioned
+
+Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+OBJECTIVES: Mapping[str, Objective] = {
+    "sigmoid": sigmoid.loss,
+    "softmax": softmax.loss,
+    "text_conditioned": text_conditioned.loss,
+}
+
+
+def active(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The objectives of a config's `objectives` section that have a weight: name -> weight and options.
+
+    Raises:
+      ValueError: an objective is unknown or its weight is negative, or none has a weight.
+    """
+    for name, options in config.items():
+        if name not in OBJECTIVES:
+            raise ValueError(f"config.objectives.{name} is unknown; there are {sorted(OBJECTIVES)}")
+        if not options["weight"] >= 0:
+            raise ValueError(f"config.objectives.{name}.weight is {options['weight']}; expected 0 or more")
+    found = {name: options for name, options in config.items() if options["weight"]}
+    if not found:
+        raise ValueError(f"config.objectives gives no objective a weight above 0: {dict(config)}")
+    return found
+
+
+def weighted_sum(
+    config: Mapping[str, Mapping[str, Any]], features: Features, batch: Mapping[str, Any], rng: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The training loss, sum of weight times objective.
+
+    Args:
+      config: the `objectives` section: name -> {"weight": …, and the options of the objective}.
+      features: of the batch.
+      batch: what the loader gave, for objectives that need more than features.
+      rng: key of the step's draws.
+
+    Returns:
+      float32 scalar; and by name the value of each objective, and as "objective/name" what it tells besides.
+    """
+    total, parts = 0.0, {}
+    for name, options in active(config).items():
+        options = dict(options)
+        weight = options.pop("weight")
+        value, more = OBJECTIVES[name](features, batch, rng, **options)
+        total += weight * value
+        parts |= {name: value, **{f"{name}/{key}": x for key, x in more.items()}}
+    return total, parts

@@ -1,14 +1,140 @@
-"""Sums over all pairs of two batches that are split over devices, while no device ever holds either one whole."""
+"""Reductions over all pairs of two batches that are split over devices, while no device ever holds either one whole."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
+
+from flair_jax import sharding
+
+
+def texts_per_image(images: int, texts: int) -> int:
+    """K of image-major texts.
+
+    Raises:
+      ValueError: the texts are no multiple of the images.
+    """
+    if texts % images:
+        raise ValueError(f"{texts} texts are no multiple of {images} images")
+    return texts // images
 
 
 def sum_over_pairs(
+    work: Callable[..., Any],
+    own: Any,
+    shared: Any,
+    constants: Any,
+    passing: Any,
+    *,
+    images: int,
+    chunk_size: int | None,
+    option: str,
+) -> Any:
+    """Sums of `work` over all pairs of a global batch's images and texts, on the mesh in use (`jax.set_mesh`).
+
+    Each device works on its own images; shards of texts go from device to device. Gradients are summed in float32.
+
+    Args:
+      work: `work(chunk, number, shared, constants, shard, first)` gives a tree of sums, for a chunk of `own` whose
+        first image has this number in the batch, and a shard of `passing` whose first image has the number `first`.
+      own: tree of float arrays (N, …), by image.
+      shared: tree of float arrays, the same for all pairs.
+      constants: tree of any arrays, the same for all pairs and without a gradient.
+      passing: tree of float arrays (N * K, …), by text in image-major order.
+      images: N.
+      chunk_size: images at a time on a device; None: all at once.
+      option: name of the option that `chunk_size` comes from, for the error.
+
+    Returns:
+      The sums, float32, the same on all devices. Neither they nor their gradients depend on the chunks or devices, up
+      to rounding.
+
+    Raises:
+      ValueError: `chunk_size` does not divide a device's images.
+    """
+    axes, shard_images = _split_of(images, chunk_size, option)
+
+    def by_number(chunk, number, shared, constants, shard, device):
+        return work(chunk, number, shared, constants, shard, device * shard_images)
+
+    def run(own, shared, constants, passing):
+        return _sum_on_device(by_number, own, shared, constants, passing, axes=axes, chunk_size=chunk_size)
+
+    shared = jax.tree.map(jnp.asarray, shared)
+    constants = jax.tree.map(jnp.asarray, constants)
+    if axes:
+        split, whole = PartitionSpec(axes), PartitionSpec()
+        run = jax.shard_map(run, in_specs=(split, whole, whole, split), out_specs=whole)
+    return run(own, shared, constants, passing)
+
+
+def logsumexp_over_pairs(
+    logits: Callable[[jax.Array, jax.Array], jax.Array],
+    own: jax.Array,
+    passing: jax.Array,
+    *,
+    chunk_size: int | None,
+    option: str,
+) -> jax.Array:
+    """log sum exp of each row's logits with all rows of another batch, on the mesh in use. It has no gradient.
+
+    Args:
+      logits: (C, D), (M, D) -> (C, M) float32.
+      own: (N, D), whose shards stay.
+      passing: (N, D), whose shards go from device to device.
+      chunk_size, option: as for `sum_over_pairs`.
+
+    Returns:
+      float32 (N,), split as `own`.
+    """
+    rows = own.shape[0]
+    axes, shard_rows = _split_of(rows, chunk_size, option)
+    chunk_size = min(chunk_size or shard_rows, shard_rows)
+
+    def run(own, passing):
+        devices = lax.axis_size(axes) if axes else 1
+        chunks = own.reshape(-1, chunk_size, own.shape[-1])  # (chunks, C, D)
+
+        def turn(state, _):
+            total, shard = state
+            arriving = _pass_on(shard, axes)
+            part = lax.map(lambda chunk: jax.nn.logsumexp(logits(chunk, shard), axis=1), chunks)  # (chunks, C)
+            return (jnp.logaddexp(total, part), arriving), None
+
+        start = jnp.full(chunks.shape[:2], -jnp.inf, jnp.float32)
+        start = lax.pcast(start, axes, to="varying") if axes else start
+        (total, _), _ = lax.scan(turn, (start, passing), None, length=devices)
+        return total.reshape(-1)
+
+    if axes:
+        split = PartitionSpec(axes)
+        run = jax.shard_map(run, in_specs=(split, split), out_specs=split)
+    return run(lax.stop_gradient(own), lax.stop_gradient(passing))
+
+
+def _split_of(rows: int, chunk_size: int | None, option: str) -> tuple[tuple[str, ...], int]:
+    """Mesh axes over which rows are split, and the rows of one device."""
+    axes = sharding.batch_axes()
+    mesh = jax.sharding.get_abstract_mesh()
+    shard = rows // math.prod(mesh.shape[axis] for axis in axes)
+    if chunk_size and shard % min(chunk_size, shard):
+        raise ValueError(f"{option} {chunk_size} does not divide the {shard} images of a device")
+    return axes, shard
+
+
+def _pass_on(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Each device's arrays on the next one."""
+    devices = lax.axis_size(axes) if axes else 1
+    if devices == 1:
+        return tree
+    return jax.tree.map(lambda x: lax.ppermute(x, axes, [(d, (d + 1) % devices) for d in range(devices)]), tree)
+
+
+def _sum_on_device(
     work: Callable[..., Any],
     own: Any,
     shared: Any,
@@ -20,11 +146,11 @@ def sum_over_pairs(
 ) -> Any:
     """Sum of `work(chunk, first, shared, constants, shard, number)` over all chunks and shards of all devices.
 
-    Called inside `jax.shard_map` over `axes`, or, without axes, on one device. The shards of one batch go round: a
-    device works on the one that it holds, with one chunk of its own rows of the other batch after another, while the
-    next shard arrives. The backward pass sends them round again, each with its gradient behind it, and does all work
-    anew. So the memory is that of one chunk's work, of two shards and of the gradients, however many devices there are.
-    One chunk on one device is done only once.
+    Called inside `jax.shard_map` over `axes`, or, without axes, on one device. The shards of one batch are passed from
+    device to device: each works on the shard that it holds, one chunk of its own rows at a time, while the next shard
+    arrives. The backward pass sends them round again, each followed by its gradient, and recomputes all work. The
+    memory is that of one chunk's work, of two shards and of the gradients, however many devices there are. One chunk
+    on one device is done only once.
 
     Args:
       work: gives a tree of sums for a chunk of `own`, whose first row is row `first` of the whole batch, and the shard
@@ -50,11 +176,6 @@ def sum_over_pairs(
     def add(total: Any, part: Any) -> Any:
         return jax.tree.map(lambda total, part: total + part.astype(jnp.float32), total, part)
 
-    def pass_on(tree: Any) -> Any:
-        if devices == 1:
-            return tree
-        return jax.tree.map(lambda x: lax.ppermute(x, axes, [(d, (d + 1) % devices) for d in range(devices)]), tree)
-
     def here() -> jax.Array | int:
         return lax.axis_index(axes) if axes else 0
 
@@ -68,13 +189,13 @@ def sum_over_pairs(
 
         def turn(state, turn):
             (staying, moving), shard = state
-            arriving = pass_on(shard)
+            arriving = _pass_on(shard, axes)
             carry, _ = lax.scan(
                 lambda carry, first: (step(carry, first, shard, (here() - turn) % devices), None),
                 (staying, moving),
                 jnp.arange(0, rows, chunk_size),
             )
-            return ((carry[0], pass_on(carry[1])), arriving), None
+            return ((carry[0], _pass_on(carry[1], axes)), arriving), None
 
         (carry, _), _ = lax.scan(turn, (carry, passing), jnp.arange(devices))
         return carry

@@ -1,0 +1,84 @@
+"""Starting from weights of another model: what fits is taken, positions are resized, and a table tells all of it."""
+
+import collections
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flair_jax.optimizer import path_of
+
+VISION_POSITIONS, TEXT_POSITIONS = "vision/position_embedding", "text/position_embedding"
+
+
+class Origin(NamedTuple):
+    """Where a parameter came from: `kind` is "loaded", "resized", "fresh" or "left over"; `detail` says more."""
+
+    name: str
+    kind: str
+    detail: str = ""
+
+
+def combine(fresh: Any, loaded: Any, grid: tuple[int, int], loaded_grid: tuple[int, int]) -> tuple[Any, list[Origin]]:
+    """Parameters of a model, from a file where it has them.
+
+    Args:
+      fresh: the model's own tree of parameters, freshly initialised.
+      loaded: the tree of another model.
+      grid, loaded_grid: rows and columns of image patches of both.
+
+    Returns:
+      A tree like `fresh`, and the origin of every parameter of either tree: "loaded" where name and shape agree,
+      "resized" for position embeddings of another length, "fresh" where the file has none of that name or one of
+      another shape, "left over" for what only the file has.
+    """
+    there = {path_of(keys): np.asarray(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(loaded)}
+    origins = []
+
+    def choose(keys, leaf):
+        name = path_of(keys)
+        found = there.pop(name, None)
+        if found is None:
+            origins.append(Origin(name, "fresh", f"{tuple(leaf.shape)}, not in the file"))
+            return leaf
+        change = f"{found.shape} -> {tuple(leaf.shape)}"
+        if found.shape == leaf.shape:
+            origins.append(Origin(name, "loaded"))
+            return found
+        if name == VISION_POSITIONS and found.shape[1:] == leaf.shape[1:]:
+            origins.append(Origin(name, "resized", change))
+            return resize_image_positions(found, loaded_grid, grid)
+        if name == TEXT_POSITIONS and found.shape[1:] == leaf.shape[1:]:
+            origins.append(Origin(name, "resized", change))
+            return resize_text_positions(found, leaf.shape[0])
+        origins.append(Origin(name, "fresh", f"{tuple(leaf.shape)}, in the file {found.shape}"))
+        return leaf
+
+    params = jax.tree_util.tree_map_with_path(choose, fresh)
+    origins += [Origin(name, "left over", str(leaf.shape)) for name, leaf in there.items()]
+    return params, origins
+
+
+def resize_image_positions(positions: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
+    """Position embeddings (1 + h * w, W) for another grid of patches; the class token's stays.
+
+    Bicubic with antialias, as `torch.nn.functional.interpolate(mode="bicubic", antialias=True)`, open_clip's rule.
+    """
+    first, grid = positions[:1], positions[1:].reshape(*old, -1)
+    resized = jax.image.resize(jnp.asarray(grid), (*new, grid.shape[-1]), "cubic", antialias=True)
+    return np.concatenate([first, np.asarray(resized).reshape(-1, grid.shape[-1])])
+
+
+def resize_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
+    """Position embeddings (T, W) for another context length, by linear interpolation, open_clip's rule for texts."""
+    resized = jax.image.resize(jnp.asarray(positions), (length, positions.shape[1]), "linear", antialias=False)
+    return np.asarray(resized)
+
+
+def table(origins: list[Origin]) -> str:
+    """Counts by kind, then every parameter that was not simply loaded."""
+    counts = collections.Counter(origin.kind for origin in origins)
+    lines = ["weights: " + ", ".join(f"{counts[kind]} {kind}" for kind in ("loaded", "resized", "fresh", "left over"))]
+    lines += [f"  {kind:10}{name}  {detail}" for name, kind, detail in origins if kind != "loaded"]
+    return "\n".join(lines)

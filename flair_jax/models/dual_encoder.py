@@ -1,0 +1,206 @@
+"""Two towers, two projections and, if asked for, text-conditioned pooling: FLAIR, CLIP and SigLIP are its configs."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from flair_jax.data.transforms.images import pair
+from flair_jax.models import layers
+from flair_jax.models.pooling import TextConditionedPooling
+from flair_jax.models.text import Text, TextTower
+from flair_jax.models.vision import VisionTower
+
+
+@flax.struct.dataclass
+class ImageFeatures:
+    """Projected, not normalised. `pooled`: (B, D), the class token. `local`: (B, L, D), the patches row by row."""
+
+    pooled: jax.Array
+    local: jax.Array
+
+
+@flax.struct.dataclass
+class TextFeatures:
+    """Projected, not normalised. `pooled`: (N, D) at the ends. `local`: (R, T, D), or None where nobody asked for it.
+    `mask`: (R, T), False on padding.
+    """
+
+    pooled: jax.Array
+    local: jax.Array | None
+    mask: jax.Array
+
+
+@flax.struct.dataclass
+class PoolingFeatures:
+    """What text-conditioned pooling needs of each image and of each text, computed once.
+
+    `queries`: (N, H, D/H). `keys`, `values`: (B, L + 1, H, D/H). `params`: of `attend`, a pure function
+    `attend(params, queries (B, M, H, D/H), keys, values) -> (B, M, D)` that pools each image for M texts of its own.
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    params: Any
+    attend: Callable[..., jax.Array] = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Features:
+    """What objectives see of a batch of B images and N texts, N a multiple of B, in image-major order.
+
+    `logit_scale`: scalar, as its logarithm. `logit_bias`: scalar, or None where the model has none. `pooling`: None
+    where the model has no text-conditioned pooling.
+    """
+
+    image: ImageFeatures
+    text: TextFeatures
+    logit_scale: jax.Array
+    logit_bias: jax.Array | None = None
+    pooling: PoolingFeatures | None = None
+
+
+class DualEncoder(nn.Module):
+    """An image tower and a text tower with a shared space of D dimensions.
+
+    Attributes:
+      embed_dim: D, width of the shared space.
+      vision_options, text_options: sizes, the arguments of the towers.
+      pooling_options: arguments of `TextConditionedPooling`; None: the model has none and compares pooled features.
+      init_logit_scale: starting value of the scale, as its logarithm.
+      init_logit_bias: starting value of the bias; None: the model has none.
+      compute: how it computes, see `layers.ComputeOptions`.
+      micro_batches: parts in which a training step encodes its batch, see `accumulation.in_micro_batches`.
+    """
+
+    embed_dim: int
+    vision_options: Mapping[str, Any]
+    text_options: Mapping[str, Any]
+    pooling_options: Mapping[str, Any] | None = None
+    init_logit_scale: float = math.log(1 / 0.07)
+    init_logit_bias: float | None = None
+    compute: layers.ComputeOptions = layers.ComputeOptions()
+    micro_batches: int = 1
+
+    def setup(self):
+        self.vision = VisionTower(**self.vision_options, compute=self.compute)
+        self.text = TextTower(**self.text_options, compute=self.compute)
+        if self.pooling_options is not None:
+            self.pooling = TextConditionedPooling(self.embed_dim, **self.pooling_options, compute=self.compute)
+
+        def projection(name, width):
+            return self.param(name, nn.initializers.normal(width**-0.5), (width, self.embed_dim))
+
+        self.image_projection = projection("image_projection", self.vision_options["width"])
+        self.text_projection = projection("text_projection", self.text_options["width"])
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.init_logit_scale), ())
+        if self.init_logit_bias is not None:
+            self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.init_logit_bias), ())
+
+    def __call__(self, images: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Touches every parameter, for initialisation: scores of padded tokens (N, T)."""
+        return self.score(self.encode_image(images), self.encode_text(Text.padded(tokens)))
+
+    def encode_image(self, images: jax.Array, *, rng: jax.Array | None = None, micro_batches: int = 1) -> ImageFeatures:
+        """Normalised images (B, H, W, 3) -> features; `rng` and `micro_batches` are training's, see `VisionTower`."""
+        x = self.vision(images, rng=rng, micro_batches=micro_batches)
+        x = layers.project(x, self.image_projection.astype(self.dtype))  # (B, 1 + L, D)
+        return ImageFeatures(pooled=x[:, 0], local=x[:, 1:])
+
+    def encode_text(self, text: Text, *, local: bool = True, micro_batches: int = 1) -> TextFeatures:
+        """Captions, packed or padded -> features in the order of `text.ends`; without `local` in less time."""
+        pooled, tokens = self.text(text, local=local, micro_batches=micro_batches)
+        projection = self.text_projection.astype(self.dtype)
+        mask = text.tokens != 0 if text.segments is None else text.segments != 0
+        return TextFeatures(pooled @ projection, layers.project(tokens, projection) if local else None, mask)
+
+    def features(
+        self, images: jax.Array, text: Text, *, rng: jax.Array | None = None, local_text: bool = False
+    ) -> Features:
+        """What the objectives of a training step see, see `Features`.
+
+        Args:
+          images: normalised (B, H, W, 3).
+          text: N texts; those of image b are b * N / B and the ones after it.
+          rng: key of the patches to keep; None keeps all.
+          local_text: whether an objective needs `text.local`.
+        """
+        image = self.encode_image(images, rng=rng, micro_batches=self.micro_batches)
+        text = self.encode_text(text, local=local_text, micro_batches=self.micro_batches)
+        bias = None if self.init_logit_bias is None else self.logit_bias
+        pooling = None if self.pooling_options is None else self._pooling_features(image, text)
+        return Features(image, text, self.logit_scale, bias, pooling)
+
+    def _pooling_features(self, image: ImageFeatures, text: TextFeatures) -> PoolingFeatures:
+        unbound = self.pooling.clone(parent=None)
+        return PoolingFeatures(
+            self.pooling.queries(text.pooled),
+            *self.pooling.keys_values(image.local),
+            params=self.pooling.variables["params"],
+            attend=lambda params, *args: unbound.apply({"params": params}, *args, method="attend"),
+        )
+
+    def score(self, image_features: ImageFeatures, text_features: TextFeatures) -> jax.Array:
+        """What images and texts are ranked by, without the bias: (B, N) float32.
+
+        With text-conditioned pooling the scaled cosine of each text with the image pooled for it, otherwise
+        `global_score`.
+        """
+        if self.pooling_options is None:
+            return self.global_score(image_features, text_features)
+        pooled = self.pooling(text_features.pooled, image_features.local)  # (B, N, D)
+        cosine = jnp.einsum("bnd,nd->bn", layers.normalize(pooled), layers.normalize(text_features.pooled))
+        return jnp.exp(self.logit_scale) * cosine
+
+    def global_score(self, image_features: ImageFeatures, text_features: TextFeatures) -> jax.Array:
+        """Scaled cosine of the pooled features, as CLIP ranks: (B, N) float32."""
+        cosine = layers.normalize(image_features.pooled) @ layers.normalize(text_features.pooled).T
+        return jnp.exp(self.logit_scale) * cosine
+
+    def attention_maps(self, image_features: ImageFeatures, text_features: TextFeatures) -> tuple[jax.Array, jax.Array]:
+        """Where each text looks: weights (B, N, H, L) and the zero key's mass (B, N, H); together they sum to 1.
+
+        Raises:
+          ValueError: the model has no text-conditioned pooling.
+        """
+        self._needs_pooling("attention maps")
+        weights = self.pooling.weights(text_features.pooled, image_features.local)
+        return weights[..., :-1], weights[..., -1]
+
+    def dense_features(self, image_features: ImageFeatures) -> jax.Array:
+        """Patch tokens in the space that texts are compared in: (B, L, D) -> (B, L, D).
+
+        Raises:
+          ValueError: the model has no text-conditioned pooling, and `image_features.local` are these tokens.
+        """
+        self._needs_pooling("patch tokens through the pooling's value path")
+        return self.pooling.values(image_features.local)
+
+    def _needs_pooling(self, what: str) -> None:
+        if self.pooling_options is None:
+            raise ValueError(f"{what} need text-conditioned pooling, and config.model.pooling is None")
+
+    @property
+    def has_pooling(self) -> bool:
+        """Whether `score` is text-conditioned, and there are attention maps."""
+        return self.pooling_options is not None
+
+    @property
+    def dtype(self) -> Any:
+        """Of the computation; parameters, normalisation, softmax, scores and losses are float32."""
+        return self.compute.dtype
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model takes, in pixels."""
+        return pair(self.vision_options["image_size"])
+
+    @property
+    def context_length(self) -> int:
+        """Longest caption in tokens."""
+        return self.text_options["context_length"]

@@ -1,0 +1,80 @@
+"""The training step: where a batch goes in, and a loss and new parameters come out."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flair_jax import models, objectives
+from flair_jax.augmentation import crop_and_resize
+from flair_jax.data.transforms.images import normalize
+from flair_jax.models.dual_encoder import DualEncoder
+from flair_jax.models.text import Text
+from flair_jax.optimizer import Optimizer, average
+from flair_jax.state import TrainState
+
+
+def train_step(
+    state: TrainState,
+    batch: Mapping[str, Any],
+    *,
+    model: DualEncoder,
+    losses: Mapping[str, Mapping[str, Any]],
+    optimizer: Optimizer,
+    seed: int,
+    ema_decay: float | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of the optimizer; a pure function.
+
+    Args:
+      state: before the step.
+      batch: `images` (N, H, W, 3), uint8 pixels or normalised floats; `texts`, the fields of `Text`, caption c of image
+        i at i * K + c; and what the objectives ask for. Where there are `crop_boxes` (N, 4), `images` are canvases
+        (N, C, C, 3), see `augmentation.crop_and_resize`.
+      model, optimizer: what to train and how.
+      losses: the `objectives` section of a config.
+      seed: with the number of the step, the only source of chance.
+      ema_decay: see `optimizer.average`; None where the state has no average.
+
+    Returns:
+      The state after the step, and the loss, its parts and what helps to judge them, float32 scalars.
+    """
+    images = batch["images"]
+    if "crop_boxes" in batch:
+        images = crop_and_resize(images, batch["crop_boxes"], model.image_size)
+    images = normalize(images) if images.dtype == jnp.uint8 else images
+    of_model, of_objectives = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+
+    def loss_of(params):
+        params = models.cast_matrices(optimizer.rules.stop_frozen(params), model.dtype)
+        features = model.apply({"params": params}, images, Text(**batch["texts"]), rng=of_model, method="features")
+        return objectives.weighted_sum(losses, features, batch, of_objectives)
+
+    (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    params, opt_state = optimizer.update(state.params, grads, state.opt_state)
+    ema = None if ema_decay is None else average(state.ema, params, state.step, ema_decay)
+    numbers = {
+        "loss": loss,
+        **parts,
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(state.params),
+        "logit_scale": jnp.exp(state.params["logit_scale"]),
+    }
+    if "logit_bias" in state.params:
+        numbers["logit_bias"] = state.params["logit_bias"]
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), numbers
+
+
+def step_of(config: Mapping[str, Any], model: DualEncoder, optimizer: Optimizer) -> Callable:
+    """`train_step` of a config, as a function of state and batch."""
+    return functools.partial(
+        train_step,
+        model=model,
+        losses=config["objectives"],
+        optimizer=optimizer,
+        seed=config["seed"],
+        ema_decay=config["ema_decay"],
+    )

@@ -1,0 +1,59 @@
+"""Starting from weights of another model."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, load_golden
+
+from flair_jax import initialize, models, state
+
+
+@pytest.mark.parametrize("new", [(24, 24), (7, 10), (14, 14), (3, 20)])
+def test_image_positions_are_resized_as_pytorch_does(new):
+    positions = np.random.default_rng(0).normal(size=(1 + 14 * 14, 8)).astype(np.float32)
+    found = initialize.resize_image_positions(positions, (14, 14), new)
+    grid = torch.from_numpy(positions[1:].reshape(14, 14, 8)).permute(2, 0, 1)[None]
+    expected = torch.nn.functional.interpolate(grid, new, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    np.testing.assert_allclose(found[1:], expected.reshape(-1, 8), atol=2e-6)
+    np.testing.assert_array_equal(found[0], positions[0])
+
+
+@pytest.mark.parametrize("length", [50, 77, 248])
+def test_text_positions_are_resized_as_pytorch_does(length):
+    positions = np.random.default_rng(0).normal(size=(77, 8)).astype(np.float32)
+    found = initialize.resize_text_positions(positions, length)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(positions.T)[None], length, mode="linear")[0].T
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_every_parameter_has_an_origin(tiny_params):
+    """A CLIP for larger images starts from FLAIR's weights: no pooling, no bias, more patches, another text width."""
+    section = {
+        **TINY,
+        "pooling": None,
+        "init_logit_bias": None,
+        "vision": {**TINY["vision"], "image_size": (64, 96)},
+        "text": {**TINY["text"], "context_length": 90, "vocab_size": 600},
+    }
+    fresh = jax.device_get(state.init_params(models.create(section), 0))
+    params, origins = initialize.combine(fresh, tiny_params, (4, 6), (4, 4))
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, fresh)
+    kinds = {origin.name: origin.kind for origin in origins}
+    assert len(kinds) == len(origins)
+    assert {name for name, kind in kinds.items() if kind == "resized"} == {
+        "vision/position_embedding",
+        "text/position_embedding",
+    }
+    assert {name for name, kind in kinds.items() if kind == "fresh"} == {"text/token_embedding"}
+    left = {name for name, kind in kinds.items() if kind == "left over"}
+    assert left == {"logit_bias"} | {f"pooling/{name}" for name in (
+        "ln_k/bias", "ln_k/scale", "ln_q/bias", "ln_q/scale", "ln_v/bias", "ln_v/scale",
+        "out/bias", "out/kernel", "qkv/bias", "qkv/kernel",
+    )}  # fmt: skip
+    np.testing.assert_array_equal(params["text"]["token_embedding"], fresh["text"]["token_embedding"])
+    np.testing.assert_array_equal(params["image_projection"], tiny_params["image_projection"])
+    lines = initialize.table(origins).splitlines()
+    assert lines[0].startswith("weights: ") and "2 resized, 1 fresh, 11 left over" in lines[0]
+    assert any("text/token_embedding  (600, 64), in the file (512, 64)" in line for line in lines)
+    assert load_golden("tiny.safetensors")["positional_embedding"].shape == (77, 64)
