@@ -43,7 +43,7 @@ def fit(data: bytes, found: Picture, shorter_side: int | None, quality: int, upr
     One that is small enough already, in a format that training reads, is passed on bit for bit. Others are resized
     with Pillow's antialiased bicubic weights and stored as JPEG.
 
-    The EXIF orientation says how a viewer has to turn the stored pixels; training and the reference do not. With
+    The EXIF orientation says how a viewer has to turn the stored pixels; the reference does not. With
     `upright` the pixels are turned and the tag is dropped, so that all readers see the same image. Without, the pixels
     stay as they are stored and the tag is kept, so that each reader sees what it would see of the original file. All
     other EXIF data is dropped from files that are written anew.
