@@ -222,7 +222,7 @@ def test_a_store_that_fails_for_a_moment(store, caplog):
     source = open_source(f"{store.url}/0.tar")
     store.failures = 2
     assert source[0].key == "a"
-    assert caplog.text.count("again in 0 s") == 4
+    assert caplog.text.count("retrying in 0 s") == 4
     store.failures = 3
     with pytest.raises(ShardError, match=r"0\.tar: sample 'a' cannot be read: .*503"):
         source[0]
