@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import http.server
+import os
 import pathlib
 import pickle
 import re
+import stat
 import subprocess
 import sys
 import threading
@@ -220,7 +222,7 @@ def test_a_store_that_fails_for_a_moment(store, caplog):
     source = open_source(f"{store.url}/0.tar")
     store.failures = 2
     assert source[0].key == "a"
-    assert caplog.text.count("again in 0 s") == 4
+    assert caplog.text.count("retrying in 0 s") == 4
     store.failures = 3
     with pytest.raises(ShardError, match=r"0\.tar: sample 'a' cannot be read: .*503"):
         source[0]
@@ -277,6 +279,10 @@ def test_patterns_in_a_store(memory, tmp_path):
         "memory://b/2.tar",
     ]
     assert [record.key for record in records_of(open_source("memory://{a,b}"))] == ["0", "1", "2"]
+    (tmp_path / "list.txt").write_text("{0..1}.tar\nmemory://b/?.tar\n")
+    put(memory, "/a/list.txt", tmp_path / "list.txt")
+    listed = ["memory://a/0.tar", "memory://a/1.tar", "memory:///b/2.tar"]
+    assert expand("memory://a/list.txt") == listed
     with pytest.raises(ShardError, match="several formats"):
         expand("memory://c")
     for pattern in ("memory://none", "memory://a/5*.tar", "memory://a/none.txt"):
@@ -290,3 +296,35 @@ def test_the_same_keys_in_tars_of_a_store_and_of_this_machine(memory, tmp_path):
     source = open_source(f"{path}::memory://0.tar")
     assert [record.shard for record in records_of(source)] == [path, "memory://0.tar"]
     assert webdataset.scan("memory://0.tar").spans.tolist() == webdataset.scan(path).spans.tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Atomic writes
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    before = os.umask(0o026)
+    try:
+        with files.replacing(path) as temporary:
+            temporary.unlink()
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))  # as tempfile and safetensors make files
+            temporary.write_text("new")
+            assert path.read_text() == "old"
+    finally:
+        os.umask(before)
+    assert path.read_text() == "new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt(), ValueError("a bug")])
+def test_a_failed_write_leaves_the_old_file(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(type(error)), files.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

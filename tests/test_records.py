@@ -7,6 +7,7 @@ import pickle
 import pytest
 from shard_files import samples, write_array_record, write_tar
 
+from flair_jax.data.sources import array_record
 from flair_jax.data.sources.base import RecordError, ShardError
 from flair_jax.data.sources.open import expand, open_source
 from flair_jax.data.sources.tf_example import Example
@@ -88,6 +89,12 @@ def test_the_home_folder(tree, monkeypatch, pattern):
     found = expand(pattern)
     assert found[-1] == str(tree / "a/08.tar") and all("~" not in path for path in found)
     assert expand([pathlib.Path(pattern)])[-1] == found[-1] or "::" in pattern
+
+
+def test_data_sets_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text, options = array_record._tfds_options("tfds:~/sets/tiny/1.0.0?split=train&data_dir=~/sets")
+    assert (text, options) == ("/home/me/sets/tiny/1.0.0", {"split": "train", "data_dir": "/home/me/sets"})
 
 
 def test_indexes_in_the_home_folder(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """tf.train.Example records: read from files that TensorFlow, array_record and TensorFlow Datasets wrote."""
 
+import functools
 import gzip
 import io
 import json
@@ -314,7 +315,7 @@ def test_a_damaged_record_is_refused_alone(tmp_path):
 
 
 def test_more_array_record_files_than_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(array_record, "READERS", 3)
+    monkeypatch.setattr(array_record, "_reader", functools.lru_cache(maxsize=3)(array_record._reader.__wrapped__))
     for number in range(8):
         write_array_record(tmp_path / f"{number}.array_record", pairs(f"{number}a", f"{number}b"))
     source = open_source(tmp_path)

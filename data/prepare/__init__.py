@@ -8,7 +8,7 @@ Each module imports from those below it:
     rows      caption files as rows of (join key, captions)
     store     rows on disk, found again by their join key in little memory
     inputs    images in tars or in a folder
-    pictures  images checked, and made smaller
+    pictures  images checked, turned upright, and made smaller
     shards    writing tars and ArrayRecord
     report    what was read, matched, written and skipped
     runner    a stage on Apache Beam; worker: a process of the local runner

@@ -1,9 +1,9 @@
-"""Images for the shards: checked to the last byte, and made smaller where they are larger than wanted."""
+"""Images for the shards: decoded as a check, turned upright if wanted, and made smaller where they are too large."""
 
 import io
 from typing import NamedTuple
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from flair_jax.data.transforms import images
 
@@ -32,8 +32,8 @@ def inspect(data: bytes, upright: bool) -> Picture:
     """
     image = images.decode(data)
     images.to_rgb(image)
-    if upright and _orientation(image):
-        return Picture(b"", "", *ImageOps.exif_transpose(image).size)
+    if upright and images.orientation(image) != 1:
+        return Picture(b"", "", *images.turn_upright(image).size)
     return Picture(b"", KEPT.get(image.format, ""), image.width, image.height)
 
 
@@ -43,7 +43,7 @@ def fit(data: bytes, found: Picture, shorter_side: int | None, quality: int, upr
     One that is small enough already, in a format that training reads, is passed on bit for bit. Others are resized
     with Pillow's antialiased bicubic weights and stored as JPEG.
 
-    The EXIF orientation says how a viewer has to turn the stored pixels; training and the reference do not. With
+    The EXIF orientation says how a viewer has to turn the stored pixels; the reference does not. With
     `upright` the pixels are turned and the tag is dropped, so that all readers see the same image. Without, the pixels
     stay as they are stored and the tag is kept, so that each reader sees what it would see of the original file. All
     other EXIF data is dropped from files that are written anew.
@@ -58,28 +58,16 @@ def fit(data: bytes, found: Picture, shorter_side: int | None, quality: int, upr
     shorter = min(found.width, found.height)
     if found.extension and (shorter_side is None or shorter <= shorter_side):
         return found._replace(data=data)
-    image = images.decode(data)
-    orientation = _orientation(image)
-    image = images.to_rgb(ImageOps.exif_transpose(image) if upright and orientation else image)
+    image = images.decode(data, upright)
+    orientation = images.orientation(image)  # 1 after `upright` has turned it
+    image = images.to_rgb(image)
     if shorter_side is not None and shorter > shorter_side:
         size = tuple(max(1, round(side * shorter_side / shorter)) for side in image.size)
         image = images.resize(image, *size)
     options = {"quality": quality}
-    if orientation and not upright:
+    if orientation != 1:
         options["exif"] = Image.Exif()
         options["exif"][ExifTags.Base.Orientation] = orientation
     target = io.BytesIO()
     image.save(target, "JPEG", **options)
     return Picture(target.getvalue(), "jpg", image.width, image.height)
-
-
-def _orientation(image: Image.Image) -> int | None:
-    """The EXIF orientation of a decoded image, 2 to 8; None if the pixels are stored upright or nothing says so.
-
-    Pillow turns TIFF files itself when it decodes them.
-    """
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF data makes Pillow raise errors of many types; the pixels are good all the same
-        return None
-    return orientation if orientation in range(2, 9) else None

@@ -67,6 +67,6 @@ def table(info: dict) -> str:
     line("  matched", images["matched"])
     skipped(images)
     line("  written", info["samples"])
-    line("  of these made smaller or converted", info["converted"])
+    line("  of these resized, turned or converted", info["converted"])
     line(f"shards: of {info['shard_size']:,} samples, the last of {info['last_shard']:,}", info["shards"])
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8

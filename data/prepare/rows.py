@@ -363,9 +363,7 @@ def _undecodable(path: str, encoding: str) -> tuple[int, bytes]:
             try:
                 decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                content = (
-                    error.object
-                )  # ends where this block does, and may begin with the last bytes of the one before
+                content = error.object  # this block, after the last bytes of the one before if they were incomplete
                 return stop - len(content) + error.start, content[max(0, error.start - 10) : error.end + 10]
             if not block:  # the file was replaced by a good one since it failed
                 return stop, b""

@@ -2,9 +2,9 @@
 
 import collections
 import concurrent.futures
+import functools
 import os
 import re
-import threading
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -53,7 +53,6 @@ class ArrayRecord:
         if not len(self):
             raise ShardError(f"no record in {len(parts)} shard(s); left out: {index.describe(skipped, {})}")
         self.checksum = zlib.crc32(repr([part[2:] for part in parts]).encode())
-        self._readers = _Readers()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -66,7 +65,7 @@ class ArrayRecord:
         except OSError as error:
             raise ShardError(f"{shard}: {error}: put the file back, or start again.") from error
         try:
-            (content,) = self._readers.open(part).read([number])
+            (content,) = _reader(part).read([number])
         except RuntimeError as error:  # the library's only exception
             raise RecordError(f"the record is damaged: {error}") from error
         return tf_example.parse(content, shard, key)
@@ -84,27 +83,14 @@ class ArrayRecord:
         return part, part.start + index - (int(self._ends[number]) - part.count)
 
 
-class _Readers:
-    """The most recently used readers, for all threads of a process. Opening a reader takes as long as 20 reads."""
+@functools.lru_cache(maxsize=READERS)
+def _reader(part: Part):
+    """The reader of a file, shared by all threads of a process: opening one takes as long as 20 reads.
 
-    def __init__(self):
-        self._readers = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def open(self, part: Part):
-        with self._lock:
-            if part in self._readers:
-                self._readers.move_to_end(part)
-                return self._readers[part]
-        reader = _open_reader(part.path)
-        with self._lock:
-            self._readers[part] = reader
-            if len(self._readers) > READERS:
-                self._readers.popitem(last=False)  # closed when no thread refers to it any more
-        return reader
-
-    def __reduce__(self):
-        return _Readers, ()  # each process opens its own
+    A reader that was evicted is closed when the last thread has finished with it. grain's and array_record's own data
+    sources keep every file open, which fails for data sets of more files than a process may open.
+    """
+    return _open_reader(part.path)
 
 
 def _open_reader(path: str):
