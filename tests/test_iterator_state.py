@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from test_pipeline import digest, numbers, stream, write_shards
+from test_loader import digest, numbers, stream, write_shards
 
 from flair_jax.data import iterator_state
 

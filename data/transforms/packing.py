@@ -227,7 +227,8 @@ class Packer:
             if self.truncate:
                 sizes, placement = truncate(sizes, self.row_length, rows)
             else:
-                placement = place(sizes, self.row_length)
+                # Nearly always they fit into the first number of rows, of which the search is shorter.
+                placement = place(sizes, self.row_length, self.row_counts[0]) or place(sizes, self.row_length)
                 rows = max(rows, placement.rows)
             parts.append((part, sizes, placement))
         if rows > self.row_counts[-1]:

@@ -16,7 +16,7 @@ class Text:
     """Captions in rows.
 
     Under a mesh (`jax.set_mesh`) rows and captions are split over the devices in order, and a packed caption stands in
-    the rows of its own device, as the loader packs them.
+    the rows of its own device, as `data.transforms.packing.Packer` lays them.
 
     Attributes:
       tokens: int32 (R, T).
