@@ -70,12 +70,11 @@ def command(workdir, *arguments):
         "model.embed_dim": 32, "model.pooling.heads": 2,
         **{f"model.{tower}.{key}": value for tower in ("vision", "text") for key, value in MODEL[tower].items()},
     }.items()}  # fmt: skip
-    config = ROOT / "configs" / "scenes.py"
     return [
         sys.executable,
         "-m",
         "flair_jax.main",
-        f"--config={config}",
+        "--config=scenes",
         f"--workdir={workdir}",
         *overrides,
         *arguments,
