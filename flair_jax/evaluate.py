@@ -153,12 +153,16 @@ def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Refuses before a run what would be found wrong at its end: see `sections`, and shards that are not there.
+    """Refuses before a run what would be found wrong at its end, such as shards that are not there.
 
     Raises:
-      ValueError: see `sections`. FileNotFoundError: naming the evaluator.
+      ValueError: see `sections`; or scenes are not as large as the model's images.
+      FileNotFoundError: naming the evaluator.
     """
-    for name, (_, options) in sections(config).items():
+    size = config["model"]["vision"]["image_size"]
+    for name, (kind, options) in sections(config).items():
+        if kind == "scenes" and size not in (options["size"], (options["size"], options["size"])):
+            raise ValueError(f"evaluators.{name}.size is {options['size']}; model.vision.image_size is {size}")
         if options.get("shards"):
             try:
                 expand(options["shards"])

@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from flair_jax import checkpoint, evaluate, metrics, pretrained, train
 from flair_jax.configs import base
@@ -233,6 +234,23 @@ def test_start_from_other_weights_and_use_what_was_trained(tmp_path):
     train.train(tiny(steps=1, init_from=str(tmp_path / "first"), optimizer__learning_rate=0.0), tmp_path / "second")
     first, second = (checkpoint_of(tmp_path / name)[1][0] for name in ("first", "second"))
     jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_a_model_of_images_that_are_not_square(tmp_path):
+    """Trained, continued, and loaded from its workdir, whose JSON has a list where the config had a tuple."""
+    for steps in (1, 2):
+        config = tiny(steps=steps)
+        config["model"]["vision"]["image_size"] = (40, 60)
+        train.train(config, tmp_path)
+    model = pretrained.load(tmp_path)
+    images = model.preprocess([Image.new("RGB", (90, 70), "red")])
+    assert images.shape == (1, 40, 60, 3)
+    assert model.encode_image(images).local.shape == (1, 6, 32)
+    model.save(tmp_path / "a.safetensors")
+    again = pretrained.load(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(again.encode_image(images).local, model.encode_image(images).local)
+    texts = model.tokenize(["a red circle", "a green cross"])
+    assert again.get_logits(images, texts).shape == (1, 2)
 
 
 def test_evaluating_without_weights_is_refused(tmp_path):
