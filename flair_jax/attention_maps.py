@@ -69,7 +69,7 @@ def heat_maps(
 def overlay(image: Image.Image | np.ndarray, heat: np.ndarray) -> Image.Image:
     """Lays a heat map over a picture as red of varying opacity.
 
-    The map is divided by its largest value, so opacities compare places within a picture and not pictures.
+    The map is divided by its largest value, so opacities compare positions within a picture, not pictures.
 
     Args:
       image: any picture, or uint8 (H, W, 3). What the model's resize and centre crop take is the largest centred
@@ -112,12 +112,12 @@ def sheet(
     *,
     tile: int = 192,
 ) -> Image.Image:
-    """A contact sheet: a row an image, the image first and then one overlay a text with the text underneath.
+    """A contact sheet: one row per image, the image first, then one overlay per text with the text below it.
 
     Args:
       images: B pictures, as `overlay` takes them.
       texts: B lists of strings; lists may differ in length.
-      heats: for each image (n, h, w), one map a text.
+      heats: for each image (n, h, w), one map per text.
       zero_mass: for each image (n,), printed under its text.
       boxes: for each image and text (x0, y0, x1, y1) in pixels of the cropped image, or None; drawn as a frame.
       tile: width of a picture in pixels.

@@ -21,7 +21,7 @@ class SaveError(OSError):
 
 
 class Checkpoints:
-    """The checkpoints of a work directory, one folder a step, `WORKDIR/checkpoints/STEP`.
+    """The checkpoints of a work directory, one folder per step, `WORKDIR/checkpoints/STEP`.
 
     A save writes to a temporary folder in the background and renames it when it is whole, so that a kill at any moment
     leaves the previous checkpoint in place. Parameters are an item of their own, and so is their average, which only
@@ -51,7 +51,7 @@ class Checkpoints:
     def save(self, state: TrainState, positions: list[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
         """Saves the state, the data position of every process and the config; nothing if this step is saved already.
 
-        Returns once the arrays are copied, and writes on behind the scenes.
+        Returns once the arrays are copied; they are written in the background.
 
         Raises:
           SaveError: this save or the one before could not be written.

@@ -14,6 +14,7 @@ from etils import epath
 from flair_jax import attention_maps, models, pretrained, report, sharding
 from flair_jax import config as configuration
 from flair_jax.data import loader, scenes
+from flair_jax.data.sources.open import expand
 from flair_jax.data.transforms import captions
 from flair_jax.data.transforms.images import normalize
 from flair_jax.data.transforms.tokenizer import Tokenizer
@@ -152,6 +153,24 @@ def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]
     return found
 
 
+def check(config: Mapping[str, Any]) -> None:
+    """Refuses before a run what would be found wrong at its end, such as shards that are not there.
+
+    Raises:
+      ValueError: see `sections`; or scenes are not as large as the model's images.
+      FileNotFoundError: naming the evaluator.
+    """
+    size = config["model"]["vision"]["image_size"]
+    for name, (kind, options) in sections(config).items():
+        if kind == "scenes" and size not in (options["size"], (options["size"], options["size"])):
+            raise ValueError(f"evaluators.{name}.size is {options['size']}; model.vision.image_size is {size}")
+        if options.get("shards"):
+            try:
+                expand(options["shards"])
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"evaluators.{name}.shards: {error}") from error
+
+
 def _keywords(function: Callable) -> dict[str, bool]:
     """Keyword arguments that a config may set, and whether they have no default."""
     parameters = inspect.signature(function).parameters.values()
@@ -198,7 +217,8 @@ def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, fl
     """
     config = configuration.normalize(config)
     configuration.check(config)
-    if not sections(config):
+    check(config)
+    if not config["evaluators"]:
         raise ValueError("config.evaluators is empty: nothing to evaluate")
     params, section = pretrained.read(config["init_from"] or workdir, config["model"])
     model = models.create(section)

@@ -26,7 +26,8 @@ class WorkdirLock:
 
     A lock is stale, and taken over with a warning, if it is of this host and its process is gone (no such process, or
     one with another start time), or if it is of another host and is not renewed for `WATCH` seconds. No two clocks are
-    compared, and a second run on another host waits that long before it starts or is refused.
+    compared, and a second run on another host waits that long before it starts or is refused. Another container, and
+    this host before it was booted again, count as other hosts: their processes cannot be looked up.
 
     On a local or network file system the file is created exclusively. Stores such as gs:// cannot do this through
     `etils.epath`: there the file is read again after it was written, so that of two runs which start within the same
@@ -42,6 +43,7 @@ class WorkdirLock:
             "id": uuid.uuid4().hex,
             "user": getpass.getuser() if hasattr(os, "getuid") else "",
             "host": socket.gethostname(),
+            "machine": machine(),
             "pid": os.getpid(),
             "process_start": process_start(os.getpid()),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -109,7 +111,7 @@ class WorkdirLock:
         return found is not None and found.get("id") == self._own["id"]
 
     def _is_alive(self, other: dict[str, Any]) -> bool:
-        if other.get("host") == self._own["host"]:
+        if (other.get("host"), other.get("machine")) == (self._own["host"], self._own["machine"]):
             start = process_start(other["pid"])
             return start is not None and other["process_start"] in (None, start)
         logging.warning("%s is of %s: watching for %.0f s whether that run is alive", self.path, _owner(other), WATCH)
@@ -138,6 +140,15 @@ class WorkdirLock:
 def is_store(path: epath.Path) -> bool:
     """Whether a path lies in a store such as gs://, where no file can be created exclusively."""
     return "://" in os.fspath(path)
+
+
+def machine() -> str:
+    """What process numbers belong to: this boot of this machine, and this container; empty where /proc is not there."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def process_start(pid: int) -> float | None:

@@ -57,7 +57,7 @@ def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float
     """
     config = configuration.normalize(config)
     configuration.check(config)
-    evaluate.sections(config)
+    evaluate.check(config)
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.create_mesh(**config["mesh"])
@@ -112,9 +112,11 @@ def _train(config, workdir, mesh, signals, lock):
         numbers = {name: float(value) for name, value in jax.device_get(numbers).items()}
         bad = [name for name, value in numbers.items() if not math.isfinite(value)]
         if bad:
+            newest = saved.latest()
+            last = "no checkpoint is there yet" if newest is None else f"Checkpoint {newest} is from before"
             raise FloatingPointError(
-                f"step {step}: {', '.join(bad)} not finite; the run stops. Checkpoint {saved.latest()} in "
-                f"{saved.folder} is from before: lower optimizer.learning_rate or set optimizer.clip_norm to go on"
+                f"step {step}: {', '.join(bad)} not finite; the run stops. In {saved.folder} {last}: lower "
+                "optimizer.learning_rate or set optimizer.clip_norm, and the same workdir goes on"
             )
         if step % config["log_every"] == 0 and writer is not None:
             numbers |= progress.speed() | {"learning_rate": float(rate(step - 1)), "epoch": stream.epoch}

@@ -19,6 +19,7 @@ import torch
 from conftest import TINY, load_golden
 from flax.traverse_util import flatten_dict
 
+import flair_jax
 from flair_jax import models
 from flair_jax.configs import variants
 from flair_jax.convert import __main__ as command
@@ -104,7 +105,7 @@ def test_config_from_shapes_is_the_table_of_variants():
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        (None, None, "number of vision heads"),  # the tiny model itself: 96 wide
+        (None, None, "number of heads"),  # the tiny model itself: no published one has its widths
         ("visual.positional_embedding", (18, 96), "no square grid"),
     ],
 )
@@ -113,6 +114,17 @@ def test_a_config_that_shapes_cannot_tell_is_asked_for(weights, name, shape, mes
         weights[name] = np.zeros(shape, np.float32)
     with pytest.raises(ConversionError, match=message):
         names.infer_config(weights)
+
+
+@pytest.mark.parametrize("widths", [dict(embed_dim=1024), dict(text=dict(width=768))])
+def test_heads_are_guessed_for_the_widths_of_published_models_only(widths):
+    """The rule of 64 channels per head fits these widths too, and would be wrong for a model that has others."""
+    sizes = {"vision.tokens": 197, "vision.patch_size": 16, "vision.width": 768, "vision.depth": 12, "embed_dim": 512}
+    sizes |= {"text.context_length": 77, "text.vocab_size": 49408, "text.width": 512, "text.depth": 12}
+    assert names.table("flair").config(sizes) == variants.flair("B/16").to_dict()
+    sizes |= {"embed_dim": widths.get("embed_dim", 512), "text.width": widths.get("text", {}).get("width", 512)}
+    with pytest.raises(ConversionError, match=r"\(768, 512, 512\); these weights have .*give the model section"):
+        names.table("flair").config(sizes)
 
 
 def test_pair_of_sizes(weights):
@@ -360,7 +372,7 @@ def test_without_torch(tmp_path, monkeypatch):
 def test_conversion_of_safetensors_imports_neither_torch_nor_jax(tmp_path, tiny_params):
     flax_files.write(tmp_path / "a.safetensors", tiny_params, TINY)
     code = (
-        "import sys; from convert.__main__ import main; status = main(['to-torch', sys.argv[1], sys.argv[2]]);"
+        "import sys; from flair_jax.convert.__main__ import main; status = main(['to-torch', *sys.argv[1:3]]);"
         "sys.exit(status or len({'torch', 'jax', 'flax', 'tensorflow'} & sys.modules.keys()))"
     )
     arguments = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
@@ -391,7 +403,7 @@ def test_flax_files(tmp_path, tiny_params):
     params, stored = flax_files.load(path)
     same(flatten(params), flatten(tiny_params))
     assert stored == section.to_dict()
-    with pytest.raises(ConversionError, match=r"image_projection: expected \(96, 128\), found \(96, 64\)"):
+    with pytest.raises(ConversionError, match=r"another model: model\.embed_dim is 128, the file says 64"):
         flax_files.load(path, {**TINY, "embed_dim": 128})
     with pytest.raises(WeightsFileError, match=r"Flax parameters are written as \.safetensors"):
         flax_files.write(tmp_path / "flax.pt", tiny_params, TINY)
@@ -433,6 +445,44 @@ def test_command_there_and_back(tmp_path, weights, section, capsys):
     assert capsys.readouterr().out.count("flair, width 64; vision 64 px, patch 16, 3 x 96, 3 heads;") == 2
 
 
+def test_a_guess_is_said(tmp_path, weights, capsys, monkeypatch):
+    section = variants.flair("B/16")
+    section.update(TINY)  # as if the tiny model were a published one
+    monkeypatch.setattr(names.variants, "flair", lambda variant="B/16": section)
+    torch_files.write(tmp_path / "a.safetensors", weights)
+    assert command.main(["to-flax", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]) == 0
+    assert "note: the file does not say its heads" in capsys.readouterr().err
+    assert flax_files.read(tmp_path / "b.safetensors")[1]["vision"]["heads"] == 3
+
+
+@pytest.mark.parametrize("name", ["to-flax", "to-torch"])
+def test_weights_that_are_not_finite_are_not_converted(tmp_path, weights, tiny_params, section, name, capsys):
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    if name == "to-flax":
+        weights["logit_scale"] = np.float32("nan")
+        torch_files.write(source, weights)
+    else:
+        flax_files.write(source, {**tiny_params, "logit_scale": np.float32("-inf")}, TINY)
+    assert command.main([name, str(source), str(target), *(["--model-config", section] * (name == "to-flax"))]) == 1
+    assert "numbers are not finite in logit_scale (1 of 1)" in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_images_that_are_not_square_there_and_back(tmp_path, weights, capsys):
+    """Through the command, its JSON and the metadata."""
+    weights["visual.positional_embedding"] = weights["visual.positional_embedding"][:7]
+    model = {**TINY, "vision": {**TINY["vision"], "image_size": (32, 48)}}
+    source, flax, back = (str(tmp_path / name) for name in ("a.safetensors", "flax.safetensors", "b.safetensors"))
+    torch_files.write(source, weights)
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    assert command.main(["to-flax", source, flax, "--model-config", str(tmp_path / "model.json")]) == 0
+    assert command.main(["to-torch", flax, back]) == 0
+    same(torch_files.read(back), weights)
+    loaded = flair_jax.load(flax, model)
+    assert loaded.config["vision"]["image_size"] == (32, 48)
+    assert loaded.encode_image(np.zeros((1, 32, 48, 3), np.uint8)).local.shape == (1, 6, 64)
+
+
 def test_check_of_good_files(tmp_path, weights, section, tiny_params, capsys):
     save_pt(tmp_path / "a.pt", weights)
     flax_files.write(tmp_path / "b.safetensors", tiny_params, TINY)
@@ -467,7 +517,7 @@ def test_check_of_bad_files(tmp_path, weights, section, capsys, change, message)
 def test_check_without_the_heads(tmp_path, weights, capsys):
     torch_files.write(tmp_path / "a.safetensors", weights)
     assert command.main(["check", str(tmp_path / "a.safetensors")]) == 1
-    assert "unknown: shapes do not tell the number of vision heads" in capsys.readouterr().out
+    assert "unknown: shapes do not tell the number of heads" in capsys.readouterr().out
 
 
 def test_half_precision_is_said(tmp_path, weights, section, capsys):
@@ -507,7 +557,7 @@ def test_errors_of_the_command_are_one_message(
 
 def test_help_and_status_of_the_process():
     def run(*arguments):
-        return subprocess.run([sys.executable, "-m", "convert", *arguments], capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-m", "flair_jax.convert", *arguments], capture_output=True, text=True)
 
     usage = run("to-flax", "--help")
     assert usage.returncode == 0 and "--model-config FILE" in usage.stdout

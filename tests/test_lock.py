@@ -70,6 +70,16 @@ def test_another_process_with_the_number_of_the_dead_one_does_not_keep_the_lock(
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
+def test_a_container_of_the_same_name_is_another_host(tmp_path, fast, monkeypatch):
+    """Its processes cannot be looked up, so its lock is watched."""
+    monkeypatch.setattr(lock, "machine", lambda: "another container")
+    with lock.WorkdirLock(tmp_path):
+        monkeypatch.setattr(lock, "machine", lambda: "this container")
+        monkeypatch.setattr(lock, "process_start", lambda pid: None)
+        with pytest.raises(lock.WorkdirInUse, match="trains there since"):
+            lock.WorkdirLock(tmp_path).__enter__()
+
+
 def test_a_run_on_another_host_is_alive_as_long_as_it_renews(tmp_path, fast):
     path = tmp_path / "lock.json"
     with lock.WorkdirLock(tmp_path):

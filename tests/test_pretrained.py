@@ -88,7 +88,7 @@ def test_nothing_gives_nothing(model):
     ("call", "error", "words"),
     [
         (lambda m: m.encode_image(np.zeros((1, 64, 64, 3), np.int64)), TypeError, "dtype int64; expected .*uint8"),
-        (lambda m: m.encode_image(IMAGES[0]), ValueError, r"shape \(64, 64, 3\); expected \(B, 64, 64, 3\)"),
+        (lambda m: m.encode_image(IMAGES[0]), ValueError, r"shape \(64, 64, 3\); expected images \(B, 64, 64, 3\)"),
         (lambda m: m.encode_image(np.zeros((1, 3, 64, 64))), ValueError, r"shape \(1, 3, 64, 64\)"),
         (lambda m: m.encode_image([Image.new("RGB", (64, 64))]), TypeError, "list; expected .* as `preprocess` gives"),
         (lambda m: m.encode_text("a dog"), TypeError, "texts are a str; expected token ids"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from processes import wait_for
@@ -292,3 +293,55 @@ def test_tpu_pod_script_makes_a_pod_and_another_when_it_is_taken_away(tmp_path, 
         "'--config.data.shards=gs://b/{0..5}.tar' --zone here"
     )
     assert "flair_jax/main.py" in (tmp_path / "copied").read_text().splitlines()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without a cluster
+
+
+def test_without_a_cluster_the_variables_that_were_looked_for_are_named(monkeypatch):
+    for names in distributed.CLUSTERS.values():
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.")  # as jax does
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match="no cluster is known by the environment") as raised:
+        distributed.start(HEARTBEAT)
+    for words in (
+        "Slurm (SLURM_JOB_ID is set, SLURM_STEP_NODELIST is not set",
+        "Open MPI (OMPI_MCA_orte_hnp_uri is not set",
+        "TPU_WORKER_HOSTNAMES is not set",
+        "--coordinator_address=HOST:PORT --process_id=0",
+    ):
+        assert words in str(raised.value)
+
+
+def test_an_address_by_hand_is_whole_or_refused(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
+    distributed.start(HEARTBEAT, "localhost:1234", 0, 2)
+    assert calls == [
+        dict(coordinator_address="localhost:1234", process_id=0, num_processes=2, heartbeat_timeout_seconds=HEARTBEAT)
+    ]
+    with pytest.raises(ValueError, match=r"--process_id, --num_processes missing; .* are needed"):
+        distributed.start(HEARTBEAT, "localhost:1234")
+    with pytest.raises(ValueError, match="--coordinator_address missing"):
+        distributed.start(HEARTBEAT, process_id=0, num_processes=2)
+    assert len(calls) == 1
+
+
+def test_processes_that_are_told_by_hand_find_one_another():
+    code = (
+        "import sys, jax; from flair_jax import distributed; port, me = map(int, sys.argv[1:]);"
+        "distributed.start(10, f'localhost:{port}', me, 2); print(jax.process_index(), jax.process_count())"
+    )
+    port = str(free_port())
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, port, str(me)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        for me in range(2)
+    ]
+    assert [process.communicate(timeout=300)[0] for process in processes] == ["0 2\n", "1 2\n"]

@@ -82,7 +82,7 @@ def colour_set(**changes):
 
 @pytest.mark.parametrize(("image_batch", "devices"), [(1, 1), (64, 8)])
 def test_miou_and_chance_by_hand(image_batch, devices):
-    options = {"ways": ("projected", "value"), "image_batch": image_batch, "mesh": mesh(devices)}
+    options = {"modes": ("projected", "value"), "image_batch": image_batch, "mesh": mesh(devices)}
     evaluator = Segmentation(ColourModel(4), colour_set(), preprocess=lambda x: x, **options)
     results = flat(evaluator.run({}))
     half, blue = 12 * 16, 8 * 16
@@ -91,7 +91,7 @@ def test_miou_and_chance_by_hand(image_batch, devices):
         "segmentation/colours/iou/green": 1,
         "segmentation/colours/iou/blue": pytest.approx(blue / (half + blue)),
         "segmentation/colours/miou": pytest.approx((0.5 + 1 + 0.4) / 3),
-        # The other way takes red for green, green for blue and blue for red: nothing is right.
+        # The other mode takes red for green, green for blue and blue for red: nothing is right.
         "segmentation/colours/value/miou": 0,
         "segmentation/colours/chance": pytest.approx(
             np.mean([n / (2 * n + 3 * half + blue) for n in (half, half, half + blue)])
@@ -109,7 +109,7 @@ def test_a_class_is_the_mean_of_its_prompts_and_absent_classes_do_not_count():
         tokens=texts(0, 2, 1),
         class_of_prompt=np.array([0, 1, 0]),
     )
-    results = flat(Segmentation(ColourModel(4), data, preprocess=lambda x: x, ways=("projected",)).run({}))
+    results = flat(Segmentation(ColourModel(4), data, preprocess=lambda x: x, modes=("projected",)).run({}))
     assert results == {
         "segmentation/colours/miou": 1,
         "segmentation/colours/iou/warm": 1,
@@ -118,7 +118,7 @@ def test_a_class_is_the_mean_of_its_prompts_and_absent_classes_do_not_count():
 
 
 def test_predictions_equal_torch_interpolation(tiny_model, tiny_params):
-    """Both ways on labels of another size than the images, in two batches."""
+    """Both modes on labels of another size than the images, in two batches."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, (4, 37, 53))
     labels[rng.random(labels.shape) < 0.2] = IGNORE
@@ -137,12 +137,12 @@ def test_predictions_equal_torch_interpolation(tiny_model, tiny_params):
 
     image, text = apply("encode_image", IMAGES), unit(np.asarray(apply("encode_text", Text.padded(TOKENS[:6])).pooled))
     vectors = unit(np.stack([text[owner == name].mean(0) for name in range(3)]))
-    for way, local in (("value", apply("dense_features", image)), ("projected", image.local)):
+    for mode, local in (("value", apply("dense_features", image)), ("projected", image.local)):
         cosine = (unit(np.asarray(local)) @ vectors.T).reshape(4, 4, 4, 3).transpose(0, 3, 1, 2)
         large = torch.nn.functional.interpolate(torch.from_numpy(cosine), (37, 53), mode="bilinear")
         expected = ConfusionMatrix(3)
         expected.add(labels, large.argmax(1).numpy())
-        assert np.abs(matrices[way].counts - expected.counts).sum() <= 4  # of 6,000 pixels, for rounding on an edge
+        assert np.abs(matrices[mode].counts - expected.counts).sum() <= 4  # of 6,000 pixels, for rounding on an edge
     assert (matrices["value"].counts != matrices["projected"].counts).any()
 
 
@@ -153,10 +153,10 @@ def test_wrong_sets_and_options_are_refused():
         colour_set(labels=colour_set().labels[:1])
     with pytest.raises(ValueError, match="texts belong to numbers from 0 to 3; expected 0 to 2"):
         colour_set(class_of_prompt=np.array([0, 1, 3]))
-    with pytest.raises(ValueError, match="ways are \\('key',\\)"):
-        Segmentation(ColourModel(4), colour_set(), preprocess=lambda x: x, ways=("key",))
+    with pytest.raises(ValueError, match="modes are \\('key',\\)"):
+        Segmentation(ColourModel(4), colour_set(), preprocess=lambda x: x, modes=("key",))
     empty = colour_set(labels=[np.full((16, 24), IGNORE)] * 2)
     with pytest.raises(ValueError, match="segmentation/colours: no pixel has a label"):
-        flat(Segmentation(ColourModel(4), empty, preprocess=lambda x: x, ways=("projected",)).run({}))
+        flat(Segmentation(ColourModel(4), empty, preprocess=lambda x: x, modes=("projected",)).run({}))
     with pytest.raises(ValueError, match="predictions run from -1"):
         flat(Segmentation(ColourModel(4), colour_set(), preprocess=lambda x: x * np.nan).run({}))

@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from flair_jax import checkpoint, evaluate, metrics, pretrained, train
 from flair_jax.configs import base
@@ -70,12 +71,11 @@ def command(workdir, *arguments):
         "model.embed_dim": 32, "model.pooling.heads": 2,
         **{f"model.{tower}.{key}": value for tower in ("vision", "text") for key, value in MODEL[tower].items()},
     }.items()}  # fmt: skip
-    config = ROOT / "configs" / "scenes.py"
     return [
         sys.executable,
         "-m",
         "flair_jax.main",
-        f"--config={config}",
+        "--config=scenes",
         f"--workdir={workdir}",
         *overrides,
         *arguments,
@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         return state.replace(params={**state.params, "logit_bias": state.params["logit_bias"] * np.nan})
 
     monkeypatch.setattr(checkpoint.Checkpoints, "restore", restore_broken)
-    with pytest.raises(FloatingPointError, match=r"step 3: .*loss.* not finite.*Checkpoint 2"):
+    with pytest.raises(FloatingPointError, match=r"step 3: .*loss.* not finite.*Checkpoint 2 is from before"):
         train.train(tiny(steps=6), tmp_path)
     step, arrays, _ = checkpoint_of(tmp_path)
     assert step == good[0] == 2
@@ -234,6 +234,23 @@ def test_start_from_other_weights_and_use_what_was_trained(tmp_path):
     train.train(tiny(steps=1, init_from=str(tmp_path / "first"), optimizer__learning_rate=0.0), tmp_path / "second")
     first, second = (checkpoint_of(tmp_path / name)[1][0] for name in ("first", "second"))
     jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_a_model_of_images_that_are_not_square(tmp_path):
+    """Trained, continued, and loaded from its workdir, whose JSON has a list where the config had a tuple."""
+    for steps in (1, 2):
+        config = tiny(steps=steps)
+        config["model"]["vision"]["image_size"] = (40, 60)
+        train.train(config, tmp_path)
+    model = pretrained.load(tmp_path)
+    images = model.preprocess([Image.new("RGB", (90, 70), "red")])
+    assert images.shape == (1, 40, 60, 3)
+    assert model.encode_image(images).local.shape == (1, 6, 32)
+    model.save(tmp_path / "a.safetensors")
+    again = pretrained.load(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(again.encode_image(images).local, model.encode_image(images).local)
+    texts = model.tokenize(["a red circle", "a green cross"])
+    assert again.get_logits(images, texts).shape == (1, 2)
 
 
 def test_evaluating_without_weights_is_refused(tmp_path):

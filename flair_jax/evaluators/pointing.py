@@ -60,7 +60,7 @@ def patches_in_boxes(boxes: np.ndarray, grid: tuple[int, int], size: tuple[int, 
 
 
 def texts_by_image(images: int, image_of_text: np.ndarray) -> np.ndarray:
-    """The texts of each image in their order, int (I, M) with M the largest number; -1 behind an image's last."""
+    """The texts of each image in their order, int (I, M) with M the largest number; -1 after an image's last."""
     order = np.argsort(image_of_text, kind="stable")
     count = np.bincount(image_of_text, minlength=images)
     place = np.arange(len(order)) - np.repeat(np.cumsum(count) - count, count)

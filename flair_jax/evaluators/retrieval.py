@@ -1,4 +1,4 @@
-"""Image-text retrieval: Recall@k, mean and median rank, both ways.
+"""Image-text retrieval: Recall@k, mean and median rank, text to image and image to text.
 
 Metric and modes are those of FLAIR's published numbers (Xiao et al., CVPR 2025; `spec/flair.md` 3.3 and 3.4), without
 its faults: scores are float32 whatever the model computes in, ties have a rule, and a text that the top-k selection
@@ -26,7 +26,7 @@ CHUNK = 2**22  # elements of the score matrix that are compared at a time
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalSet:
-    """Images and texts, any number of texts an image.
+    """Images and texts, any number of texts per image.
 
     Attributes:
       name: stands in the names of the metrics.
@@ -64,7 +64,7 @@ def retrieval_metrics(
     Args:
       scores: float (I, N), images by texts.
       image_of_text: int (N,).
-      valid: bool (I, N), the pairs that were scored; None: all. Other pairs are behind all that were.
+      valid: bool (I, N), the pairs that were scored; None: all. Other pairs rank after all of these.
 
     Raises:
       ValueError: a valid score is not finite.
@@ -169,14 +169,14 @@ class Retrieval:
 
     Every image and every text is encoded once, for all modes together. The device holds the features of two batches of
     images and of all texts' pooled features, and scores of `image_batch` x `text_batch` pairs at a time; the host holds
-    4 bytes a pair and mode.
+    4 bytes per pair and mode.
 
     Args:
       model: a module with `encode_image`, `encode_text`, `score` and, for topk and global, `global_score`.
       data: what to rank.
       preprocess: the set's images (B, H, W, 3) -> the model's input; runs inside jit.
       modes: some of `MODES`, of which a model without text-conditioned pooling has "global" alone; None: all.
-      topk: texts an image keeps; more than there are means all.
+      topk: texts that each image keeps; more than there are means all.
       image_batch, text_batch: sizes of batches. Results depend on neither, nor on the devices.
       mesh: see `features.Encoder`.
 

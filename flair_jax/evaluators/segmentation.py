@@ -1,7 +1,7 @@
 """Zero-shot semantic segmentation: every patch token is compared with the names of the classes.
 
-No mask is ever trained on. The way of FLAIR's published numbers is `spec/flair.md` 3.7: plain projected patch tokens,
-cosine with the class vectors, bilinear to the size of the labels, the best class wins.
+No mask is ever trained on. FLAIR's published numbers are computed as in `spec/flair.md` 3.7: plain projected patch
+tokens, cosine with the class vectors, bilinear to the size of the labels, the best class wins.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from flair_jax.models.layers import normalize
 from flair_jax.report import Result
 
 IGNORE = 255
-WAYS = ("value", "projected")
+MODES = ("value", "projected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +107,12 @@ class ConfusionMatrix:
 
 @functools.lru_cache(maxsize=8)
 def _predict(
-    model: nn.Module, whole: NamedSharding, way: str, image_size: tuple[int, int], label_size: tuple[int, int]
+    model: nn.Module, whole: NamedSharding, mode: str, image_size: tuple[int, int], label_size: tuple[int, int]
 ) -> Callable:
     """Features of images and class vectors (C, D) -> the best class of every pixel, int32 (B, h, w)."""
 
     def predict(params, image, vectors):
-        local = call(model, "dense_features", params, image) if way == "value" else image.local
+        local = call(model, "dense_features", params, image) if mode == "value" else image.local
         similarity = normalize(local) @ vectors.T  # (B, L, C)
         similarity = similarity.reshape(-1, *patch_grid(*image_size, similarity.shape[1]), len(vectors))
         shape = similarity.shape[0], *label_size, len(vectors)
@@ -124,12 +124,12 @@ def _predict(
 
 
 class Segmentation:
-    """Yields `segmentation/<set>/miou` and `…/iou/<class>` of the first way, `…/<way>/miou` of others, `…/chance`.
+    """Yields `segmentation/<set>/miou` and `…/iou/<class>` of the first mode, `…/<mode>/miou` of others, `…/chance`.
 
     The mean IoU is taken over the classes that occur in the labels; a pixel given to another class still counts against
     its true one.
 
-    Ways to make patch tokens and texts comparable:
+    Modes, which make patch tokens and texts comparable:
       value: `model.dense_features`, what the pooling would give if all attention rested on the patch.
       projected: the projected patch tokens as they are.
 
@@ -139,12 +139,12 @@ class Segmentation:
       model: a module with `encode_image`, `encode_text` and, for value, `dense_features`.
       data: what to segment.
       preprocess: the set's images (B, H, W, 3) -> the model's input of the same height and width; runs inside jit.
-      ways: some of `WAYS`, of which a model without text-conditioned pooling has "projected" alone; None: all.
+      modes: some of `MODES`, of which a model without text-conditioned pooling has "projected" alone; None: all.
       image_batch, text_batch: sizes of batches. Results depend on neither, nor on the devices.
       mesh: see `features.Encoder`.
 
     Raises:
-      ValueError: an unknown way, or none.
+      ValueError: an unknown mode, or none.
     """
 
     def __init__(
@@ -153,36 +153,38 @@ class Segmentation:
         data: SegmentationSet,
         *,
         preprocess: Callable[[jax.Array], jax.Array],
-        ways: Sequence[str] | None = None,
+        modes: Sequence[str] | None = None,
         image_batch: int = 64,
         text_batch: int = 512,
         mesh: Mesh | None = None,
     ):
-        available = WAYS if model.has_pooling else ("projected",)
-        ways = available if ways is None else ways
-        if not ways or set(ways) - set(available):
-            raise ValueError(f"segmentation ways are {tuple(ways)}; expected one or more of {available}")
-        self._data, self._ways = data, tuple(ways)
+        available = MODES if model.has_pooling else ("projected",)
+        modes = available if modes is None else modes
+        if not modes or set(modes) - set(available):
+            raise ValueError(f"segmentation modes are {tuple(modes)}; expected one or more of {available}")
+        self._data, self._modes = data, tuple(modes)
         self._encoder = Encoder(model, preprocess, image_batch=image_batch, text_batch=text_batch, mesh=mesh)
         self._membership = (np.arange(len(data.classes))[:, None] == data.class_of_prompt).astype(np.float32)  # (C, P)
         grid_size, label_size = np.shape(data.images[0])[:2], np.shape(data.labels[0])
-        self._predict = {way: _predict(model, self._encoder.whole, way, grid_size, label_size) for way in self._ways}
+        self._predict = {
+            mode: _predict(model, self._encoder.whole, mode, grid_size, label_size) for mode in self._modes
+        }
 
     def confusion(self, params: Any) -> dict[str, ConfusionMatrix]:
-        """Counts over the whole set, by way."""
+        """Counts over the whole set, by mode."""
         params = self._encoder.place(params)
         text = self._encoder.texts(params, self._data.tokens)
         vectors = normalize(self._membership @ normalize(text.pooled))  # (C, D)
 
         def batches():
             for images, image in self._encoder.images(params, self._data.images):
-                yield images, {way: self._predict[way](params, image, vectors) for way in self._ways}
+                yield images, {mode: self._predict[mode](params, image, vectors) for mode in self._modes}
 
-        matrices = {way: ConfusionMatrix(len(self._data.classes)) for way in self._ways}
+        matrices = {mode: ConfusionMatrix(len(self._data.classes)) for mode in self._modes}
         for images, predictions in one_behind(batches()):
             labels = np.stack([self._data.labels[int(number)] for number in images])
-            for way, prediction in predictions.items():
-                matrices[way].add(labels, np.asarray(prediction)[: len(images)])
+            for mode, prediction in predictions.items():
+                matrices[mode].add(labels, np.asarray(prediction)[: len(images)])
         return matrices
 
     def run(self, params: Any) -> Iterator[Result]:
@@ -193,13 +195,13 @@ class Segmentation:
         """
         data = self._data
         matrices = self.confusion(params)
-        first, *others = self._ways
+        first, *others = self._modes
         if not matrices[first].present().any():
             raise ValueError(f"segmentation/{data.name}: no pixel has a label other than {IGNORE}")
         iou = matrices[first].iou()
         yield Result("segmentation", data.name, "miou", float(np.nanmean(iou)))
-        for way in others:
-            yield Result("segmentation", data.name, "miou", float(np.nanmean(matrices[way].iou())), way)
+        for mode in others:
+            yield Result("segmentation", data.name, "miou", float(np.nanmean(matrices[mode].iou())), mode)
         yield Result("segmentation", data.name, "chance", matrices[first].chance())
         for name, value, present in zip(data.classes, iou, matrices[first].present(), strict=True):
             if present:
