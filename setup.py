@@ -18,6 +18,7 @@ FOLDERS = {
 REQUIRES = [
     "absl-py>=2.5",
     "array_record>=0.8.6",
+    "braceexpand>=0.1.7",
     "clu>=0.0.12",
     'cykooz-resizer>=4.0.1; sys_platform != "linux" or platform_machine == "x86_64"',  # has no other wheels
     "etils[epath]>=1.15",

@@ -177,11 +177,12 @@ def judge(config: Mapping[str, Any], params: Any, folder: pathlib.Path) -> dict[
     from flair_jax import evaluate, models, objectives, train
     from flair_jax.data.transforms.images import normalize
     from flair_jax.models.text import Text
+    from flair_jax.report import flat
 
     model = models.create(config["model"])
     size = config["model"]["vision"]["image_size"]
     sets = {f"set{seed}": dict(kind="scenes", count=512, seed=seed, size=size) for seed in SETS}
-    report = evaluate.run(evaluate.build(sets, model), params)
+    report = flat(evaluate.run({**config, "evaluators": sets}, model, params))
     figures = {row: [report[name.format(data)] for data in sets] for row, name in METRICS.items()}
 
     @jax.jit

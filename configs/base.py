@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.steps = config_dict.placeholder(int)  # length of the run: this …
     config.epochs = config_dict.placeholder(float)  # … or this
     config.init_from = config_dict.placeholder(str)  # weights to start from: a workdir, .safetensors or .pt
+    config.init_partial = False  # True: take what fits of another model, initialise the rest, and print which is which
     config.log_every = 10  # steps, as all of these
     config.save_every = 1000
     config.keep = 2  # newest checkpoints that stay …
@@ -70,7 +71,9 @@ def get_config() -> ConfigDict:
     config.data.pixels = "reference"  # the reference's to the bit; "fast", or "device": cropped inside the step
     config.data.packing = ConfigDict()  # of captions, side by side
     config.data.packing.row_length = config_dict.placeholder(int)  # tokens; None: a row for each caption
-    config.data.packing.quantile = 0.95  # share of batches that fit uncut into the rows measured for them
+    config.data.packing.quantile = 0.95  # share of batches that get the fewest rows; the others get more of them
+    config.data.packing.truncate = False  # True: always the same rows, and the longest captions are cut to fit
+    config.data.upright = False  # True: photographs are turned as their EXIF orientation says; the reference does not
     config.data.workers = 0  # processes that decode; 0: threads
     config.data.index_dir = config_dict.placeholder(str)  # where indexes of shards are kept; None: beside them
     config.data.max_skipped = 0.01  # share of unusable samples at which the run stops

@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flair_jax.convert import flax_files, names, torch_files
 from flair_jax.convert.tables import KINDS, Arrays, ConversionError, Side
 
 PUBLISHED = {150_674_434: "ViT-B-16-FLAIR"}
+# Without --model-config; see names.infer_config.
+GUESSED = (
+    "the file does not say its heads, activation and image size: heads and exact GELU are taken from the published "
+    "model of these widths, the image as square; --model-config tells others"
+)
 WIDTH = 14  # of the first column of `check`
 
 
@@ -22,9 +25,11 @@ def to_flax(source: Path, target: Path, model: Mapping[str, Any] | None) -> None
     """PyTorch's names -> one .safetensors of Flax paths with the `model` section in its metadata."""
     if flax_files.is_flax(source):
         raise torch_files.WeightsFileError(f"{source} holds Flax parameters already")
-    params, model = flax_files.load(source, model)
-    flax_files.write(target, params, model)
-    print(f"{target}: {describe(model)}")
+    params, found = flax_files.load(source, model)
+    flax_files.write(target, params, found)
+    print(f"{target}: {describe(found)}")
+    if model is None:
+        print(f"note: {GUESSED}", file=sys.stderr)
 
 
 def to_torch(source: Path, target: Path) -> None:
@@ -50,10 +55,10 @@ def check(source: Path, model: Mapping[str, Any] | None) -> bool:
     note = "unknown: see below"
     if model is None and not problems:
         try:
-            model, origin = names.infer_config(arrays), "from the shapes; image square, heads of 64, 8 in the pooling"
+            model, origin = names.infer_config(arrays), "from the shapes; image square, heads of the published model"
         except ConversionError as error:
             note = f"unknown: {error}"
-    bad = {name: count for name, array in arrays.items() if (count := non_finite(array))}
+    bad = {name: count for name, array in arrays.items() if (count := flax_files.not_finite(array))}
 
     row("file", source)
     row("kind", {"flax": "Flax paths", "torch": "PyTorch names"}[side] + f", {source.suffix}")
@@ -95,14 +100,6 @@ def dtypes(arrays: Arrays) -> collections.Counter:
     return collections.Counter(str(array.dtype) for array in arrays.values())
 
 
-def non_finite(array: np.ndarray) -> int:
-    """How many numbers are infinite or NaN; arrays without numbers have none."""
-    try:
-        return int(array.size - np.isfinite(array).sum())
-    except TypeError:
-        return 0
-
-
 def read_model(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
@@ -114,6 +111,11 @@ def read_model(path: Path | None) -> dict[str, Any] | None:
     return model
 
 
+def path_of(text: str) -> Path:
+    """A path on the command line; `~` is the home folder."""
+    return Path(text).expanduser()
+
+
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m flair_jax.convert", description=__doc__.partition(": ")[2])
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -122,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     def command(name: str, text: str, **files: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         for file, help_ in files.items():
-            sub.add_argument(file, metavar={"source": "IN", "target": "OUT"}[file], type=Path, help=help_)
+            sub.add_argument(file, metavar={"source": "IN", "target": "OUT"}[file], type=path_of, help=help_)
         return sub
 
     readers = (
@@ -134,9 +136,9 @@ def parser() -> argparse.ArgumentParser:
         reader.add_argument(
             "--model-config",
             metavar="FILE",
-            type=Path,
-            help="JSON with the model section, where shapes do not tell it: without one images are square, heads have "
-            "64 channels and the pooling has 8 heads",
+            type=path_of,
+            help="JSON with the model section, where shapes do not tell it: without one the image is square, and "
+            "heads are known for the widths of the published models only",
         )
     return main
 

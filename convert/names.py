@@ -6,12 +6,11 @@ that turns the PyTorch array into the Flax one. Another model is another entry o
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from flair_jax.configs import variants
 from flair_jax.convert.tables import (
     CONVOLUTION,
     LINEAR,
@@ -24,6 +23,8 @@ from flair_jax.convert.tables import (
     unflatten,
 )
 
+PREFIXES = ("module.", "_orig_mod.")
+
 
 def to_flax(
     state_dict: Mapping[str, Any], model: str = "flair", config: Mapping[str, Any] | None = None
@@ -31,7 +32,7 @@ def to_flax(
     """Turns a PyTorch state dict into a Flax parameter tree.
 
     Args:
-      state_dict: arrays by PyTorch name; a training checkpoint around them and `module.` before every name are removed.
+      state_dict: arrays by PyTorch name; a training checkpoint around them and `PREFIXES` of every name are removed.
         Half precision is cast to float32 with a warning.
       model: the table, a key of `TABLES`.
       config: the `model` section that the shapes must have; None takes depths and sizes as the file has them.
@@ -64,9 +65,9 @@ def to_torch(params: Mapping[str, Any], model: str = "flair") -> dict[str, np.nd
 def infer_config(state_dict: Mapping[str, Any], model: str = "flair") -> dict[str, Any]:
     """Reads the `model` section from the shapes of a PyTorch state dict.
 
-    Shapes do not hold everything. The image is taken as square. Heads follow the published models: 64 channels a head
-    in both towers, 8 heads in the pooling; a model with others needs its section written down. Starting values, dtype
-    and switches are the defaults.
+    Shapes do not hold everything. The image is taken as square. Heads are those of the published models, for their
+    widths only; a model with others needs its section written down. Starting values, dtype and switches are the
+    defaults.
 
     Args:
       state_dict, model: as for `to_flax`.
@@ -75,7 +76,7 @@ def infer_config(state_dict: Mapping[str, Any], model: str = "flair") -> dict[st
       A `model` section that builds the model (`flair_jax.models.create`).
 
     Raises:
-      ConversionError: as `to_flax`; or the image is not square, or a width does not fit the rule for heads.
+      ConversionError: as `to_flax`; or the image is not square, or no published model has these widths.
     """
     arrays = plain(state_dict)
     refuse(table(model).find_problems(arrays, "torch", None), len(arrays), model)
@@ -108,11 +109,13 @@ def state_dict_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 def plain(checkpoint: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint by the model's own names.
 
-    `module.` is removed where every name has it: PyTorch's DistributedDataParallel puts it there.
+    Prefixes that every name has are removed: `module.` is of PyTorch's DistributedDataParallel, `_orig_mod.` of
+    `torch.compile`, and both may be there in either order.
     """
-    weights = state_dict_of(checkpoint)
-    prefix = "module." if all(name.startswith("module.") for name in weights) else ""
-    return {name.removeprefix(prefix): np.asarray(value) for name, value in weights.items()}
+    weights = dict(state_dict_of(checkpoint))
+    while found := [prefix for prefix in PREFIXES if weights and all(name.startswith(prefix) for name in weights)]:
+        weights = {name.removeprefix(found[0]): value for name, value in weights.items()}
+    return {name: np.asarray(value) for name, value in weights.items()}
 
 
 # -- Parts that models share -------------------------------------------------------------------------------------------
@@ -225,49 +228,47 @@ def _sizes(config: Mapping[str, Any]) -> Sizes:
     }
 
 
-def _config(published: Callable[[], Any], sizes: Sizes) -> dict[str, Any]:
-    """The `model` section of a file with these sizes, see `infer_config`; `published` gives what shapes do not tell."""
-    config = published().to_dict()
+def _widths(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    return config["vision"]["width"], config["text"]["width"], config["embed_dim"]
+
+
+def _config(name: str, sizes: Sizes) -> dict[str, Any]:
+    """The `model` section of a file with these sizes, see `infer_config`; the published one has what shapes do not."""
+    from flair_jax.configs import variants  # needs ml_collections, which translating names does without
+
+    published = getattr(variants, name)
     side = math.isqrt(sizes["vision.tokens"] - 1)
     if side**2 != sizes["vision.tokens"] - 1:
         raise ConversionError(
             f"visual.positional_embedding has {sizes['vision.tokens']} rows, which is no square grid of patches and a "
             "class token; give the model section, with image_size as the pair (height, width)"
         )
-    divisors = [("vision", sizes["vision.width"], 64), ("text", sizes["text.width"], 64)]
-    if config["pooling"] is not None:
-        divisors.append(("pooling", sizes["embed_dim"], 8))
-    for part, width, divisor in divisors:
-        if width % divisor:
-            raise ConversionError(
-                f"shapes do not tell the number of {part} heads, and the rule of the published models (64 channels a "
-                f"head in the towers, 8 heads in the pooling) does not fit a width of {width}; give the model section"
-            )
+    known = {_widths(config): config for config in (published(variant).to_dict() for variant in variants.TOWERS)}
+    widths = sizes["vision.width"], sizes["text.width"], sizes["embed_dim"]
+    if widths not in known:
+        raise ConversionError(
+            "shapes do not tell the number of heads. They are known for the widths of the published models, "
+            f"(vision, text, embed_dim) = {sorted(known)}; these weights have {widths}: give the model section, with "
+            "vision.heads, text.heads and pooling.heads"
+        )
+    config = known[widths]
     config["embed_dim"] = sizes["embed_dim"]
     config["vision"] |= {
         "image_size": side * sizes["vision.patch_size"],
         "patch_size": sizes["vision.patch_size"],
         "width": sizes["vision.width"],
         "depth": sizes["vision.depth"],
-        "heads": sizes["vision.width"] // 64,
     }
     config["text"] |= {
         "context_length": sizes["text.context_length"],
         "vocab_size": sizes["text.vocab_size"],
         "width": sizes["text.width"],
         "depth": sizes["text.depth"],
-        "heads": sizes["text.width"] // 64,
     }
-    if config["pooling"] is not None:
-        config["pooling"] |= {"heads": 8}
     return config
 
 
 TABLES = {
-    name: Table(name, rules, _sizes, functools.partial(_config, published))
-    for name, rules, published in (
-        ("flair", FLAIR_RULES, variants.flair),
-        ("clip", CLIP_RULES, variants.clip),
-        ("siglip", SIGLIP_RULES, variants.siglip),
-    )
+    name: Table(name, rules, _sizes, functools.partial(_config, name))
+    for name, rules in (("flair", FLAIR_RULES), ("clip", CLIP_RULES), ("siglip", SIGLIP_RULES))
 }

@@ -1,15 +1,18 @@
-"""Where a stream of batches stands, and how another number of processes goes on from there.
+"""The state of a stream of batches, and how another number of processes resumes from it.
 
-The endless order of samples is cut into groups of R = batch_size / P places; process p of P reads the groups p, p + P,
+The endless order of samples is cut into groups of R = batch_size / P indices; process p of P reads the groups p, p + P,
 p + 2 P, … Samples that cannot be used make processes advance unevenly, so that when all stop together, some groups
-behind the front are not read yet. Another number of processes reads those places first, then all behind the front:
+before the furthest one are not read yet. Another number of processes reads those indices first, then all later ones:
 nothing is repeated or lost.
 
+grain's `ElasticIterator` also resumes on another number of hosts, but its state is one index for all of them, so each
+host has to take the same number of samples, and it refuses filters: a sample that cannot be used would end the run.
+
 A position, fit for JSON:
-  start: place at which group 0 begins.
-  leftover: [[first, stop], …] places of the order that take the first places from `start` on; from where they end,
-    place and order are the same.
-  group, offset: the next group of this process, counted among its own, and the next place in it.
+  start: index at which group 0 begins.
+  leftover: [[first, stop], …] indices of the order that are read first, in place of those from `start` on; after them
+    each index stands for itself.
+  group, offset: the next group of this process, counted among its own, and the next index in it.
   skipped, epoch, epoch_skipped: counts of what could not be used.
   stream: what has to be the same for the position to have a meaning.
 """
@@ -23,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Position = Mapping[str, Any]
-Interval = Sequence[int]  # first place, and the one behind the last
+Interval = Sequence[int]  # [first, stop): the first index, and the one after the last
 
 
 class PositionError(ValueError):
@@ -32,26 +35,26 @@ class PositionError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Place -> place of the endless order."""
+    """Index in the order that is read -> index in the endless order."""
 
     start: int
     leftover: tuple[tuple[int, int], ...]
 
     @functools.cached_property
     def _ends(self) -> list[int]:
-        """Place behind each interval; the first entry is `start`."""
+        """Index after each interval; the first entry is `start`."""
         return list(itertools.accumulate((stop - first for first, stop in self.leftover), initial=self.start))
 
     @property
     def front(self) -> int:
-        """From here on places are those of the order."""
+        """From here on each index stands for itself."""
         return self._ends[-1]
 
-    def __call__(self, place: int) -> int:
-        if place >= self.front:
-            return place
-        number = bisect.bisect_right(self._ends, place)
-        return self.leftover[number - 1][1] - (self._ends[number] - place)
+    def __call__(self, index: int) -> int:
+        if index >= self.front:
+            return index
+        number = bisect.bisect_right(self._ends, index)
+        return self.leftover[number - 1][1] - (self._ends[number] - index)
 
 
 def first(stream: Mapping[str, Any]) -> Position:
@@ -72,7 +75,7 @@ def redistribute(positions: Sequence[Position], process_count: int) -> list[Posi
     """The positions of all processes of a run, for as many processes as are to go on.
 
     Args:
-      positions: of each process, in their order, all behind the same number of batches.
+      positions: of each process, in their order, all after the same number of batches.
       process_count: of the processes that go on.
 
     Returns:
@@ -98,7 +101,7 @@ def redistribute(positions: Sequence[Position], process_count: int) -> list[Posi
         for begin, offset in zip(begins, offsets, strict=True)
         for group in range(begin, front, batch_size)
     )
-    leftover = _intervals(layout(place) for begin, stop in unread for place in range(begin, stop))
+    leftover = _intervals(layout(index) for begin, stop in unread for index in range(begin, stop))
     common = first(positions[0]["stream"]) | {
         "start": front - sum(stop - begin for begin, stop in unread),
         "leftover": leftover,
@@ -117,12 +120,12 @@ def redistribute(positions: Sequence[Position], process_count: int) -> list[Posi
     ]
 
 
-def _intervals(places: Iterator[int]) -> list[list[int]]:
-    """Runs of places that follow one another."""
+def _intervals(indices: Iterator[int]) -> list[list[int]]:
+    """Runs of consecutive indices, as [first, stop)."""
     runs: list[list[int]] = []
-    for place in places:
-        if runs and runs[-1][1] == place:
+    for index in indices:
+        if runs and runs[-1][1] == index:
             runs[-1][1] += 1
         else:
-            runs.append([place, place + 1])
+            runs.append([index, index + 1])
     return runs

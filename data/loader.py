@@ -1,10 +1,10 @@
-"""From shards to batches: shuffled, cropped, captions drawn and tokenised, always full, resumable at the sample.
+"""The training input pipeline: shuffled, augmented, always full batches from shards, resumable at the very next sample.
 
-Order, crops and caption draws are pure functions of (seed, epoch, sample), so neither the number of workers nor a
-restart changes them. grain does the order, the workers and the batching: a *group* is a fixed run of `batch_size`
-places in the endless order, read as a whole by one worker. `Stream` turns groups into batches: samples that cannot be
-used leave gaps in their group, the next group fills them and what is left of it is carried over: nothing is repeated or
-lost. Last, the captions of a batch may be packed.
+The order and what the transforms make are pure functions of (seed, epoch, sample), so neither the number of workers nor
+a restart changes them. grain does the order, the workers and the batching: a *group* is a fixed run of `batch_size`
+indices of the endless order, read as a whole by one worker. `Stream` turns groups into batches: where samples cannot be
+used, the batch is filled up from the next group, and the rest of that group starts the next batch: nothing is repeated
+or lost. Last, the texts of a batch may be packed.
 """
 
 import collections
@@ -31,9 +31,18 @@ from flair_jax.data import iterator_state, order
 from flair_jax.data.sources.base import Concatenation
 from flair_jax.data.sources.open import Shards, open_source, sets
 from flair_jax.data.transforms import captions, packing, tokenizer
+from flair_jax.data.transforms.base import Transform
 from flair_jax.data.transforms.captions import CaptionOptions
 from flair_jax.data.transforms.images import AugmentationOptions
-from flair_jax.data.transforms.samples import LoadEvaluation, LoadTraining, Pixels, Skipped
+from flair_jax.data.transforms.samples import (
+    Captions,
+    Crop,
+    LoadEvaluation,
+    LoadTraining,
+    Pixels,
+    Skipped,
+    join_texts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +51,8 @@ WORKER_BUFFER = 2  # batches that wait in each worker
 SHARED_MEMORY = "/dev/shm"  # where Linux lists it as files; elsewhere grain copies the batches into it
 LOGGED_SKIPS = 20  # warnings of skipped samples; later ones are only counted
 MEASURED_SAMPLES = 2048  # whose captions say how many packed rows a batch needs
+# Starts to find the largest of the numbers that all processes give; the function that it returns waits for it.
+Agree = Callable[[int], Callable[[], int]]
 EARLY_SAMPLES, EARLY_SHARE = 200, 0.5  # where more than half of the first 200 are skipped there is no use in reading on
 
 
@@ -66,7 +77,7 @@ def collate(samples: Sequence[dict[str, np.ndarray] | Skipped], shared: bool = F
       shared: whether to lay the arrays in shared memory, for another process.
 
     Returns:
-      The arrays of the G good ones, (G, …) each; "offsets": their places in the group, (G,); and "skipped": (offset,
+      The arrays of the G good ones, (G, …) each; "offsets": their indices in the group, (G,); and "skipped": (offset,
       Skipped) of the others. Without good ones there are no other arrays.
     """
     offsets = [offset for offset, sample in enumerate(samples) if not isinstance(sample, Skipped)]
@@ -104,33 +115,35 @@ def _stack_shared(arrays: Sequence[np.ndarray]) -> SharedMemoryArray:
 class Stream:
     """Endless iterator over full batches; see `make_stream`.
 
-    A batch is {"images": uint8 (B, H, W, 3) RGB, "texts": {"tokens": int32 (B * K, T), "ends": int32 (B * K,)}}:
-    caption c of image i is row i * K + c, and `ends` are indices of the end-of-text ids into the flattened tokens of
-    all processes. B is this process's share of the global batch. With pixels "device" `images` are canvases and there
-    are `boxes`, float32 (B, 4); with packing `texts` are as `packing.pack` says.
+    A batch holds the arrays of the transforms under their names, (B, …), B being this process's share of the global
+    batch: with FLAIR's transforms "images", uint8 (B, H, W, 3) RGB; with pixels "device" these are canvases and there
+    are "crop_boxes", float32 (B, 4). All texts, C an image, are in one dict, `texts`: {"tokens": int32 (B * C, T),
+    "ends": int32 (B * C,)}. Text c of image i is number i * C + c, and `ends` are indices of the end-of-text ids into
+    the flattened tokens of all processes. With packing `texts` are as `packing.lay_out` says. Where a transform says
+    which of its texts are meant there is "valid", bool (B, C).
 
     Close it, or use it in a `with` statement, to end its workers. They also end when this process does, however it
     dies.
 
     Attributes:
       source: all samples; `len(stream.source)` make an epoch.
-      skipped: samples that could not be used since the very first batch of the run, by reason.
-      shortened: captions that packing cut since this stream was opened.
+      truncated: captions that packing cut since this stream was opened; 0 without `packing.truncate`.
     """
 
     def __init__(
         self,
         load: LoadTraining,
-        places: grain.MapDataset,
-        pack: Callable[[np.ndarray], packing.Packed] | None,
+        sample_order: grain.MapDataset,
+        packer: packing.Packer | None,
         *,
         identity: Mapping[str, Any],
         workers: int,
         start: iterator_state.Position,
         max_skipped: float,
+        agree: Agree | None,
     ):
         self.source = load.source
-        self._pack = pack
+        self._packer, self._agree = packer, agree
         self._max_skipped = max_skipped
         self._batch_size = identity["batch_size"]
         self._process_index, self._process_count = identity["process_index"], identity["process_count"]
@@ -138,24 +151,25 @@ class Stream:
         _check_same_stream(start["stream"], identity)
         self._base = {name: start[name] for name in ("start", "leftover", "stream")}  # what stays of the position
         self._layout = iterator_state.Layout(start["start"], tuple(map(tuple, start["leftover"])))
-        # The next batch begins at place `_offset` of group `_group`.
+        # The next batch begins at index `_offset` of group `_group`.
         self._group, self._offset = start["group"], start["offset"]
         self._held = None  # that group, once it was read
-        self.skipped = collections.Counter(start["skipped"])
-        self.shortened = 0
+        self._skipped = collections.Counter(start["skipped"])
+        self.truncated = 0
         # The epoch of the last skipped sample, and how many of it were skipped.
         self._epoch, self._epoch_skipped = start["epoch"], start["epoch_skipped"]
         self._logged = 0
         self._position = self._snapshot()
+        self._prefetched: _Drawn | Exception | None = None
         # In a list that closing empties: grain complains at exit of an iterator that is still there.
-        self._groups = [self._start(places, load, workers)]
+        self._groups = [self._start(sample_order, load, workers)]
         self._finalizer = weakref.finalize(self, _close, self._groups)
 
-    def _start(self, places: grain.MapDataset, load: LoadTraining, workers: int) -> grain.DatasetIterator:
+    def _start(self, sample_order: grain.MapDataset, load: LoadTraining, workers: int) -> grain.DatasetIterator:
         if self._layout.leftover:
-            relaid = functools.partial(_relaid, places, self._layout)
-            places = grain.MapDataset.range(1).repeat().map_with_index(relaid)
-        numbered = places.map_with_index(_with_place)[self._layout.start :]
+            relaid = functools.partial(_relaid, sample_order, self._layout)
+            sample_order = grain.MapDataset.range(1).repeat().map_with_index(relaid)
+        numbered = sample_order.map_with_index(_with_index)[self._layout.start :]
         groups = numbered.batch(self._rows, drop_remainder=True, batch_fn=list)
         groups = groups[self._group * self._process_count + self._process_index :: self._process_count]
         shared = bool(workers) and os.path.isdir(SHARED_MEMORY)
@@ -180,6 +194,20 @@ class Stream:
         """
         if not self._groups:
             raise ValueError("the stream is closed")
+        drawn, self._prefetched = self._prefetched or self._draw(), None
+        if isinstance(drawn, Exception):
+            raise drawn
+        if self._agree is not None:
+            # Processes agree on a batch's rows one batch before it is needed, so that no device waits for it.
+            try:
+                self._prefetched = self._draw()
+            except Exception as error:  # it belongs to the next batch
+                self._prefetched = error
+        self._position = drawn.position
+        return {**drawn.arrays, "texts": self._texts(drawn)}
+
+    def _draw(self) -> "_Drawn":
+        """The next batch, before its texts are laid out."""
         parts, missing = [], self._rows
         while missing:
             if self._held is None:
@@ -191,21 +219,26 @@ class Stream:
             self._offset = end
             if end == self._rows:
                 self._group, self._offset, self._held = self._group + 1, 0, None
-        self._position = self._snapshot()
         batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts[1:] else parts[0]
         del batch["offsets"]
-        texts = self._texts(batch.pop("tokens"))
-        return {**batch, "texts": texts}
+        arrays, tokens, valid = join_texts(batch)
+        if valid is not None:
+            arrays["valid"] = valid
+        texts = tokens.reshape(-1, tokens.shape[-1])  # (B * C, T)
+        placed = rows = None
+        if self._packer is not None:
+            placed = self._packer.place(texts)
+            rows = (lambda: placed.rows) if self._agree is None else self._agree(placed.rows)
+        return _Drawn(arrays, texts, placed, rows, self._snapshot())
 
-    def _texts(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """Tokens (B, K, T) -> the fields of `flair_jax.models.text.Text`."""
-        tokens = tokens.reshape(-1, tokens.shape[-1])  # (B * K, T)
-        if self._pack is None:
-            texts = {"tokens": tokens, "ends": tokenizer.ends(tokens)}
+    def _texts(self, drawn: "_Drawn") -> dict[str, np.ndarray]:
+        """The fields of `flair_jax.models.text.Text`."""
+        if drawn.placed is None:
+            texts = packing.padded(drawn.tokens)
         else:
-            texts, shortened = self._pack(tokens)
-            self.shortened += shortened
-        before = self._process_index * texts["tokens"].size  # tokens of the processes whose rows come first
+            texts, truncated = self._packer.lay_out(drawn.placed, drawn.rows())
+            self.truncated += truncated
+        before = self._process_index * texts["tokens"].size  # tokens of the preceding processes
         return {**texts, "ends": texts["ends"] + np.int32(before)}
 
     def _read(self) -> dict[str, Any]:
@@ -225,7 +258,7 @@ class Stream:
         return {name: value if name == "skipped" else np.asarray(value) for name, value in group.items()}
 
     def _take(self, group: Mapping[str, Any], count: int) -> tuple[dict[str, np.ndarray], int]:
-        """At most `count` good samples of a group from the present offset on, and the offset behind them.
+        """At most `count` good samples of a group from the present offset on, and the offset after them.
 
         What is passed on the way and cannot be used is counted.
         """
@@ -239,9 +272,9 @@ class Stream:
         return {name: array[first:stop] for name, array in group.items() if name != "skipped"}, end
 
     def _count(self, skipped: Skipped) -> None:
-        _log_and_count(skipped, self.skipped, self._logged)
+        _log_and_count(skipped, self._skipped, self._logged)
         self._logged += 1
-        epoch, offset = divmod(skipped.place, len(self.source))
+        epoch, offset = divmod(skipped.index, len(self.source))
         self._epoch_skipped = 1 + (self._epoch_skipped if epoch == self._epoch else 0)
         self._epoch = epoch
         whole = len(self.source) / self._process_count  # samples of an epoch that this process reads
@@ -252,7 +285,7 @@ class Stream:
             raise TooManySkipped(self._table(int(seen)))
 
     def _table(self, seen: int) -> str:
-        table = "".join(f"\n  {count:>10,}  {reason}" for reason, count in self.skipped.most_common())
+        table = "".join(f"\n  {count:>10,}  {reason}" for reason, count in self._skipped.most_common())
         return (
             f"{self._epoch_skipped:,} of the first {seen:,} samples of epoch {self._epoch} cannot be used; max_skipped "
             f"allows {self._max_skipped:.2%} of {len(self.source):,}. Skipped since the run began:{table}\n"
@@ -261,7 +294,7 @@ class Stream:
 
     @property
     def position(self) -> dict[str, Any]:
-        """Behind the last batch that was given out, for `make_stream(position=…)`. Small, and fit for JSON.
+        """After the last batch that was given out, for `make_stream(position=…)`. Small, and fit for JSON.
 
         Every process of a run has its own and must get its own back; for another number of processes see
         `iterator_state.redistribute`. The number of workers may change, the rest of `stream` may not.
@@ -273,20 +306,25 @@ class Stream:
             **self._base,
             "group": self._group,
             "offset": self._offset,
-            "skipped": dict(self.skipped),
+            "skipped": dict(self._skipped),
             "epoch": self._epoch,
             "epoch_skipped": self._epoch_skipped,
         }
 
     @property
+    def skipped(self) -> collections.Counter:
+        """Samples that could not be used, by reason, since the very first batch of the run."""
+        return collections.Counter(self._position["skipped"])
+
+    @property
     def epoch(self) -> float:
         """Epochs that were given out, to within a batch."""
-        behind = self._group * self._batch_size + self._offset * self._process_count
-        return (self._layout.start + behind) / len(self.source)
+        given = self._position["group"] * self._batch_size + self._position["offset"] * self._process_count
+        return (self._layout.start + given) / len(self.source)
 
     def close(self) -> None:
         """Ends the workers, which finish the batches that they are at. Idempotent."""
-        self._held = None
+        self._held = self._prefetched = None
         self._finalizer()
 
     def __enter__(self) -> "Stream":
@@ -294,6 +332,25 @@ class Stream:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """A batch before its texts are laid out.
+
+    Attributes:
+      arrays: by name.
+      tokens: int32 (B * C, T).
+      placed: where they go; None: as they are.
+      rows: waits for the rows that all processes take.
+      position: of the stream after this batch.
+    """
+
+    arrays: dict[str, np.ndarray]
+    tokens: np.ndarray
+    placed: packing.Placed | None
+    rows: Callable[[], int] | None
+    position: dict[str, Any]
 
 
 def _check_same_stream(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -307,12 +364,12 @@ def _check_same_stream(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None
         )
 
 
-def _relaid(places: grain.MapDataset, layout: iterator_state.Layout, place: int, _: int) -> tuple[int, int]:
-    return places[layout(place)]
+def _relaid(sample_order: grain.MapDataset, layout: iterator_state.Layout, index: int, _: int) -> tuple[int, int]:
+    return sample_order[layout(index)]
 
 
-def _with_place(place: int, which: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-    return place, which
+def _with_index(index: int, which: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    return index, which
 
 
 def _load_group(load: LoadTraining, shared: bool, group: list[tuple[int, tuple[int, int]]]) -> dict[str, Any]:
@@ -341,34 +398,18 @@ def _end_with_parent() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PackingOptions:
-    """How captions share rows; see `transforms.packing`."""
+    """How captions share rows; see `transforms.packing`.
 
-    row_length: int | None = None  # tokens; None: every caption has a row of its own
-    quantile: float = 0.95  # share of batches that must fit uncut into the rows, whose number is measured on the data
-
-
-@dataclasses.dataclass(frozen=True)
-class Pack:
-    """Packs the captions of a batch, those of each device's images into rows of its own; see `packing.pack`.
-
-    Attributes:
-      row_length, rows: of the packed captions of one device.
-      parts: devices of this process.
+    The loss does not depend on these, nor on the number of devices, unless `truncate` is set.
     """
 
-    row_length: int
-    rows: int
-    parts: int
-
-    def __call__(self, tokens: np.ndarray) -> packing.Packed:
-        """Tokens (B * K, T) -> `parts` times `rows` rows."""
-        packed = [
-            packing.pack(part, row_length=self.row_length, rows=self.rows) for part in np.split(tokens, self.parts)
-        ]
-        size = self.rows * self.row_length
-        ends = [part.texts["ends"] + np.int32(number * size) for number, part in enumerate(packed)]
-        texts = {name: np.concatenate([part.texts[name] for part in packed]) for name in packed[0].texts}
-        return packing.Packed({**texts, "ends": np.concatenate(ends)}, sum(part.shortened for part in packed))
+    row_length: int | None = None  # tokens, at least context_length; None: every caption has a row of its own
+    # Share of batches that get the smallest number of rows, which is measured on the data. Others get more, of a few
+    # numbers; the training step is compiled for each number when it first comes.
+    quantile: float = 0.95
+    # True: the number of rows is fixed, and where a batch does not fit its longest captions lose their last tokens: one
+    # program and one need of memory, but a loss that depends on the number of devices. row_length may be any.
+    truncate: bool = False
 
 
 def make_stream(
@@ -381,6 +422,8 @@ def make_stream(
     captions: Mapping[str, Any] | None = None,
     augmentation: Mapping[str, Any] | None = None,
     pixels: Pixels = "reference",
+    upright: bool = False,
+    transforms: Sequence[Transform] = (),
     packing: Mapping[str, Any] | None = None,
     shuffle: bool = True,
     shuffle_window: int | None = None,
@@ -393,6 +436,7 @@ def make_stream(
     process_count: int = 1,
     device_count: int = 1,
     rows_multiple_of: int = 1,
+    agree: Agree | None = None,
 ) -> Stream:
     """The training batches of some shards, without end.
 
@@ -404,7 +448,10 @@ def make_stream(
       seed: of the order, the crops and the captions.
       captions: fields of CaptionOptions that differ from their defaults.
       augmentation: fields of AugmentationOptions that differ from their defaults.
-      pixels: how images are made, see `LoadTraining`.
+      pixels: how images are made, see `samples.Crop`.
+      upright: whether photographs are turned as their EXIF orientation says; the published data sets are trained as
+        they are stored.
+      transforms: others beside the captions and the crop, whose arrays join the batch; see `transforms.base`.
       packing: fields of PackingOptions that differ from their defaults.
       shuffle: over all samples, anew each epoch; otherwise in the order of the shards.
       shuffle_window: samples within which to shuffle, for stores that are slow to seek; None: the whole epoch.
@@ -419,10 +466,13 @@ def make_stream(
       process_index, process_count: which share of every batch this process reads.
       device_count: devices of this process, over which its share is split; each gets the packed rows of its own images.
       rows_multiple_of: what has to divide the packed rows of a device.
+      agree: the largest of the numbers that all processes give, see `Agree`; needed by several processes that pack
+        without `truncate`, for the batch has one shape on all of them. They all ask for each batch, in order.
 
     Raises:
       FileNotFoundError, ShardError: see `open_source`.
-      ValueError: batch_size is no multiple of the processes and their devices, or an option has no meaning.
+      ValueError: batch_size is no multiple of the processes and their devices, packed rows are too short for a
+        caption, or an option has no meaning.
       iterator_state.PositionError: `position` belongs to other data or settings.
       TypeError: an unknown option of captions, augmentation or packing.
     """
@@ -438,15 +488,12 @@ def make_stream(
         parts = [open_source(part, index_dir) for part in sets(shards)]
         source = Concatenation(parts)
         sizes = [len(part) for part in parts]
-    load = LoadTraining(
-        source=source,
-        image_size=image_size,
-        tokenize=tokenizer.Tokenizer(context_length),
-        seed=seed,
-        captions=CaptionOptions(**(captions or {})),
-        augmentation=AugmentationOptions(**(augmentation or {})),
-        pixels=pixels,
+    own = (
+        Captions(CaptionOptions(**(captions or {})), tokenizer.Tokenizer(context_length)),
+        *transforms,
+        Crop(image_size, AugmentationOptions(**(augmentation or {})), pixels, upright),  # last: it costs the most
     )
+    load = LoadTraining(source, own, seed)
     identity = {
         "samples": len(source),
         "checksum": source.checksum,
@@ -458,44 +505,69 @@ def make_stream(
         "process_index": process_index,
         "process_count": process_count,
     }
-    places = order.endless(sizes, seed, shuffle=shuffle, window=shuffle_window, weights=weights)
-    images = batch_size // process_count // device_count
+    sample_order = order.endless(sizes, seed, shuffle=shuffle, window=shuffle_window, weights=weights)
+    packer = _measured_packer(
+        load,
+        sample_order,
+        images=batch_size // process_count // device_count,
+        longest=context_length,
+        devices=device_count,
+        processes=process_count,
+        multiple_of=rows_multiple_of,
+        options=PackingOptions(**(packing or {})),
+    )
+    shapes_differ = process_count > 1 and packer is not None and not packer.truncate
+    if shapes_differ and agree is None:
+        raise ValueError(
+            f"{process_count} processes that pack need `agree`, to give their batches one shape; or packing.truncate"
+        )
     return Stream(
         load,
-        places,
-        measured_pack(load, places, images, device_count, rows_multiple_of, PackingOptions(**(packing or {}))),
+        sample_order,
+        packer,
         identity=identity,
         workers=workers,
         start=iterator_state.first(identity) if position is None else position,
         max_skipped=max_skipped,
+        agree=agree if shapes_differ else None,
     )
 
 
-def measured_pack(
+def _measured_packer(
     load: LoadTraining,
-    places: Sequence[tuple[int, int]],
+    sample_order: Sequence[tuple[int, int]],
+    *,
     images: int,
-    parts: int,
+    longest: int,
+    devices: int,
+    processes: int,
     multiple_of: int,
     options: PackingOptions,
-) -> Pack | None:
-    """A packing that fits the data: the same for every process and every restart, as its samples are.
+) -> packing.Packer | None:
+    """A packer that fits the data: the same for every process and every restart, as its samples are.
 
     Args:
-      load, places: the training samples and their order, of which the first are measured.
+      load, sample_order: the training samples and their order, of which the first are measured.
       images: in a batch of one device.
-      parts: devices of this process.
+      longest: tokens of a caption, at most.
+      devices, processes: devices of this process, and processes.
       multiple_of: what has to divide the rows of a device.
       options: the wanted rows.
 
     Raises:
       TooManySkipped: no sample that is measured has captions.
+      ValueError: the rows are too short for the longest caption.
     """
     if options.row_length is None:
         return None
-    which = [places[place] for place in range(min(MEASURED_SAMPLES, len(load.source)))]
+    if options.row_length < longest and not options.truncate:
+        raise ValueError(
+            f"packing.row_length is {options.row_length}, and captions have up to {longest} tokens (context_length): "
+            f"set row_length to {longest} or more, or packing.truncate=True, which cuts captions that do not fit"
+        )
+    which = [sample_order[index] for index in range(min(MEASURED_SAMPLES, len(load.source)))]
     with concurrent.futures.ThreadPoolExecutor(MAX_THREADS) as pool:  # a read from a store takes its time
-        measured = [tokens for tokens in pool.map(load.tokens, which) if tokens is not None]
+        measured = [tokens for tokens in pool.map(load.texts, which) if tokens is not None]
     if not measured:
         raise TooManySkipped(f"none of the first {MEASURED_SAMPLES:,} samples has captions; check the caption fields")
     rows = packing.measure_rows(
@@ -503,9 +575,16 @@ def measured_pack(
         batch_size=images,
         row_length=options.row_length,
         multiple_of=multiple_of,
-        quantile=options.quantile,
+        # The fullest device decides for all: each has to fit so much more often. What is cut is cut on each device.
+        quantile=options.quantile if options.truncate else options.quantile ** (1 / (devices * processes)),
     )
-    return Pack(options.row_length, rows, parts)
+    counts = (rows,)
+    if not options.truncate:
+        captions_count = images * len(measured[0])
+        counts = packing.row_counts(
+            rows, captions_count, row_length=options.row_length, longest=longest, multiple_of=multiple_of
+        )
+    return packing.Packer(options.row_length, counts, devices, options.truncate)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -542,10 +621,17 @@ def evaluation_samples(
     *,
     fields: Sequence[str] = captions.FIELDS,
     index_dir: str | os.PathLike | None = None,
+    upright: bool = False,
 ) -> EvaluationSamples:
     """The samples of some shards, each once, with the evaluation's crop and all sentences of the given fields.
+
+    Args:
+      shards, index_dir: see `open_source`.
+      image_size: side in pixels, or (height, width).
+      fields: keys of the captions, see `captions.sentences`.
+      upright: whether photographs are turned as their EXIF orientation says, see `images.decode`.
 
     Raises:
       FileNotFoundError, ShardError: see `open_source`.
     """
-    return EvaluationSamples(LoadEvaluation(open_source(shards, index_dir), image_size, fields))
+    return EvaluationSamples(LoadEvaluation(open_source(shards, index_dir), image_size, fields, upright))

@@ -1,6 +1,7 @@
-"""In which order the samples of a data set come: place in the endless order -> (epoch, sample number).
+"""The order of the samples: index in the endless order of training -> (epoch, sample number).
 
-Every order here is a pure function of (seed, place), so a run can go on anywhere and any process can ask for any place.
+Every order here is a pure function of (seed, index), so a run can resume anywhere and any process can ask for any
+index.
 """
 
 import dataclasses
@@ -13,8 +14,8 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 BLOCKS = 16  # runs of neighbouring samples that make up a window
-SMALL = 2**18  # up to here a permutation is kept as a table, 1 MB; grain's costs 5 to 40 µs a place, and no memory
-# Of grain's index permutation. With its usual 4, places 2 apart correlate by -0.07 in a set of 100,000 (20 standard
+SMALL = 2**18  # up to here a permutation is kept as a table, 1 MB; grain's costs 5 to 40 µs per index, and no memory
+# Of grain's index permutation. With its usual 4, indices 2 apart correlate by -0.07 in a set of 100,000 (20 standard
 # errors); from 8 on nothing is left to see.
 ROUNDS = 12
 
@@ -28,7 +29,7 @@ class Shuffled:
       seed: of the order.
       window: None shuffles over the whole epoch. Otherwise this many samples at a time are shuffled among themselves: a
         window is made of `BLOCKS` runs of neighbours from all over the data set, which other epochs combine anew. So a
-        store that is slow to seek has only a few places to read at a time.
+        store that is slow to seek has only a few positions to read from at a time.
     """
 
     first: int
@@ -36,17 +37,17 @@ class Shuffled:
     seed: int
     window: int | None = None
 
-    def __call__(self, place: int) -> tuple[int, int]:
-        """Place in the order of these numbers alone -> (epoch, number)."""
-        epoch, place = divmod(place, self.count)
+    def __call__(self, index: int) -> tuple[int, int]:
+        """Index in the order of these numbers alone -> (epoch, number)."""
+        epoch, index = divmod(index, self.count)
         if self.window is None:
-            return epoch, self.first + _shuffle(place, self.count, self.seed, "order", epoch)
-        window, offset = divmod(place, self.window)
+            return epoch, self.first + _shuffle(index, self.count, self.seed, "order", epoch)
+        window, offset = divmod(index, self.window)
         start = window * self.window
-        place = start + _shuffle(offset, min(self.window, self.count - start), self.seed, "window", epoch, window)
+        index = start + _shuffle(offset, min(self.window, self.count - start), self.seed, "window", epoch, window)
         length = max(1, self.window // BLOCKS)
-        block, offset = divmod(place, length)
-        if block < self.count // length:  # only whole blocks change places; a shorter rest stays the last
+        block, offset = divmod(index, length)
+        if block < self.count // length:  # only whole blocks are permuted; a shorter rest stays the last
             block = _shuffle(block, self.count // length, self.seed, "blocks", epoch)
         return epoch, self.first + block * length + offset
 
@@ -57,8 +58,8 @@ class Sequential:
 
     count: int
 
-    def __call__(self, place: int) -> tuple[int, int]:
-        return divmod(place, self.count)
+    def __call__(self, index: int) -> tuple[int, int]:
+        return divmod(index, self.count)
 
 
 def endless(
@@ -91,31 +92,31 @@ def endless(
         return _dataset(Shuffled(0, total, seed, window) if shuffle else Sequential(total))
     if len(weights) != len(sizes) or not all(weight > 0 for weight in weights):
         raise ValueError(f"expected a positive weight for each of {len(sizes)} sets of shards, got {tuple(weights)}")
-    firsts = [sum(sizes[:place]) for place in range(len(sizes))]
+    firsts = [sum(sizes[:number]) for number in range(len(sizes))]
     sets = [
         # Sets of equal size must not take turns in equal order, hence a seed for each.
-        _dataset(Shuffled(first, size, zlib.crc32(f"{seed}/{place}".encode()), window))
-        for place, (first, size) in enumerate(zip(firsts, sizes, strict=True))
+        _dataset(Shuffled(first, size, zlib.crc32(f"{seed}/{number}".encode()), window))
+        for number, (first, size) in enumerate(zip(firsts, sizes, strict=True))
     ]
     return grain.MapDataset.mix(sets, weights)
 
 
 def _dataset(order: Shuffled | Sequential) -> grain.MapDataset:
-    # The repeated range hands over each place of the endless order as it is.
+    # The repeated range hands over each index of the endless order as it is.
     return grain.MapDataset.range(order.count).repeat().map_with_index(functools.partial(_at, order))
 
 
-def _at(order: Shuffled | Sequential, place: int, _: int) -> tuple[int, int]:
-    return order(place)
+def _at(order: Shuffled | Sequential, index: int, _: int) -> tuple[int, int]:
+    return order(index)
 
 
-def _shuffle(place: int, count: int, seed: int, *what: object) -> int:
-    """Where a random permutation of 0 … count - 1 puts `place`; what it permutes makes it another one."""
+def _shuffle(index: int, count: int, seed: int, *what: object) -> int:
+    """Entry `index` of a random permutation of 0 … count - 1, which depends on the seed and on what is permuted."""
     # Hashed, so that neighbouring seeds and epochs do not share their orders.
     key = zlib.crc32("/".join(map(str, (*what, seed))).encode())
     if count <= SMALL:
-        return int(_permutation(count, key)[place])
-    return index_shuffle(place, max_index=count - 1, seed=key, rounds=ROUNDS)
+        return int(_permutation(count, key)[index])
+    return index_shuffle(index, max_index=count - 1, seed=key, rounds=ROUNDS)
 
 
 @functools.lru_cache(maxsize=8)

@@ -21,6 +21,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from flair_jax.data.sources import files
 from flair_jax.data.transforms.captions import FIELDS
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
@@ -307,7 +308,7 @@ def write(
     the same bytes. A complete folder with the same arguments is left as it is (INFO is written last), an incomplete one
     is written again. Raises FileExistsError where the folder holds scenes of other arguments.
     """
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(os.path.expanduser(folder))
     info = {"format": FORMAT, "count": count, "seed": seed, "shard_size": shard_size, "size": size, "split": split}
     paths = [folder / f"{shard:05d}.tar" for shard in range(-(-count // shard_size))]
     if (folder / INFO).exists():
@@ -318,16 +319,15 @@ def write(
             return paths
     folder.mkdir(parents=True, exist_ok=True)
     for shard, path in enumerate(paths):
-        partial = path.with_suffix(".partial")
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with files.replacing(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
             for index in range(shard * shard_size, min((shard + 1) * shard_size, count)):
                 key = f"{shard:05d}{index - shard * shard_size:04d}"
                 for name, content in _members(key, draw(seed, index, size, split), seed, index, split):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-        partial.replace(path)
-    (folder / INFO).write_text(json.dumps(info, indent=2) + "\n")
+    with files.replacing(folder / INFO) as partial:
+        partial.write_text(json.dumps(info, indent=2) + "\n")
     return paths
 
 

@@ -1,7 +1,5 @@
 """Text -> heat map -> picture: where in an image the pooling looks for a text."""
 
-import functools
-import math
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,12 +9,13 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from flair_jax.models.text import Text
+from flair_jax.evaluators.features import Encoder, patch_grid
 
 RED = (255, 0, 0)
 BOX = (0, 255, 0)
 MARGIN = 6  # pixels between the pictures of a sheet
 FONT_SIZE = 12
+IMAGE_BATCH, TEXT_BATCH = 64, 512
 
 
 class HeatMaps(NamedTuple):
@@ -27,28 +26,6 @@ class HeatMaps(NamedTuple):
 
     maps: np.ndarray
     zero_mass: np.ndarray
-
-
-def patch_grid(height: int, width: int, patches: int) -> tuple[int, int]:
-    """Rows and columns of `patches` square patches that cover an image of that many pixels.
-
-    Raises:
-      ValueError: no square patch fits.
-    """
-    side = math.isqrt(height * width // patches)
-    if side == 0 or height % side or width % side or (height // side) * (width // side) != patches:
-        raise ValueError(f"{patches} square patches cannot cover an image of {height} x {width} pixels")
-    return height // side, width // side
-
-
-@functools.partial(jax.jit, static_argnames=("model", "preprocess"))
-def _attention(model, preprocess, params, images, tokens):
-    def apply(method, *args):
-        return model.apply({"params": params}, *args, method=method)
-
-    image = apply("encode_image", preprocess(images))
-    text = apply("encode_text", Text.padded(tokens))
-    return apply("attention_maps", image, text)
 
 
 def heat_maps(
@@ -73,7 +50,14 @@ def heat_maps(
     Raises:
       ValueError: there is no such head.
     """
-    weights, zero_mass = map(np.asarray, _attention(model, preprocess, params, images, tokens))
+    encoder = Encoder(model, preprocess, image_batch=IMAGE_BATCH, text_batch=TEXT_BATCH)
+    params = encoder.place(params)
+    text = encoder.texts(params, tokens)
+    parts = []
+    for numbers, image in encoder.images(params, images):
+        maps = encoder.apply("attention_maps", params, image, text)
+        parts.append([np.asarray(x)[: len(numbers)] for x in maps])
+    weights, zero_mass = (np.concatenate(x) for x in zip(*parts, strict=True))
     batch, texts, count, patches = weights.shape
     chosen = list(range(count) if heads is None else heads)
     if not chosen or not set(chosen) <= set(range(count)):

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from flair_jax.data.transforms.images import pair
+
 
 def crop_and_resize(images: jax.Array, boxes: jax.Array, size: int | tuple[int, int]) -> jax.Array:
     """Crops a box from each image and resizes it, as Pillow crops and then resizes by antialiased bicubic weights.
@@ -12,14 +14,13 @@ def crop_and_resize(images: jax.Array, boxes: jax.Array, size: int | tuple[int, 
 
     Args:
       images: uint8 (B, C, C, 3).
-      boxes: float32 (B, 4): top, left, height and width in pixels, within the image. Pixels
-        outside the box are ignored.
+      boxes: float32 (B, 4): top, left, height and width in pixels, within the image. Pixels outside are ignored.
       size: side of the results in pixels, or (height, width); static under jit.
 
     Returns:
       uint8 (B, H, W, 3).
     """
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = pair(size)
     top, left, box_height, box_width = boxes.T  # (B,) each
     rows = _weights(top, box_height, images.shape[1], height)  # (B, H, C)
     columns = _weights(left, box_width, images.shape[2], width)  # (B, W, C)

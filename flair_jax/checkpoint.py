@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from flair_jax.config import normalize
 from flair_jax.state import TrainState
 
 PARAMS, EMA, OPTIMIZER, POSITIONS, CONFIG = "params", "ema", "optimizer", "positions", "config"
@@ -110,8 +111,8 @@ class Checkpoints:
         return self._json(step, POSITIONS)
 
     def config(self, step: int) -> dict[str, Any]:
-        """The config of the run that wrote the checkpoint."""
-        return self._json(step, CONFIG)
+        """The config of the run that wrote the checkpoint, see `config.normalize`."""
+        return normalize(self._json(step, CONFIG))
 
     def _json(self, step: int, item: str) -> Any:
         return self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]

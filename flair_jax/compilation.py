@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 from absl import logging
-from etils import epath
 
 GIB = 2**30
 
 
-def use_cache(folder: epath.PathLike) -> None:
+def use_cache(folder: str | os.PathLike) -> None:
     """Keeps compiled programs in a folder, for the next start; the one of JAX_COMPILATION_CACHE_DIR if that is set."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -37,7 +36,7 @@ def compile_step(step: Callable, state: Any, batch: Any) -> jax.stages.Compiled:
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes of a compiled program on one device: arguments, outputs that are not donated arguments, temporaries, code."""
+    """Bytes of a compiled program on one device: arguments, outputs less donated arguments, temporaries, code."""
     account = compiled.memory_analysis()
     parts = {
         "arguments": account.argument_size_in_bytes,

@@ -1,14 +1,27 @@
 """Several processes as one run: they start together, save and stop at the same step, and none outlives another."""
 
+import functools
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# What jax knows a cluster by; it asks the metadata server of a TPU pod beside that.
+CLUSTERS = {
+    "Slurm": ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    "Open MPI": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    "a TPU pod": ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID"),
+    "Kubernetes": ("KUBERNETES_SERVICE_HOST",),
+}
 
 
 class Interrupted(Exception):
@@ -19,14 +32,49 @@ class Interrupted(Exception):
         self.number = number
 
 
-def start(heartbeat_timeout: int) -> None:
-    """Joins the processes that Slurm, a TPU pod or Open MPI started; jax reads from the environment who is who.
+def start(
+    heartbeat_timeout: int,
+    coordinator_address: str | None = None,
+    process_id: int | None = None,
+    num_processes: int | None = None,
+) -> None:
+    """Joins the processes of a run. jax reads who is who from the environment of a cluster, or it is given by hand.
 
     Args:
       heartbeat_timeout: seconds without a sign of life after which a process counts as dead. Then jax ends the others,
         which would wait for it for ever.
+      coordinator_address: "host:port" of process 0, where no cluster tells it.
+      process_id, num_processes: which process this is, from 0, and of how many; with `coordinator_address` alone.
+
+    Raises:
+      ValueError: only some of the three are given, or none, and no cluster is known by its environment.
     """
-    jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout)
+    by_hand = {
+        "coordinator_address": coordinator_address,
+        "process_id": process_id,
+        "num_processes": num_processes,
+    }
+    missing = [f"--{name}" for name, value in by_hand.items() if value is None]
+    if 0 < len(missing) < len(by_hand):
+        raise ValueError(f"{', '.join(missing)} missing; without a cluster all of --{', --'.join(by_hand)} are needed")
+    try:
+        jax.distributed.initialize(**by_hand, heartbeat_timeout_seconds=heartbeat_timeout)
+    except ValueError as error:
+        if not missing or "should be defined" not in str(error):
+            raise
+        looked = (
+            f"{cluster} ({', '.join(f'{name} {_state(name)}' for name in names)})"
+            for cluster, names in CLUSTERS.items()
+        )
+        raise ValueError(
+            f"--distributed: no cluster is known by the environment of this process. Looked for {'; '.join(looked)}. "
+            "Start the processes with srun, mpirun or on a TPU pod, or tell each of them "
+            "--coordinator_address=HOST:PORT --process_id=0 … --num_processes=N"
+        ) from error
+
+
+def _state(name: str) -> str:
+    return "is set" if name in os.environ else "is not set"
 
 
 def fail() -> NoReturn:
@@ -44,6 +92,25 @@ def fail() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
+
+
+def start_max(value: int) -> Callable[[], int]:
+    """Starts to find the largest of the values that all processes give; the function that it returns waits for it.
+
+    It runs on the devices after the steps that were started before; all processes call it in the same order.
+    """
+    split, largest_of = _largest()
+    values = jax.make_array_from_process_local_data(split, np.full(jax.local_device_count(), value, np.int32))
+    largest = largest_of(values)
+    return lambda: int(largest)
+
+
+@functools.cache
+def _largest() -> tuple[NamedSharding, Callable]:
+    """Where one number per device is, and the jitted function that finds the largest, on all devices."""
+    mesh = Mesh(np.array(jax.devices()), ("device",))
+    split, whole = NamedSharding(mesh, PartitionSpec("device")), NamedSharding(mesh, PartitionSpec())
+    return split, jax.jit(jnp.max, in_shardings=split, out_shardings=whole)
 
 
 class Signals:

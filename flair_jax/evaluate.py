@@ -1,8 +1,8 @@
 """Evaluation: what a config lists, on the weights of a run or a file, as a report and pictures."""
 
+import inspect
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from PIL import Image
 
-from flair_jax import attention_maps, models, pretrained, sharding
+from flair_jax import attention_maps, models, pretrained, report, sharding
+from flair_jax import config as configuration
 from flair_jax.data import loader, scenes
 from flair_jax.data.transforms import captions
 from flair_jax.data.transforms.images import normalize
@@ -21,13 +21,20 @@ from flair_jax.evaluators import Pointing, PointingSet, Retrieval, RetrievalSet,
 from flair_jax.evaluators.segmentation import IGNORE
 
 SHEET_IMAGES = 6
+SHEET_TEXTS = 4  # per image
+
+# Images, and for each its texts and their boxes or None: what a sheet of attention maps shows.
+Examples = tuple[Sequence[np.ndarray], Sequence[Sequence[str]], Sequence[Sequence[Any]]]
 
 
-def scenes_evaluators(model: nn.Module, name: str, *, count: int, seed: int, size: int, **options) -> list:
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of evaluators
+
+
+def scenes_evaluators(model: nn.Module, name: str, *, count: int, seed: int, size: int, **options) -> Iterator[Any]:
     """Everything that the embedded data set can be asked: `count` unseen scenes, drawn in memory."""
     unseen = scenes.evaluation_set(count, seed, size)
     tokenize = Tokenizer(model.context_length)
-    options["preprocess"] = normalize
 
     def segmentation(kind, masks, names, prompts):
         owners = np.repeat(np.arange(len(names)), [len(texts) for texts in prompts])
@@ -37,29 +44,44 @@ def scenes_evaluators(model: nn.Module, name: str, *, count: int, seed: int, siz
         return Segmentation(model, data, preprocess=normalize)
 
     whole = RetrievalSet(name, unseen.images, tokenize(unseen.descriptions), np.arange(count))
+    yield Retrieval(model, whole, preprocess=normalize, **options)
     parts = RetrievalSet(f"{name}_parts", unseen.images, tokenize(unseen.parts), unseen.part_images)
+    yield Retrieval(model, parts, preprocess=normalize, **options)
     objects = np.bincount(unseen.phrase_images, minlength=count)[unseen.phrase_images]
     phrases = PointingSet(name, unseen.images, tokenize(unseen.phrases), unseen.phrase_images, unseen.boxes, objects)
-    return [
-        Retrieval(model, whole, **options),
-        Retrieval(model, parts, **options),
-        Pointing(model, phrases, preprocess=normalize),
-        segmentation("colour", unseen.colour_masks, unseen.colour_names, unseen.colour_prompts),
-        segmentation("shape", unseen.shape_masks, unseen.shape_names, unseen.shape_prompts),
-    ]
+    if model.has_pooling:
+        yield Pointing(model, phrases, preprocess=normalize)
+    yield segmentation("colour", unseen.colour_masks, unseen.colour_names, unseen.colour_prompts)
+    yield segmentation("shape", unseen.shape_masks, unseen.shape_names, unseen.shape_prompts)
+
+
+def scenes_examples(model: nn.Module, *, seed: int, size: int, **_) -> Examples:
+    """A few unseen scenes, with a phrase and its box for each object."""
+    few = scenes.evaluation_set(SHEET_IMAGES, seed, size)
+    texts, boxes = [[] for _ in few.images], [[] for _ in few.images]
+    for image, phrase, box in zip(few.phrase_images, few.phrases, few.boxes, strict=True):
+        texts[image].append(phrase)
+        boxes[image].append(tuple(box))
+    return list(few.images), texts, boxes
 
 
 def shards_evaluators(
-    model: nn.Module, name: str, *, shards: Any, fields: Iterable[str] = captions.FIELDS, **options
-) -> list:
-    """Retrieval among the samples of webdataset shards: every sentence of the given fields is a text of its image.
+    model: nn.Module,
+    name: str,
+    *,
+    shards: Any,
+    fields: Sequence[str] = captions.FIELDS,
+    index_dir: str | None = None,
+    **options,
+) -> Iterator[Any]:
+    """Retrieval among the samples of shards: every sentence of the given fields is a text of its image.
 
     A config may name the evaluator and leave `shards` empty for its user to fill in: then there is nothing to evaluate.
     """
     if not shards:
         logging.warning("evaluators.%s.shards is empty: not evaluated", name)
-        return []
-    samples = loader.evaluation_samples(shards, model.image_size, fields=tuple(fields))
+        return
+    samples = loader.evaluation_samples(shards, model.image_size, fields=names_of(fields), index_dir=index_dir)
     images, texts, owners = [], [], []
     for _, image, sentences in samples:
         owners += [len(images)] * len(sentences)
@@ -68,55 +90,127 @@ def shards_evaluators(
     for reason, number in samples.skipped.most_common():
         logging.warning("%s: %d samples were skipped: %s", name, number, reason)
     if not images:
-        raise ValueError(f"evaluators.{name}: no usable sample in {shards}")
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in samples.skipped.most_common()) or "no samples"
+        raise ValueError(
+            f"evaluators.{name}: no usable sample in {shards} with the caption fields {names_of(fields)}: {reasons}. "
+            f"Set evaluators.{name}.fields to the fields that hold captions there"
+        )
     data = RetrievalSet(name, images, Tokenizer(model.context_length)(texts), np.asarray(owners))
-    return [Retrieval(model, data, preprocess=normalize, **options)]
+    yield Retrieval(model, data, preprocess=normalize, **options)
 
 
-KINDS = {"scenes": scenes_evaluators, "shards": shards_evaluators}
+def shards_examples(
+    model: nn.Module, *, shards: Any, fields: Sequence[str] = captions.FIELDS, index_dir: str | None = None, **_
+) -> Examples:
+    """The first samples of some shards, with the first sentences of each."""
+    if not shards:
+        return [], [], []
+    samples = loader.evaluation_samples(shards, model.image_size, fields=names_of(fields), index_dir=index_dir)
+    chosen = list(itertools.islice(samples, SHEET_IMAGES))
+    texts = [sentences[:SHEET_TEXTS] for _, _, sentences in chosen]
+    return [image for _, image, _ in chosen], texts, [[None] * len(row) for row in texts]
 
 
-def build(config: Mapping[str, Any], model: nn.Module) -> list:
-    """The evaluators of a config's `evaluators` section: name -> {"kind": one of `KINDS`, options}."""
-    evaluators = []
-    for name, section in config.items():
+def names_of(fields: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several, as a tuple."""
+    return (fields,) if isinstance(fields, str) else tuple(fields)
+
+
+# Kind -> its evaluators, and what its sheet of attention maps shows.
+KINDS = {"scenes": (scenes_evaluators, scenes_examples), "shards": (shards_evaluators, shards_examples)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a config lists
+
+
+def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The evaluators of a whole config: name -> kind and options. What reads captions follows `data`, unless told.
+
+    Raises:
+      ValueError: an unknown kind, an option that the kind does not have, or one that is missing.
+    """
+    found = {}
+    data = config["data"]
+    for name, section in config["evaluators"].items():
         options = dict(section)
-        kind = options.pop("kind")
+        kind = options.pop("kind", None)
         if kind not in KINDS:
             raise ValueError(f"evaluators.{name}.kind is {kind!r}; expected one of {sorted(KINDS)}")
-        evaluators += KINDS[kind](model, name, **options)
-    return evaluators
+        known = _keywords(KINDS[kind][0]) | _keywords(Retrieval)
+        if unknown := options.keys() - known.keys():
+            raise ValueError(f"evaluators.{name} of kind {kind!r} has no {sorted(unknown)}; there are {sorted(known)}")
+        if missing := {key for key, needed in known.items() if needed} - options.keys():
+            raise ValueError(f"evaluators.{name} of kind {kind!r} lacks {sorted(missing)}")
+        followed = {"fields": data["captions"]["fields"], "index_dir": data["index_dir"]}
+        for key in followed.keys() & known.keys():
+            if options.get(key) is None:
+                options[key] = followed[key]
+        if "modes" in options:
+            options["modes"] = names_of(options["modes"])
+        found[name] = kind, options
+    return found
 
 
-def run(evaluators: Iterable, params: Any) -> dict[str, float]:
-    """All metrics of all evaluators, by name."""
-    return {name: float(value) for evaluator in evaluators for name, value in evaluator.run(params)}
+def _keywords(function: Callable) -> dict[str, bool]:
+    """Keyword arguments that a config may set, and whether they have no default."""
+    parameters = inspect.signature(function).parameters.values()
+    return {
+        parameter.name: parameter.default is parameter.empty
+        for parameter in parameters
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in ("preprocess", "mesh")
+    }
+
+
+def run(config: Mapping[str, Any], model: nn.Module, params: Any, workdir: epath.PathLike | None = None) -> list:
+    """All results of a config's evaluators, each built when its turn comes and dropped before the next one.
+
+    Args:
+      config: the whole config.
+      model, params: what to evaluate; every process takes part.
+      workdir: where to write the report after each evaluator, for nothing to be lost; None: nowhere.
+
+    Returns:
+      `report.Result`s.
+    """
+    results: list[report.Result] = []
+    for name, (kind, options) in sections(config).items():
+        for evaluator in KINDS[kind][0](model, name, **options):
+            results += evaluator.run(params)
+            if workdir is not None and jax.process_index() == 0:
+                report.write(workdir, results)
+    names = [result.name for result in results]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        logging.warning("results of the same name, of which the last one counts: rename an evaluator. %s", twice)
+    return results
 
 
 def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float]:
     """Evaluates the newest checkpoint in `workdir`, or the weights that `init_from` names, and writes the report.
 
+    Returns:
+      Values by name, as in report.json. Nothing is written if there is nothing to evaluate.
+
     Raises:
+      ValueError: the config is wrong, or lists no evaluator.
       FileNotFoundError: there are no weights: a model with random weights is never evaluated in silence.
     """
-    workdir = epath.Path(workdir)
+    config = configuration.normalize(config)
+    configuration.check(config)
+    if not sections(config):
+        raise ValueError("config.evaluators is empty: nothing to evaluate")
     params, section = pretrained.read(config["init_from"] or workdir, config["model"])
     model = models.create(section)
     with jax.set_mesh(sharding.create_mesh(**config["mesh"])):
         params = jax.device_put(params, sharding.replicated(jax.sharding.get_mesh()))
-        results = run(build(config["evaluators"], model), params)
-        write(workdir, results, config["evaluators"], model, params)
-    return results
+        results = run(config, model, params, workdir)
+        draw_attention_sheets(config, model, params, workdir)
+    return report.flat(results)
 
 
-def write(workdir: epath.PathLike, results: Mapping[str, float], config, model: nn.Module, params: Any) -> None:
-    """Writes the report and the sheets of attention maps; every process takes part, the first one writes."""
-    if jax.process_index() == 0:
-        write_report(workdir, results)
-    for name, sheet in attention_sheets(config, model, params):
-        if jax.process_index() == 0:
-            with (pictures(workdir) / f"attention_{name}.png").open("wb") as file:
-                sheet.save(file, format="PNG")
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
 
 
 def pictures(workdir: epath.PathLike) -> epath.Path:
@@ -126,60 +220,32 @@ def pictures(workdir: epath.PathLike) -> epath.Path:
     return folder
 
 
-def write_report(workdir: epath.PathLike, results: Mapping[str, float]) -> str:
-    """Writes `report.json`, flat, and `report.md`, the same numbers in tables with chance beside; returns the tables.
+def draw_attention_sheets(config: Mapping[str, Any], model: nn.Module, params: Any, workdir: epath.PathLike) -> None:
+    """A sheet of attention maps for each evaluator, if the model has them; every process takes part, the first writes.
 
-    A name is `task/set/metric` or `task/set/way/metric`: a set is a table, a metric a row and a way a column.
+    A sheet that cannot be drawn is reported and ends nothing: the work that it illustrates is done.
     """
-    workdir = epath.Path(workdir)
-    (workdir / "report.json").write_text(json.dumps(results, indent=2) + "\n")
-    tables: dict[str, dict[str, dict[str, float]]] = {}  # set -> metric -> way -> value
-    for name, value in results.items():
-        task, data, *way, metric = name.split("/")
-        if metric.startswith("chance"):
-            # `pointing/scenes/chance` belongs to the first metric of the set.
-            way, metric = [metric.replace("_", " ")], next(iter(tables[f"{task}/{data}"]))
-        elif way == ["iou"]:
-            way, metric = [], f"iou of {metric}"
-        rows = tables.setdefault(f"{task}/{data}", {})
-        rows.setdefault(metric, {})[way[0] if way else "value"] = value
-    text = "\n".join(_table(title, rows) for title, rows in tables.items())
-    (workdir / "report.md").write_text(text)
-    return text
+    if not model.has_pooling:
+        return
+    for name, (kind, options) in sections(config).items():
+        try:
+            images, texts, boxes = KINDS[kind][1](model, **options)
+            if not any(map(len, texts)):
+                continue
+            sheet = attention_sheet(model, params, images, texts, boxes)
+            if jax.process_index() == 0:
+                with (pictures(workdir) / f"attention_{name}.png").open("wb") as file:
+                    sheet.save(file, format="PNG")
+        except Exception:
+            logging.exception("the sheet of attention maps of evaluators.%s was not drawn; the report is whole", name)
 
 
-def _table(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
-    ways = list(dict.fromkeys(way for row in rows.values() for way in row))
-    cells = [
-        [title, *ways],
-        *[[name, *[f"{row[w]:.3f}" if w in row else "" for w in ways]] for name, row in rows.items()],
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    rule = " | ".join("-" * (width - 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths))
-    return "".join(f"| {line} |\n" for line in [lines[0], rule, *lines[1:]])
-
-
-def attention_sheets(config: Mapping[str, Any], model: nn.Module, params: Any) -> Iterator[tuple[str, Image.Image]]:
-    """Yields a sheet of attention maps for each evaluator that has pictures to show."""
-    tokenize = Tokenizer(model.context_length)
-    for name, section in config.items():
-        boxes = None
-        if section["kind"] == "scenes":
-            few = scenes.evaluation_set(SHEET_IMAGES, section["seed"], section["size"])
-            images, texts, boxes = list(few.images), [[] for _ in few.images], [[] for _ in few.images]
-            for image, phrase, box in zip(few.phrase_images, few.phrases, few.boxes, strict=True):
-                texts[image].append(phrase)
-                boxes[image].append(tuple(box))
-        elif section["shards"]:
-            samples = loader.evaluation_samples(section["shards"], model.image_size)
-            chosen = list(itertools.islice(samples, SHEET_IMAGES))
-            images, texts = [image for _, image, _ in chosen], [sentences[:4] for _, _, sentences in chosen]
-        else:
-            continue
-        maps = [
-            attention_maps.heat_maps(model, params, image[None], tokenize(row), preprocess=normalize)
-            for image, row in zip(images, texts, strict=True)
-        ]
-        heats, zero_mass = [heat.maps[0] for heat in maps], [heat.zero_mass[0] for heat in maps]
-        yield name, attention_maps.sheet(images, texts, heats, zero_mass, boxes)
+def attention_sheet(model: nn.Module, params: Any, images, texts, boxes):
+    """The picture of `Examples`, see `attention_maps.sheet`."""
+    tokens = Tokenizer(model.context_length)([text for row in texts for text in row])
+    heat = attention_maps.heat_maps(model, params, np.stack(images), tokens, preprocess=normalize)
+    ends = np.cumsum([len(row) for row in texts])
+    own = [slice(end - len(row), end) for row, end in zip(texts, ends, strict=True)]
+    heats = [heat.maps[image, texts_of] for image, texts_of in enumerate(own)]
+    zero_mass = [heat.zero_mass[image, texts_of] for image, texts_of in enumerate(own)]
+    return attention_maps.sheet(images, texts, heats, zero_mass, boxes)

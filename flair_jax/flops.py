@@ -5,12 +5,13 @@ are two operations; causal attention counts in full, as PyTorch's profilers and 
 it; softmax, normalisation and activations, about a hundredth, do not count. The backward pass is twice the forward.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from flair_jax.models.vision import kept_patches
+from flair_jax.models.vision import grid, kept_patches
 
 # Dense bfloat16 operations a second, of the makers' data sheets; the key is part of `jax.Device.device_kind`.
 PEAK_BF16 = {
@@ -42,9 +43,7 @@ def transformer(tokens: Any, width: int, depth: int) -> Any:
 
 def patches(vision: Mapping[str, Any]) -> int:
     """Patches of an image, L."""
-    size = vision["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return (height // vision["patch_size"]) * (width // vision["patch_size"])
+    return math.prod(grid(vision["image_size"], vision["patch_size"]))
 
 
 def encode_image(model: Mapping[str, Any], local: int | None = None) -> int:

@@ -1,25 +1,32 @@
 """Trains or evaluates.
 
-    python -m flair_jax.main --config configs/scenes.py --workdir /path/to/run
-    python -m flair_jax.main --config configs/flair_cc3m.py --workdir gs://bucket/run --config.batch_size=512
-    python -m flair_jax.main --config configs/scenes.py --workdir /path/to/run --mode evaluate
+    python -m flair_jax.main --config scenes --workdir /path/to/run
+    python -m flair_jax.main --config my_config.py --workdir gs://bucket/run --config.batch_size=512
+    python -m flair_jax.main --config scenes --workdir /path/to/run --mode evaluate
 
-Running the same command again goes on from the newest checkpoint of the work directory.
+`--config` takes a path or the name of a shipped config. Running the same command again goes on from the newest
+checkpoint of the work directory.
 """
 
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-# Heavy modules are imported in `main`: grain's worker processes import this file again.
+from flair_jax import config as configuration
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
+# jax is imported in `main`: grain's worker processes import this file again.
+
+_CONFIG = flags.DEFINE_string(
+    "config", None, "The experiment: a path, or the name of a shipped config; --config.KEY=VALUE changes a key."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, numbers, pictures and the report.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "What to do.")
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Start jax.distributed from the environment of Slurm, a TPU pod or Open MPI."
+    "distributed", False, "Start jax.distributed from the environment of Slurm, a TPU pod or Open MPI, or as told."
 )
+_ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where no cluster tells it.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0; with --coordinator_address.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes; with --coordinator_address.")
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_timeout", 60, "Seconds without a sign of life after which a process is dead and the others end."
 )
@@ -27,26 +34,36 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"unexpected arguments {arguments[1:]}")
+    try:
+        config = configuration.read(_CONFIG.value, arguments[1:])
+    except (ValueError, FileNotFoundError) as error:
+        raise app.UsageError(str(error)) from error
+    workdir = configuration.normalize(_WORKDIR.value)
     logging.set_verbosity(logging.WARNING)  # jax names every backend that is absent, orbax every file that it writes
     import jax
     from etils import epath
 
     from flair_jax import compilation, cpu, distributed, evaluate, train
 
+    by_hand = _ADDRESS.value, _PROCESS.value, _PROCESSES.value
     if _DISTRIBUTED.value:
-        distributed.start(_HEARTBEAT.value)
+        try:
+            distributed.start(_HEARTBEAT.value, *by_hand)
+        except ValueError as error:
+            raise app.UsageError(str(error)) from error
+    elif any(value is not None for value in by_hand):
+        raise app.UsageError("--coordinator_address, --process_id and --num_processes need --distributed")
     cpu.configure()
-    compilation.use_cache(epath.Path(_WORKDIR.value) / "compiled")
+    compilation.use_cache(epath.Path(workdir) / "compiled")
     if jax.process_index() == 0:
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes")
         if jax.process_count() > 1:
             print(f"if a process dies, the others end within {_HEARTBEAT.value} s, and the same command goes on")
-        print(_CONFIG.value, flush=True)
-    config = _CONFIG.value.to_dict()
+        for key, value in configuration.flatten(config).items():
+            print(f"config.{key} = {value!r}")
+        sys.stdout.flush()
     try:
-        (train.train if _MODE.value == "train" else evaluate.evaluate)(config, _WORKDIR.value)
+        results = (train.train if _MODE.value == "train" else evaluate.evaluate)(config, workdir)
     except distributed.Interrupted as stop:
         logging.warning("%s", stop)
         sys.exit(128 + stop.number)
@@ -55,9 +72,10 @@ def main(arguments: list[str]) -> None:
             raise
         distributed.fail()
     if jax.process_index() == 0:
-        print((epath.Path(_WORKDIR.value) / "report.md").read_text())
-        print(f"report and pictures: {_WORKDIR.value}")
+        if results:
+            print((epath.Path(workdir) / "report.md").read_text())
+        print(f"report and pictures: {workdir}" if results else f"nothing was evaluated; checkpoints: {workdir}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=configuration.parse_known_flags)

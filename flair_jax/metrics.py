@@ -109,7 +109,7 @@ class Clock:
 
 
 class Progress:
-    """The progress bar, and how fast a run is: images a second, waits, work done, fill of the captions' rows.
+    """The progress bar, and how fast a run is: images a second, waits, work done, packing efficiency.
 
     Args:
       total, first: steps of the whole run, and those done before.
@@ -130,14 +130,14 @@ class Progress:
         """Begins a new interval; also after a pause for evaluation."""
         self.clock, self.sums = Clock(), collections.Counter()
 
-    def step(self, work: float, tokens: int, places: int) -> None:
+    def step(self, work: float, tokens: int, slots: int) -> None:
         """A step was started.
 
         Args:
           work: operations of it, over all devices.
-          tokens, places: of its captions' tokens, and places for tokens, padding included.
+          tokens, slots: its captions' tokens, and slots for tokens, padding included.
         """
-        self.sums.update(steps=1, work=work, tokens=tokens, places=places)
+        self.sums.update(steps=1, work=work, tokens=tokens, slots=slots)
         self.bar.update()
 
     def speed(self) -> dict[str, float]:
@@ -154,7 +154,7 @@ class Progress:
             "step_seconds": seconds / steps,
             "data_wait_share": sums["data"] / seconds,
             "saving_share": sums["saving"] / seconds,
-            "fill": sums["tokens"] / max(sums["places"], 1),
+            "packing_efficiency": sums["tokens"] / max(sums["slots"], 1),
             "tflop_per_second": sums["work"] / seconds / 1e12,
         }
         return figures if self.peak is None else {**figures, "mfu": sums["work"] / seconds / self.peak}

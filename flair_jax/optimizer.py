@@ -154,7 +154,9 @@ def create(
             return jax.tree.map(lambda frozen: "frozen" if frozen else "trained", by_name.frozen(params))
 
         tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
-    return Optimizer(tx if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), tx), by_name)
+    # The state has the same structure either way: clipping may be switched on when a run goes on.
+    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    return Optimizer(optax.chain(clip, tx), by_name)
 
 
 def _scale_by(scales) -> optax.GradientTransformation:

@@ -1,24 +1,20 @@
-"""What a run needs before it is started: work, time, memory a device, traffic. Nothing is allocated, no data is read.
+"""What a run needs before it is started: work, time and memory per device. Nothing is allocated, no data is read.
 
-    python -m flair_jax.plan --config configs/flair_cc12m.py
-    python -m flair_jax.plan --config configs/flair_cc12m.py --config.mesh.fsdp=8 --devices 64 --mean_tokens 40
-    python -m flair_jax.plan --config configs/flair_cc12m.py --topology v6e:4x8    # TPU's compiler: pip install libtpu
+    python -m flair_jax.plan --config flair_cc12m
+    python -m flair_jax.plan --config flair_cc12m --config.mesh.fsdp=8 --devices 64 --mean_tokens 40
+    python -m flair_jax.plan --config flair_cc12m --topology v6e:4x8    # TPU's compiler: pip install libtpu
     python -m flair_jax.plan --table                                               # the tables of docs/scale.md
 
 The training step is compiled for as many devices as asked, which need not exist. By default the compiler is the CPU's:
-the arguments, outputs and collectives are those of any device, but it computes in float32 where the config says
+the arguments and outputs are those of any device, but it computes in float32 where the config says
 bfloat16 and fuses little, so that its temporaries are several times a GPU's or TPU's, good for comparing settings only,
 and `model.remat` only with `model.scan_blocks`, for it finds in unrolled blocks what would be computed twice.
 With `--topology` the account is the TPU compiler's own.
 """
 
-import collections
-import functools
-import importlib
 import json
 import math
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,9 +22,10 @@ import jax
 import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
-from ml_collections import config_flags
 
 from flair_jax import compilation, flops, models, optimizer, sharding, state
+from flair_jax import config as configuration
+from flair_jax.data.transforms.images import pair
 from flair_jax.step import step_of
 
 RECIPES = ("flair_cc3m", "flair_cc12m", "flair_yfcc15m", "flair_merged30m", "flair_pixelprose")
@@ -39,17 +36,6 @@ CHIPS = ("A100", "H200", "TPU v5e", "TPU v6e")  # an H100 counts as an H200
 MFUS = (0.15, 0.40)
 MEAN_TOKENS = 27.0  # of a caption of DreamLIP's kind, one to three sentences, with both ends
 FILL = 1.05  # packed rows, over what the tokens alone would take: README, "Packed rows"
-
-_COLLECTIVE = re.compile(
-    r" = (?P<shapes>.*?) "
-    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
-)
-_HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
-_CALL = re.compile(r"\b(?:calls|to_apply)=%?(?P<name>[\w.-]+)")
-_WHILE = re.compile(r" while\(.*condition=%?(?P<condition>[\w.-]+), body=%?(?P<body>[\w.-]+)")
-_LIMIT = re.compile(r" = s32\[\]\S* constant\((?P<limit>\d+)\)")
-_TURNS = re.compile(r'"known_trip_count":\{"n":"(?P<turns>\d+)"')
-_SHAPE = re.compile(r"\b(?P<dtype>pred|[a-z]+(?P<bits>\d+))\[(?P<sizes>[\d,]*)\]")
 
 
 def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_tokens: float = MEAN_TOKENS) -> Any:
@@ -74,8 +60,7 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
         text = {name: ints(rows, row_length) for name in ("tokens", "segments", "positions")}
     else:
         text = {"tokens": ints(texts, model["text"]["context_length"])}
-    size = model["vision"]["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = pair(model["vision"]["image_size"])
     pixels = jax.ShapeDtypeStruct((images, height, width, 3), np.uint8, sharding=split)
     return {"images": pixels, "texts": {**text, "ends": ints(texts)}}
 
@@ -137,55 +122,6 @@ def chip_hours(operations: float, chip: str, mfu: float) -> float:
     return operations / (peak * mfu) / 3600
 
 
-def collectives(compiled: str) -> dict[str, tuple[int, int]]:
-    """Communication in a compiled program, as often as its loops go round.
-
-    Args:
-      compiled: its text. A loop whose turns the compiler does not know counts once.
-
-    Returns:
-      Kind -> how often, and the bytes of the results on one device.
-    """
-    own = collections.defaultdict(collections.Counter)  # computation -> (kind, what is counted) -> number
-    called = collections.defaultdict(list)  # computation -> others that it calls or repeats, and how often
-    limits = collections.defaultdict(list)  # computation -> its integer constants
-    entry = current = ""
-    for line in compiled.splitlines():
-        if header := _HEADER.match(line):
-            current = header["name"]
-            entry = current if header["entry"] else entry
-        elif match := _COLLECTIVE.search(line):
-            shapes = list(_SHAPE.finditer(match["shapes"]))
-            if match["start"] and match["kind"] in ("all-gather", "collective-permute"):
-                shapes = [shape for shape in shapes if shape["sizes"]]
-                shapes = shapes[len(shapes) // 2 :]  # the first half are the operands
-            own[current][match["kind"], "number"] += 1
-            for shape in shapes:
-                places = math.prod(int(n) for n in shape["sizes"].split(",") if n)
-                own[current][match["kind"], "bytes"] += places * max(int(shape["bits"] or 8) // 8, 1)
-        elif match := _LIMIT.search(line):
-            limits[current].append(int(match["limit"]))
-        elif match := _WHILE.search(line):
-            called[current].append((match["body"], match["condition"], _TURNS.search(line)))
-        elif match := _CALL.search(line):
-            called[current].append((match["name"], None, None))
-
-    def turns(condition: str | None, known: re.Match | None) -> int:
-        if known:
-            return int(known["turns"])
-        return limits[condition][0] if len(limits[condition]) == 1 else 1
-
-    @functools.cache
-    def total(computation: str) -> collections.Counter:
-        counts = collections.Counter(own[computation])
-        for name, *loop in called[computation]:
-            counts.update({key: turns(*loop) * count for key, count in total(name).items()})
-        return counts
-
-    counts = total(entry)
-    return {kind: (counts[kind, "number"], counts[kind, "bytes"]) for kind in sorted({kind for kind, _ in counts})}
-
-
 def measure(
     config: Mapping[str, Any], devices: Sequence[jax.Device], mean_tokens: float = MEAN_TOKENS
 ) -> dict[str, int | float | str]:
@@ -217,8 +153,6 @@ def measure(
         "output_bytes_in_place": memory.alias_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
-    for kind, (number, size) in collectives(compiled.as_text()).items():
-        figures |= {f"{kind}_number": number, f"{kind}_bytes": size}
     return figures
 
 
@@ -234,7 +168,7 @@ def estimates(operations: float, devices: int, chips: Sequence[str] = CHIPS) -> 
 
 def recipe(name: str) -> dict[str, Any]:
     """The config of a file of `configs/`, as a plain dict."""
-    return importlib.import_module(f"flair_jax.configs.{name}").get_config().to_dict()
+    return configuration.read(name)
 
 
 def tables() -> str:
@@ -260,14 +194,16 @@ def _rule(numbers: int) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if len(arguments) > 1:
-        raise app.UsageError(f"unexpected arguments {arguments[1:]}")
     if _TABLE.value:
         print(tables())
         return
     if _CONFIG.value is None:
-        raise app.UsageError("--config names the run to plan, such as configs/flair_cc12m.py")
-    config = _CONFIG.value.to_dict()
+        raise app.UsageError("--config names the run to plan, such as flair_cc12m")
+    try:
+        config = configuration.read(_CONFIG.value, arguments[1:])
+        configuration.check(config)
+    except (ValueError, FileNotFoundError) as error:
+        raise app.UsageError(str(error)) from error
     if not config["steps"]:
         raise app.UsageError("the length of the run must be known without its data: set --config.steps")
     chips = (_DEVICE.value,) if _DEVICE.value else CHIPS
@@ -285,15 +221,15 @@ def main(arguments: Sequence[str]) -> None:
     print("\nEstimated, not measured, at a share of the chips' dense bfloat16 peak:")
     print(estimates(1e18 * figures["eflop"], len(devices), chips))
     if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1) + "\n")
+        pathlib.Path(configuration.normalize(_JSON.value)).write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file of configs/.")
+    _CONFIG = flags.DEFINE_string("config", None, "The experiment: a path, or the name of a shipped config.")
     _DEVICES = flags.DEFINE_integer("devices", None, "To plan for; default: as many as the reference's.")
     _DEVICE = flags.DEFINE_string("device", None, "Kind of chip as jax names it; default: several.")
     _TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs to compile for, such as v5e:4x8, instead of --devices.")
     _MEAN_TOKENS = flags.DEFINE_float("mean_tokens", MEAN_TOKENS, "Of a caption, with both ends.")
     _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
     _TABLE = flags.DEFINE_bool("table", False, "Print the tables of docs/scale.md.")
-    app.run(main)
+    app.run(main, flags_parser=configuration.parse_known_flags)

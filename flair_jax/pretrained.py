@@ -13,11 +13,16 @@ from jax.sharding import SingleDeviceSharding
 from PIL import Image
 
 from flair_jax import checkpoint, models, state
+from flair_jax.config import normalize
 from flair_jax.convert import flax_files
+from flair_jax.convert.tables import flatten
 from flair_jax.data.transforms import images as image_rules
 from flair_jax.data.transforms.tokenizer import Tokenizer
-from flair_jax.models.flair import ImageFeatures, TextFeatures
+from flair_jax.evaluators.features import Encoder
+from flair_jax.models.dual_encoder import ImageFeatures, TextFeatures
 from flair_jax.models.text import Text
+
+IMAGE_BATCH, TEXT_BATCH = 64, 512  # images, rows of texts
 
 
 def read(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -26,32 +31,45 @@ def read(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tup
     Args:
       path: a work directory of a run (its newest checkpoint, the average of the parameters where the run keeps one),
         a .safetensors file of either side, or a .pt file.
-      model: the `model` section; None: the one stored with the weights, or told by the shapes of a PyTorch file.
+      model: the `model` section; None: the one stored with the weights, or that of the published model
+        whose widths a PyTorch file has.
 
     Returns:
       The parameter tree, float32, and the `model` section.
 
     Raises:
-      FileNotFoundError: nothing is there. ValueError: it holds no FLAIR, or one of another size.
+      FileNotFoundError: nothing is there.
+      ValueError: it holds no FLAIR, one of another size or with another `model` section, or a number is not finite.
+      TypeError: `path` is no path or `model` no mapping.
     """
-    folder = epath.Path(path)
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path is a {type(path).__name__}; expected a file or work directory, as text or path")
+    if not (model is None or isinstance(model, Mapping)):
+        raise TypeError(f"model is a {type(model).__name__}; expected a `model` section, a mapping, or None")
+    given = None if model is None else normalize(model)
+    folder = epath.Path(path).expanduser()
     if not folder.exists():
         raise FileNotFoundError(f"{path}: no such file or work directory")
     if not folder.is_dir():
-        return flax_files.load(path, model)
+        params, found = flax_files.load(folder, given)
+        return params, normalize(found)
     if not (folder / "checkpoints").is_dir():
         raise FileNotFoundError(f"{path}: a work directory holds a folder 'checkpoints', and this one does not")
     saved = checkpoint.Checkpoints(folder, keep=None)
     step = saved.latest()
     if step is None:
         raise FileNotFoundError(f"{saved.folder}: no whole checkpoint in it")
-    model = saved.config(step)["model"] if model is None else model
+    stored = saved.config(step)["model"]
+    if given is not None:
+        flax_files.check_same_model(stored, given, saved.folder / str(step))
+    found = stored if given is None else given
     device = SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(functools.partial(state.init_params, models.create(model), seed=0))
+    shapes = jax.eval_shape(functools.partial(state.init_params, models.create(found), seed=0))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     params = saved.weights(step, like)
     saved.close()
-    return params, dict(model)
+    flax_files.refuse_not_finite(flatten(jax.device_get(params)), saved.folder / str(step))
+    return params, found
 
 
 def load(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> "Pretrained":
@@ -65,40 +83,82 @@ def load(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> "P
 
 
 class Pretrained:
-    """A model with its parameters. Methods take and give arrays and are compiled once a shape.
+    """A model with its parameters. Methods take and give arrays, work in batches over all devices of the mesh, as the
+    evaluators do, and are compiled once per shape.
 
     Args:
       config: the `model` section.
       params: its parameters.
 
     Attributes:
-      config, params: as given, the parameters on the default device.
+      config, params: as given, the parameters on every device.
       model: the Linen module.
     """
 
     def __init__(self, config: Mapping[str, Any], params: Any):
-        self.config = config
-        self.model = models.create(config)
-        self.params = jax.device_put(params)
+        self.config = normalize(config)
+        self.model = models.create(self.config)
+        self._encoder = Encoder(self.model, pixels_or_floats, image_batch=IMAGE_BATCH, text_batch=TEXT_BATCH)
+        self.params = self._encoder.place(params)
         self._tokenizer = Tokenizer(self.model.context_length)
 
     def preprocess(self, images: Sequence[Image.Image] | Image.Image) -> np.ndarray:
-        """Pictures of any size and mode -> (B, H, W, 3) float32, as the reference evaluates them."""
-        images = [images] if isinstance(images, Image.Image) else images
+        """Images of any size and mode -> (B, H, W, 3) float32, as the reference evaluates them.
+
+        Each is resized to just cover the model's image size, cropped in the centre, made RGB and normalised with CLIP's
+        mean and deviation. Its EXIF orientation is ignored, as the reference ignores it: turn a photograph upright
+        beforehand (`PIL.ImageOps.exif_transpose`) where the model was trained on upright ones (`data.upright`).
+
+        Raises:
+          TypeError: something is no PIL image.
+        """
+        images = [images] if isinstance(images, Image.Image) else list(images)
+        for number, image in enumerate(images):
+            if not isinstance(image, Image.Image):
+                raise TypeError(f"images[{number}] is a {type(image).__name__}; expected PIL images (PIL.Image.open)")
         pixels = [image_rules.evaluation_crop(image, self.model.image_size) for image in images]
-        return image_rules.normalize(np.stack(pixels))
+        return image_rules.normalize(np.reshape(pixels, (-1, *self.model.image_size, 3)).astype(np.uint8))
 
     def tokenize(self, texts: Sequence[str] | str) -> np.ndarray:
         """Texts -> (N, T) int32; what does not fit the context is cut off."""
         return self._tokenizer(texts)
 
     def encode_image(self, images: np.ndarray) -> ImageFeatures:
-        """(B, H, W, 3) -> `pooled` (B, D) and `local` (B, L, D), projected and not normalised."""
-        return _apply(self.model, "encode_image", self.params, images)
+        """Images -> `pooled` (B, D) and `local` (B, L, D), projected and not normalised.
 
-    def encode_text(self, texts: np.ndarray) -> TextFeatures:
-        """(N, T) -> `pooled` (N, D) and `local` (N, T, D), projected and not normalised."""
-        return _apply(self.model, "encode_text", self.params, Text.padded(jnp.asarray(texts)))
+        Args:
+          images: (B, H, W, 3) of the model's size: uint8 pixels, which are normalised as in training, or floats, which
+            are taken as normalised (`preprocess` gives them). B may be 0.
+
+        Raises:
+          TypeError: another dtype. ValueError: another shape.
+        """
+        images = self._checked_images(images)
+        if not len(images):
+            return jax.tree.map(lambda x: x[:0], self.encode_image(np.zeros((1, *images.shape[1:]), images.dtype)))
+        batches = list(self._encoder.images(self.params, images))
+        features = jax.tree.map(lambda *x: jnp.concatenate(x), *[image for _, image in batches])
+        # Batches are equally full but for the last, which alone has padding.
+        return jax.tree.map(lambda x: x[: len(images)], features)
+
+    def encode_text(self, texts: np.ndarray, *, local: bool = False) -> TextFeatures:
+        """Texts -> `pooled` (N, D), projected and not normalised.
+
+        Args:
+          texts: integers (N, T) with T up to the context length, from `tokenize`. N may be 0.
+          local: give `local` (N, T, D) and `mask` too, the features of all tokens. Without it several short texts share
+            a row of the text tower, which is faster by their number.
+
+        Raises:
+          TypeError: something else than integers. ValueError: another shape, or an id outside of the vocabulary.
+        """
+        texts = self._checked_texts(texts)
+        if not len(texts):
+            features = self.encode_text(np.zeros((1, texts.shape[1]), np.int32), local=local)
+            return jax.tree.map(lambda x: x[:0], features)
+        if local:
+            return self._encoder.apply("encode_text", self.params, Text.padded(jnp.asarray(texts)))
+        return self._encoder.texts(self.params, texts)
 
     def get_logits(self, images: np.ndarray, texts: np.ndarray) -> jax.Array:
         """Text-conditioned logits of every image with every text, bias included: (B, N) float32."""
@@ -114,12 +174,42 @@ class Pretrained:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes parameters and config as one .safetensors file, which `load` and `flair_jax.convert` read."""
-        flax_files.write(path, jax.device_get(self.params), self.config)
+        flax_files.write(os.path.expanduser(path), jax.device_get(self.params), self.config)
 
-    def _pairs(self, method, images, texts):
-        return _apply(self.model, method, self.params, self.encode_image(images), self.encode_text(texts))
+    def _pairs(self, method: str, images: np.ndarray, texts: np.ndarray) -> Any:
+        return self._encoder.apply(method, self.params, self.encode_image(images), self.encode_text(texts))
+
+    def _checked_images(self, images: Any) -> np.ndarray:
+        height, width = self.model.image_size
+        expected = (
+            f"expected images (B, {height}, {width}, 3), uint8 pixels or normalised floats, as `preprocess` gives"
+        )
+        if not hasattr(images, "dtype"):
+            raise TypeError(f"images are a {type(images).__name__}; {expected}")
+        images = np.asarray(images)
+        if images.shape[1:] != (height, width, 3):
+            raise ValueError(f"images have shape {images.shape}; {expected}")
+        if images.dtype == np.uint8:
+            return images
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise TypeError(f"images have dtype {images.dtype}; {expected}")
+        return images.astype(np.float32)
+
+    def _checked_texts(self, texts: Any) -> np.ndarray:
+        length, size = self.model.context_length, self.config["text"]["vocab_size"]
+        expected = f"expected token ids, integers (N, T) with T up to {length}, as `tokenize` gives"
+        if not hasattr(texts, "dtype"):
+            raise TypeError(f"texts are a {type(texts).__name__}; {expected}")
+        texts = np.asarray(texts)
+        if not np.issubdtype(texts.dtype, np.integer):
+            raise TypeError(f"texts have dtype {texts.dtype}; {expected}")
+        if texts.ndim != 2 or not 0 < texts.shape[1] <= length:
+            raise ValueError(f"texts have shape {texts.shape}; {expected}")
+        if texts.size and not 0 <= texts.min() <= texts.max() < size:
+            raise ValueError(f"token ids run from {texts.min()} to {texts.max()}; expected 0 to {size - 1}")
+        return texts.astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "method"))
-def _apply(model, method, params, *args):
-    return model.apply({"params": params}, *args, method=method)
+def pixels_or_floats(images: jax.Array) -> jax.Array:
+    """uint8 pixels normalised as in training; floats as they are."""
+    return image_rules.normalize(images) if images.dtype == jnp.uint8 else images

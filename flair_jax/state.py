@@ -34,7 +34,7 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
     def start_from(self, params: Any) -> "TrainState":
-        """The state with other parameters (a tree of arrays), where the average begins, too, with the same shardings."""
+        """The state with other parameters (a tree of arrays), where the average begins too; same shardings."""
         params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, self.params))
         # A copy: the step donates both, and a buffer that is given away twice crashes.
         return self.replace(params=params, ema=None if self.ema is None else jax.tree.map(jnp.copy, params))

@@ -32,7 +32,7 @@ def train_step(
     Args:
       state: before the step.
       batch: `images` (N, H, W, 3), uint8 pixels or normalised floats; `texts`, the fields of `Text`, caption c of image
-        i at i * K + c; and what the objectives ask for. Where there are `boxes` (N, 4), `images` are canvases
+        i at i * K + c; and what the objectives ask for. Where there are `crop_boxes` (N, 4), `images` are canvases
         (N, C, C, 3), see `augmentation.crop_and_resize`.
       model, optimizer: what to train and how.
       losses: the `objectives` section of a config.
@@ -43,8 +43,8 @@ def train_step(
       The state after the step, and the loss, its parts and what helps to judge them, float32 scalars.
     """
     images = batch["images"]
-    if "boxes" in batch:
-        images = crop_and_resize(images, batch["boxes"], model.image_size)
+    if "crop_boxes" in batch:
+        images = crop_and_resize(images, batch["crop_boxes"], model.image_size)
     images = normalize(images) if images.dtype == jnp.uint8 else images
     of_model, of_objectives = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
 

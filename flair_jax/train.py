@@ -1,5 +1,6 @@
 """The training loop around `step.train_step`, top to bottom in one fixed order."""
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
@@ -19,6 +21,7 @@ from flair_jax import (
     distributed,
     evaluate,
     flops,
+    initialize,
     metrics,
     models,
     optimizer,
@@ -26,17 +29,13 @@ from flair_jax import (
     sharding,
     state,
 )
+from flair_jax import config as configuration
 from flair_jax.data import iterator_state, loader, scenes
 from flair_jax.data.transforms import packing
-from flair_jax.data.transforms.tokenizer import VOCAB_SIZE
+from flair_jax.lock import WorkdirLock
+from flair_jax.models.vision import grid
+from flair_jax.report import flat
 from flair_jax.step import step_of
-
-SECTIONS = {
-    "seed", "batch_size", "steps", "epochs", "init_from", "log_every", "save_every", "keep", "keep_every", "eval_every",
-    "profile_steps", "model", "objectives", "optimizer", "ema_decay", "data", "evaluators", "mesh",
-}  # fmt: skip
-# Keys that say how a step is computed, not what: a run may go on with others, as it may on other hardware.
-HOW = {"model": ("scan_blocks", "remat", "attention", "micro_batches"), "loss": ("chunk_size",)}
 
 
 def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float]:
@@ -53,17 +52,23 @@ def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float
       ValueError, TypeError: the config has a wrong key or value, or is not the one the checkpoint was trained with.
       FloatingPointError: a loss is not finite; the last checkpoint is from before.
       checkpoint.SaveError: a checkpoint could not be written; those before it are whole.
+      lock.WorkdirInUse: another run trains in `workdir`.
       distributed.Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    check(config)
+    config = configuration.normalize(config)
+    configuration.check(config)
+    evaluate.sections(config)
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.create_mesh(**config["mesh"])
-    with jax.set_mesh(mesh), distributed.Signals() as signals:
-        return _train(config, workdir, mesh, signals)
+    # One process holds the lock for all processes of the run.
+    lock = WorkdirLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with lock, jax.set_mesh(mesh), distributed.Signals() as signals:
+        multihost_utils.sync_global_devices("the work directory is locked")
+        return _train(config, workdir, mesh, signals, lock)
 
 
-def _train(config, workdir, mesh, signals):
+def _train(config, workdir, mesh, signals, lock):
     main_process = jax.process_index() == 0
 
     # 1. What is trained.
@@ -72,33 +77,35 @@ def _train(config, workdir, mesh, signals):
     latest = saved.latest()
     position = None
     if latest is not None:
-        check_same_run(saved.config(latest), config)
+        configuration.check_resume(saved.config(latest), config)
         position = iterator_state.redistribute(saved.positions(latest), jax.process_count())[jax.process_index()]
 
     # 2. Data: a position of its own for every process.
-    stream = open_stream(config, model, workdir, position)
+    try:
+        stream = open_stream(config, model, workdir, position)
+    except iterator_state.PositionError as error:
+        before, now = saved.config(latest)["data"]["shards"], config["data"]["shards"]
+        raise ValueError(f"config.data.shards is {now!r}, was {before!r}, and holds other data: {error}") from error
 
     # 3. State: born on its devices, then restored, or started from other weights.
-    batches = len(stream.source) / config["batch_size"]
-    steps = config["steps"] or math.ceil(config["epochs"] * batches)
+    steps = total_steps(config, len(stream.source))
     optimize = optimizer.create(total_steps=steps, **config["optimizer"])
     current = state.create(model, optimize, mesh, config["seed"], ema=config["ema_decay"] is not None)
     if latest is not None:
         current = saved.restore(latest, current)
         logging.warning("going on from step %d in %s", latest, saved.folder)
+        warn_of_new_schedule(saved.config(latest), config, len(stream.source), latest)
     elif config["init_from"]:
-        params, _ = pretrained.read(config["init_from"], config["model"])
-        current = current.start_from(params)
+        current = current.start_from(initial_weights(config, current.params))
     first = int(current.step)
 
-    rate = optimizer.schedule(config["optimizer"]["learning_rate"], config["optimizer"]["warmup_steps"], steps)
-    evaluators = evaluate.build(config["evaluators"], model)
+    rate = schedule(config, steps)
     writer = metrics.Writer(workdir, first) if main_process else None
     if main_process:
         (workdir / "parameters.txt").write_text(metrics.parameter_table(current.params))
     progress = metrics.Progress(steps, first, config["batch_size"], peak_flops(config), enabled=main_process)
     profile_first, profile_last = config["profile_steps"] or (-1, -1)
-    step_function = None  # compiled for the first batch
+    step_functions = {}  # by the shape of the texts, of which packing has a few; see packing.Packer
 
     def report(step, numbers):
         """Looks at the numbers of a step that the device has finished by now, or is about to, and logs them."""
@@ -111,7 +118,7 @@ def _train(config, workdir, mesh, signals):
             )
         if step % config["log_every"] == 0 and writer is not None:
             numbers |= progress.speed() | {"learning_rate": float(rate(step - 1)), "epoch": stream.epoch}
-            numbers |= {"skipped": stream.skipped.total(), "shortened": stream.shortened}
+            numbers |= {"skipped": stream.skipped.total(), "truncated": stream.truncated}
             with progress.clock.measure("logging"):
                 writer.write_scalars(step, numbers)
             progress.show(numbers)
@@ -129,28 +136,33 @@ def _train(config, workdir, mesh, signals):
                 report(*pending)  # a state is only saved once the step that made it is known to be sound
                 pending = None
             if save or stop:
+                if main_process:
+                    lock.check()
                 with progress.clock.measure("saving"):
                     saved.save(current, gather_positions(stream.position), config)
             if stop:
                 raise distributed.Interrupted(stop, step)
             if config["eval_every"] and step % config["eval_every"] == 0 and step > first:
-                results = evaluate.run(evaluators, current.weights)
+                results = evaluate.run(config, model, current.weights)
                 if writer is not None:
-                    writer.write_scalars(step, results)
+                    writer.write_scalars(step, flat(results))
                 progress.start()
             with progress.clock.measure("data"):
                 batch = next(stream)
             placed = sharding.global_batch(mesh, batch)
-            if step_function is None:
-                step_function = compilation.compile_step(step_of(config, model, optimize), current, placed)
+            shape = placed["texts"]["tokens"].shape
+            if shape not in step_functions:
+                step_functions[shape] = compilation.compile_step(step_of(config, model, optimize), current, placed)
                 if main_process:
-                    print(compilation.memory_table(step_function), flush=True)
+                    if len(step_functions) > 1:
+                        print(f"step {step}: compiled anew, for {shape[0]} rows of packed captions", flush=True)
+                    print(compilation.memory_table(step_functions[shape]), flush=True)
                 progress.start()
             if step == profile_first:
                 jax.profiler.start_trace(str(workdir / "profile"))
                 tracing = True
             cpu.finish(pending)
-            current, numbers = step_function(current, placed)
+            current, numbers = step_functions[shape](current, placed)
             if pending:
                 report(*pending)
             pending = step + 1, numbers
@@ -172,15 +184,68 @@ def _train(config, workdir, mesh, signals):
             writer.close()
 
     # 4. What came of it.
-    results = evaluate.run(evaluators, current.weights)
-    evaluate.write(workdir, results, config["evaluators"], model, current.weights)
+    results = evaluate.run(config, model, current.weights, workdir)
+    evaluate.draw_attention_sheets(config, model, current.weights, workdir)
     if main_process:
-        counts = {"skipped": stream.skipped.total(), "shortened": stream.shortened}
+        counts = {"skipped": stream.skipped.total(), "truncated": stream.truncated}
         print(metrics.table("this run", {**final, **summary, **counts}))
         for reason, count in stream.skipped.most_common():
             logging.warning("%d samples were skipped: %s", count, reason)
-        metrics.draw_loss_curve(workdir, evaluate.pictures(workdir) / "loss.png", config["objectives"])
-    return results
+        try:
+            metrics.draw_loss_curve(workdir, evaluate.pictures(workdir) / "loss.png", config["objectives"])
+        except Exception:  # the run is done
+            logging.exception("the loss curve was not drawn")
+    return flat(results)
+
+
+def initial_weights(config: Mapping[str, Any], fresh: Any) -> Any:
+    """The parameters of `init_from`; with `init_partial` those of another model too, see `initialize.combine`.
+
+    Args:
+      config: of the run.
+      fresh: its model's own parameters.
+
+    Raises:
+      ValueError: the weights do not fit, and `init_partial` is not set.
+    """
+    if not config["init_partial"]:
+        return pretrained.read(config["init_from"], config["model"])[0]
+    loaded, section = pretrained.read(config["init_from"])
+    grids = (grid(model["vision"]["image_size"], model["vision"]["patch_size"]) for model in (config["model"], section))
+    params, origins = initialize.combine(fresh, loaded, *grids)
+    if jax.process_index() == 0:
+        print(f"{config['init_from']}: {initialize.table(origins)}", flush=True)
+    return params
+
+
+def total_steps(config: Mapping[str, Any], samples: int) -> int:
+    """Steps of a run over so many samples."""
+    return config["steps"] or math.ceil(config["epochs"] * samples / config["batch_size"])
+
+
+def schedule(config: Mapping[str, Any], steps: int) -> optax.Schedule:
+    """The learning rate of a run by step."""
+    return optimizer.schedule(config["optimizer"]["learning_rate"], config["optimizer"]["warmup_steps"], steps)
+
+
+def warn_of_new_schedule(before: Mapping[str, Any], config: Mapping[str, Any], samples: int, step: int) -> None:
+    """Says what the learning rate is from `step` on, if it is not what the run was started with.
+
+    The schedule is a function of the whole length: a run that is made longer does not go on where its rate was.
+    """
+    lengths = [total_steps(one, samples) for one in (before, config)]
+    rates = [float(schedule(one, length)(step)) for one, length in zip((before, config), lengths, strict=True)]
+    if rates[0] != rates[1]:
+        logging.warning(
+            "the learning rate at step %d is %.3g, was to be %.3g by the config of the checkpoint: steps %d, were %d; "
+            "optimizer.learning_rate %g, was %g; optimizer.warmup_steps %d, were %d",
+            *(step, rates[1], rates[0], lengths[1], lengths[0]),
+            *(
+                section[key]
+                for key in ("learning_rate", "warmup_steps")
+                for section in (config["optimizer"], before["optimizer"])
+            ),
+        )
 
 
 def peak_flops(config: Mapping[str, Any]) -> float | None:
@@ -191,7 +256,7 @@ def peak_flops(config: Mapping[str, Any]) -> float | None:
 
 def _work(config: Mapping[str, Any], texts: Mapping[str, np.ndarray]) -> tuple[float, int, int]:
     """Operations of a step on all devices, taking the other processes' captions to be as long as this one's; tokens and
-    places of this process's captions."""
+    slots of this process's captions."""
     lengths = packing.text_lengths(texts)
     everywhere = np.tile(lengths, jax.process_count())
     work = flops.train_step(config["model"], config["objectives"], config["batch_size"], everywhere)
@@ -222,43 +287,9 @@ def open_stream(config: Mapping[str, Any], model: nn.Module, workdir: epath.Path
         process_count=jax.process_count(),
         device_count=jax.local_device_count(),
         rows_multiple_of=model.micro_batches,
+        agree=distributed.start_max,
         **options,
     )
-
-
-def check(config: Mapping[str, Any]) -> None:
-    """Refuses a config with an unknown, missing or contradicting key before anything is done."""
-    if unknown := set(config) - SECTIONS:
-        raise ValueError(f"unknown config keys {sorted(unknown)}; there are {sorted(SECTIONS)}")
-    if missing := SECTIONS - set(config):
-        raise ValueError(f"the config lacks {sorted(missing)}")
-    if bool(config["steps"]) == bool(config["epochs"]):
-        raise ValueError(f"set one of config.steps and config.epochs, not {config['steps']} and {config['epochs']}")
-    if config["ema_decay"] is not None and not 0 < config["ema_decay"] < 1:
-        raise ValueError(f"config.ema_decay is {config['ema_decay']}; expected a share between 0 and 1, such as 0.9999")
-    if (profile := config["profile_steps"]) and (len(profile) != 2 or not 0 <= profile[0] <= profile[1]):
-        raise ValueError(f"config.profile_steps is {profile}; expected the first and the last, such as (10, 12)")
-    if config["model"].get("micro_batches", 1) < 1:
-        raise ValueError(f"config.model.micro_batches is {config['model']['micro_batches']}; expected 1 or more")
-    if config["model"]["text"]["vocab_size"] < VOCAB_SIZE:
-        size = config["model"]["text"]["vocab_size"]
-        raise ValueError(f"model.text.vocab_size is {size}; the tokenizer has {VOCAB_SIZE} ids")
-
-
-def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to continue a checkpoint with a config that would make the rest of the run another experiment."""
-    now = json.loads(json.dumps(now))
-
-    def what(config, section):
-        value = config.get(section)
-        return value if section not in HOW else {key: value[key] for key in value if key not in HOW[section]}
-
-    for section in ("seed", "batch_size", "model", "objectives", "optimizer", "ema_decay"):
-        if what(before, section) != what(now, section):
-            raise ValueError(
-                f"config.{section} is {now[section]}, the checkpoint in the workdir was trained with "
-                f"{before.get(section)}; use another --workdir, or start from its weights with --config.init_from"
-            )
 
 
 def gather_positions(position: Mapping[str, Any]) -> list[Mapping[str, Any]]:

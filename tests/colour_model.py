@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flair_jax.models.flair import ImageFeatures, TextFeatures
+from flair_jax.models.dual_encoder import ImageFeatures, TextFeatures
 
 
 class ColourModel(nn.Module):
@@ -13,6 +13,7 @@ class ColourModel(nn.Module):
 
     patch: int
     context_length = 77
+    has_pooling = True
 
     def encode_image(self, images):
         batch, height, width, channels = images.shape

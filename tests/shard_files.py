@@ -35,3 +35,12 @@ def write_array_record(path, contents) -> str:
         writer.write(content)
     writer.close()
     return str(path)
+
+
+def write_tfrecord(path, contents, compression="") -> str:
+    import tensorflow as tf
+
+    with tf.io.TFRecordWriter(str(path), tf.io.TFRecordOptions(compression_type=compression)) as writer:
+        for content in contents:
+            writer.write(content)
+    return str(path)

@@ -10,7 +10,7 @@ from conftest import losses
 from jax.sharding import PartitionSpec
 
 from flair_jax import models, objectives, sharding
-from flair_jax.data import loader
+from flair_jax.data.transforms import packing
 from flair_jax.models.accumulation import in_micro_batches
 from flair_jax.models.text import Text
 
@@ -32,8 +32,7 @@ def make_batch(packed: bool) -> dict:
     tokens[np.arange(len(sizes)), sizes - 1] = 63
     tokens = np.where(np.arange(LENGTH) < sizes[:, None], tokens, 0)
     if packed:
-        texts, shortened = loader.Pack(row_length=LENGTH, rows=8, parts=8)(tokens)
-        assert shortened == 0
+        texts = packing.Packer(row_length=LENGTH, row_counts=(8,), devices=8)(tokens).texts
     else:
         padded = Text.padded(tokens)
         texts = {"tokens": tokens, "ends": np.asarray(padded.ends)}

@@ -6,7 +6,8 @@ from colour_model import ColourModel, canvas, texts
 from conftest import load_golden, nhwc
 from PIL import Image
 
-from flair_jax.attention_maps import BOX, MARGIN, heat_maps, overlay, patch_grid, sheet
+from flair_jax.attention_maps import BOX, MARGIN, heat_maps, overlay, sheet
+from flair_jax.evaluators.features import patch_grid
 
 IMAGES = nhwc(load_golden("tiny_inputs.npz")["images"])
 TOKENS = load_golden("tiny_inputs.npz")["tokens"]

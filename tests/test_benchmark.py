@@ -14,14 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from flair_jax.benchmark import __main__ as command_line
-from flair_jax.benchmark import data, loss, reference_loader, soak
-from flair_jax.benchmark import tokenizer as tokenizer_benchmark
-from flair_jax.benchmark.python_tokenizer import PythonTokenizer
+from benchmarks import data, loss, reference_loader
+from benchmarks.python_tokenizer import PythonTokenizer
 from flair_jax.data import scenes
 from flair_jax.data.transforms import images, tokenizer
 from flair_jax.data.transforms.tokenizer import Tokenizer
 
+ROOT = pathlib.Path(__file__).parents[1]
 SIZES = dict(images=256, captions=4, block_size=64, chunk_size=4)  # nothing is run, so this is as fast as fewer
 ARGUMENTS = ["--images", "256", "--captions", "4", "--block-size", "64", "--chunk-size", "4"]
 
@@ -40,7 +39,7 @@ def check_loss(figures, devices):
 
 def test_loss_in_chunks_needs_less_memory(tmp_path, capsys):
     file = tmp_path / "loss.json"
-    command_line.main(["loss", *ARGUMENTS, "--json", str(file)])
+    loss.main([*ARGUMENTS, "--json", str(file)])
     figures = json.loads(file.read_text())
     check_loss(figures, devices=1)
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
@@ -51,8 +50,8 @@ def test_loss_on_fake_devices(tmp_path):
     """A process of its own: the number of devices is fixed once jax has started."""
     file = tmp_path / "loss.json"
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "flair_jax.benchmark", "loss", *ARGUMENTS, "--devices", "2", "--json", str(file)]
-    subprocess.run(command, env=environment, check=True)
+    command = [sys.executable, "-m", "benchmarks.loss", *ARGUMENTS, "--devices", "2", "--json", str(file)]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True)
     check_loss(json.loads(file.read_text()), devices=2)
 
 
@@ -61,20 +60,6 @@ def test_loss_on_devices_that_do_not_fit_is_refused(devices, message, monkeypatc
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # puts it back
     with pytest.raises(ValueError, match=message):
         loss.measure(**SIZES, devices=devices)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer
-
-STAND_IN = """
-import torch
-
-class SimpleTokenizer:
-    def __call__(self, texts):
-        rows = torch.zeros(len(texts), 77, dtype=torch.long)
-        rows[:, 0], rows[:, 1] = 49406, 49407
-        return rows
-"""
 
 
 @pytest.fixture
@@ -88,39 +73,33 @@ def hide(monkeypatch):
     return hide
 
 
-def test_tokenizer_without_open_clip(tmp_path, capsys, hide):
-    hide("open_clip")
-    captions, file = tmp_path / "captions.txt", tmp_path / "figures.json"
-    captions.write_text("a cat\na dog\n" * 10)
-    command_line.main(["tokenizer", "--captions", str(captions), "--json", str(file)])
-    assert "open_clip is not installed" in capsys.readouterr().out
-    figures = json.loads(file.read_text())
-    assert figures.keys() == {"captions", "captions_per_second"}
-    assert figures["captions"] == 20 and figures["captions_per_second"] > 0
+# ---------------------------------------------------------------------------------------------------------------------
+# The reference's tokenizer
+
+STAND_IN = """
+class SimpleTokenizer:
+    def __call__(self, texts):
+        return [len(text) for text in texts]
+"""
 
 
-def test_tokenizer_beside_open_clip(tmp_path, monkeypatch):
-    """With a stand-in for open_clip that knows the empty text only."""
+def test_open_clips_tokenizer_is_taken_where_it_is_installed(tmp_path, monkeypatch, hide):
     package = tmp_path / "open_clip"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('the package itself must not be imported')")
     (package / "tokenizer.py").write_text(STAND_IN)
     monkeypatch.syspath_prepend(tmp_path)
-    figures = tokenizer_benchmark.measure(["", " ", "a cat"] * 5, repeats=1)
-    assert figures["different_rows"] == 5
-    assert figures["ratio"] == figures["captions_per_second"] / figures["open_clip_captions_per_second"]
-
-
-def test_made_up_captions():
-    captions = tokenizer_benchmark.made_up_captions(200)
-    assert captions == tokenizer_benchmark.made_up_captions(200) and len(captions) == 200
-    lengths = (Tokenizer()(captions) > 0).sum(1)
-    assert 15 < lengths.mean() < 77
+    name, tokenize = reference_loader.tokenizer()
+    assert name == "open_clip" and tokenize(["a", "cat"]) == [1, 3]
+    hide("open_clip")
+    assert reference_loader.tokenizer()[0] == "python"
 
 
 def test_the_python_tokenizer_is_clips():
     golden = json.loads((pathlib.Path(__file__).parent / "golden/tokenizer.json").read_text())["items"]
-    texts = [item["text"] for item in golden] + tokenizer_benchmark.made_up_captions(200)
+    rng = random.Random(0)
+    made_up = [" ".join(rng.choices(["it's", "Red", "corden", "fi.", "houlo", "42"], k=30)) for _ in range(50)]
+    texts = [item["text"] for item in golden] + made_up
     ids = PythonTokenizer()(texts)
     assert ids.dtype == torch.int64
     np.testing.assert_array_equal(ids[: len(golden)], [item["ids"] for item in golden])
@@ -140,8 +119,8 @@ def test_data(shards, tmp_path, hide):
     hide("open_clip")
     file = tmp_path / "figures.json"
     sizes = ["--batch-size", "4", "--image-size", "48", "--captions", "3", "--batches", "20", "--turns", "1"]
-    command = ["data", "--shards", str(shards[0].parent), "--workers", "1", *sizes, "--json", str(file)]
-    command_line.main(command)
+    command = ["--shards", str(shards[0].parent), "--workers", "1", *sizes, "--json", str(file)]
+    data.main(command)
     figures = json.loads(file.read_text())
     assert all(isinstance(value, int | float | str) for value in figures.values())  # flat
     assert figures["shards"] == 2 and figures["captions"] == 3 and figures["workers"] == 1
@@ -152,7 +131,7 @@ def test_data(shards, tmp_path, hide):
         speed, theirs = figures[f"{prefix}images_per_second"], figures["reference_loader_images_per_second"]
         assert speed > 0 and figures[f"{prefix}captions_per_second"] == 3 * speed
         assert figures[f"ratio_{label}"] == speed / theirs
-        assert figures[f"{prefix}memory_mb"] > 50
+        assert figures[f"{prefix}memory_mb"] > 50 and figures[f"{prefix}growth_mb"] == 0  # of one turn
         shares = {name: value for name, value in figures.items() if name.startswith(f"{prefix}share_")}
         assert shares.keys() == {
             f"{prefix}share_{name}" for name in ("read", "captions", *names, "tokenise", "pack", "rest")
@@ -216,39 +195,4 @@ def test_the_reference_loader_says_what_it_needs(hide):
 
 def test_data_needs_workers():
     with pytest.raises(SystemExit, match="at least 1"):
-        command_line.main(["data", "--shards", "x", "--workers", "0"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Soak
-
-
-def test_soak(capsys, tmp_path):
-    file = tmp_path / "soak.json"
-    command_line.main(["soak", "--batches", "60", "--workers", "1", "--json", str(file)])
-    figures = json.loads(file.read_text())
-    assert figures["batches"] == 60 and figures["workers"] == 1
-    assert min(figures[f"{who}_mb_{when}"] for who in ("main", "workers") for when in ("start", "end")) > 20
-    assert capsys.readouterr().out.count(" batches  main ") == soak.READINGS
-
-
-@pytest.mark.parametrize("leak_kib", [0, 500])
-def test_soak_sees_a_leak(leak_kib, monkeypatch):
-    class Stream:
-        def __init__(self):
-            self.kept = []
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            self.kept.clear()
-
-        def __next__(self):
-            self.kept.append(b"x" * (1024 * leak_kib))
-
-    monkeypatch.setattr(soak.pipeline, "make_stream", lambda *_, **__: Stream())
-    figures = soak.measure(200, report=lambda line: None)
-    leaked = leak_kib * 180 / 1024  # from a tenth of the way to the end
-    for growth in (figures["growth_mb"], figures["main_mb_end"] - figures["main_mb_start"]):
-        assert leaked / 2 - 5 < growth < leaked * 1.2 + 5  # free memory of this process may take up some of it
+        data.main(["--shards", "x", "--workers", "0"])

@@ -7,17 +7,16 @@ import os
 import signal
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
-from flair_jax.benchmark import __main__ as command_line
-from flair_jax.benchmark import contender, inputs, processes, sweep
-from flair_jax.configs import scenes as scenes_config
+from benchmarks import command, encode, inputs, processes, sides, train
 from flair_jax.data import scenes
-from flair_jax.data.transforms import packing
+from flair_jax.data.transforms import packing, tokenizer
 
 SMALL = """
-from configs import scenes
+from flair_jax.configs import scenes
 def get_config():
     config = scenes.get_config()
     del config.data.scenes
@@ -43,9 +42,9 @@ def alone(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
-def figures_of(tmp_path, *arguments):
+def figures_of(main, tmp_path, *arguments, **options):
     file = tmp_path / "figures.json"
-    command_line.main([*arguments, "--json", str(file)])
+    main([*arguments, "--json", str(file)], **options)
     return json.loads(file.read_text())
 
 
@@ -53,7 +52,7 @@ def test_training_beside_the_twin(config_file, tmp_path, alone):
     shards = tmp_path / "shards"
     scenes.write(shards, count=24, seed=0, size=48)
     arguments = ["--config", config_file, "--shards", str(shards), "--steps", "2", "--turns", "2"]
-    figures = figures_of(tmp_path, "train", *arguments, "--beside", "eager", "--trace", str(tmp_path / "trace"))
+    figures = figures_of(train.main, tmp_path, *arguments, "--beside", "eager", "--trace", str(tmp_path / "trace"))
     assert figures["ratio_eager"] == pytest.approx(figures["images_per_second"] / figures["eager_images_per_second"])
     assert figures["images_per_second"] == pytest.approx(4 / figures["step_seconds"])
     assert 0 <= figures["data_wait_seconds"] + figures["logging_seconds"] <= figures["step_seconds"]
@@ -66,7 +65,7 @@ def test_encoding_and_scoring_beside_the_twin(config_file, tmp_path, alone):
     sizes = ["--images", "4", "--image-batch", "2", "--texts", "10", "--text-batch", "4"]
     arguments = ["--config", config_file, *sizes, "--turns", "1"]
     for name, kinds in (("encode", ("images", "texts")), ("score", ("pairs",))):
-        figures = figures_of(tmp_path, name, *arguments, "--beside", "eager")
+        figures = figures_of(encode.main, tmp_path, *arguments, "--beside", "eager", name=name)
         for kind in kinds:
             ratio = figures[f"{kind}_per_second"] / figures[f"eager_{kind}_per_second"]
             assert figures[f"ratio_{kind}_eager"] == pytest.approx(ratio)
@@ -74,44 +73,49 @@ def test_encoding_and_scoring_beside_the_twin(config_file, tmp_path, alone):
 
 def test_a_sweep_is_a_table_and_finds_the_best(config_file, tmp_path, alone, capsys):
     vary = ["--vary", "batch_size=2,4", "model.remat=none,half"]
-    figures = figures_of(tmp_path, "sweep", "--config", config_file, "--steps", "1", "--turns", "1", *vary)
+    figures = figures_of(train.main, tmp_path, "--config", config_file, "--steps", "1", "--turns", "1", *vary)
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(table) == 6 and "batch_size" in table[0]
     assert sum("half" in row and row.rstrip(" |").endswith("half") for row in table) == 2  # failed, and left empty
     assert "none" in figures["settings_of_best_images_per_second"]
 
 
-def test_values_of_a_sweep():
-    assert [sweep._value(word) for word in ("8", "0.5", "None", "True", "full")] == [8, 0.5, None, True, "full"]
+def test_values_on_the_command_line():
+    assert [command.value(word) for word in ("8", "0.5", "None", "True", "full")] == [8, 0.5, None, True, "full"]
 
 
 def test_settings_on_the_command_line_are_those_of_the_config(config_file):
     with pytest.raises(KeyError, match="batch_sice"):
-        command_line.main(["train", "--config", config_file, "--set", "batch_sice=4"])
+        train.main(["--config", config_file, "--set", "batch_sice=4"])
 
 
 @pytest.mark.parametrize("row_length", [None, 40])
 def test_made_up_batches_come_back_as_they_were_packed(row_length):
-    data = scenes_config.get_config().data.to_dict()
-    data["packing"]["row_length"] = row_length
-    batches = inputs.made_up(data, 16, 2, (32, 32), 28)
-    batch, plain = next(batches), next(inputs.made_up({**data, "packing": {"row_length": None}}, 16, 2, (32, 32), 28))
-    assert batch["images"].shape == (16, 32, 32, 3)
-    tokens = inputs.unpacked(batch["texts"], 28)
-    np.testing.assert_array_equal(packing.text_lengths(batch["texts"]), packing.lengths(tokens))
-    same = (tokens == plain["texts"]["tokens"]).all(axis=1)
-    assert same.all() if row_length is None else same.mean() > 0.9  # a few are cut to fit
+    text = {"context_length": 28, "vocab_size": tokenizer.VOCAB_SIZE}
+    batches = inputs.made_up(16, (32, 32), 3, text, row_length, parts=2, batches=2)
+    plain = inputs.made_up(16, (32, 32), 3, text, None, batches=2)
+    assert len({str(jax.tree.map(np.shape, batch)) for batch in batches}) == 1
+    for batch, other in zip(batches, plain, strict=True):
+        assert batch["images"].shape == (16, 32, 32, 3)
+        assert {array.dtype for array in batch["texts"].values()} == {np.dtype("int32")}
+        tokens = inputs.unpacked(batch["texts"], 28)
+        np.testing.assert_array_equal(packing.text_lengths(batch["texts"]), packing.lengths(tokens))
+        np.testing.assert_array_equal(tokens, other["texts"]["tokens"])
+    with pytest.raises(ValueError, match="batch_size 16 must be a multiple of the 3 devices"):
+        inputs.made_up(16, (32, 32), 3, text, row_length, parts=3)
 
 
-def test_captions_are_as_long_as_real_ones():
-    lengths = packing.lengths(inputs.captions(np.random.default_rng(0), 20_000, 77))
+def test_captions_are_as_long_as_real_ones_and_end_as_clips():
+    tokens = inputs.captions(np.random.default_rng(0), 20_000, 77, tokenizer.VOCAB_SIZE)
+    lengths = packing.lengths(tokens)
     assert lengths.mean() == pytest.approx(inputs.MEAN_TOKENS, rel=0.02)
     assert lengths.min() >= 4 and lengths.max() <= 77
+    assert (tokens[:, 0] == tokenizer.SOT).all() and (tokens.max(axis=1) == tokenizer.EOT).all()
 
 
 @pytest.mark.parametrize("death, words", [("exits", "exit code 3$"), ("is killed", "exit code -9, .* memory")])
 def test_a_side_that_dies_says_so(death, words, alone):
-    with contender.Contender(_dying, death) as side, pytest.raises(RuntimeError, match=words):
+    with sides.Side(_dying, death) as side, pytest.raises(RuntimeError, match=words):
         side.turn(1)
 
 
@@ -127,8 +131,8 @@ def test_an_accelerator_belongs_to_one_side_at_a_time(backend, lives, monkeypatc
         yield SimpleNamespace(turn=lambda count: seen.append(name) or count)
         seen.append(f"-{name}")
 
-    monkeypatch.setattr(contender.processes, "default_backend", lambda: backend)
-    results = contender.in_turns({name: functools.partial(side, name) for name in "ab"}, 3, 2)
+    monkeypatch.setattr(sides.processes, "default_backend", lambda: backend)
+    results = sides.compare({name: functools.partial(side, name) for name in "ab"}, 3, 2)
     assert " ".join(seen) == lives
     assert results == {"a": [3, 3], "b": [3, 3]}
 

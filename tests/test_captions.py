@@ -10,6 +10,7 @@ import pytest
 from conftest import load_golden
 
 from flair_jax.configs import base
+from flair_jax.data.prepare import rows
 from flair_jax.data.transforms import captions
 from flair_jax.data.transforms.captions import CaptionError, CaptionOptions
 
@@ -248,6 +249,29 @@ def test_list_items_stay_whole_and_strings_are_split():
     }
     expected = ["A cat", "St. Mary, 3.5 m. High", "One", "Two", "Three", "Four", "Five"]
     assert captions.sentences(record) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ('["a dog", "a cat"]', ["a dog", "a cat"]),
+        ("['a dog. Big', \"the cat's\"]", ["a dog. Big", "the cat's"]),
+        (' [ "a dog" ,\n"a cat" ] ', ["a dog", "a cat"]),
+        ('["a dog", " "]', ["a dog"]),
+        ("[]", []),
+        ("[sic] a dog. [sic]", ["[sic] a dog", "[sic]"]),  # no list
+        ("[1, 2]", ["[1, 2]"]),
+        ("['a dog', 3]", ["['a dog', 3]"]),
+        ('[["a dog"]]', ['[["a dog"]]']),
+        ("[a dog]", ["[a dog]"]),
+        ("[" * 5000 + "]" * 5000, ["[" * 5000 + "]" * 5000]),
+    ],
+)
+def test_the_text_of_a_list_is_a_list(value, expected):
+    """In shards that are read in place as in the files that `prepare` reads."""
+    assert captions.field_sentences(value) == expected
+    assert captions.sentences({"raw_caption": value, "longIB_captions": ["it"]}) == [*expected, "it"]
+    assert rows.sentences(value) == expected
 
 
 def test_unsplit_strings_are_never_sampled_by_letter():

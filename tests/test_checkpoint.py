@@ -1,6 +1,5 @@
 """Saves that are killed, do not fit on the disk or are too many: a good checkpoint is always there."""
 
-import json
 import os
 import pathlib
 import random
@@ -15,7 +14,6 @@ from saver import assert_right, save
 from test_train import tiny
 
 from flair_jax import checkpoint, metrics, train
-from flair_jax.benchmark import __main__ as benchmark
 
 ROOT = pathlib.Path(__file__).parents[1]
 KILLS = 20
@@ -146,17 +144,3 @@ def test_a_run_stops_where_a_save_has_failed(tmp_path, monkeypatch):
     monkeypatch.undo()
     train.train(tiny(steps=6), tmp_path)
     assert whole_and_left_over(tmp_path / "checkpoints") == ([4, 6], [])
-
-
-def test_benchmark(tmp_path):
-    file, folder = tmp_path / "figures.json", tmp_path / "folder"
-    config = ROOT / "configs" / "scenes.py"
-    benchmark.main(
-        ["checkpoint", "--config", str(config), "--folder", str(folder), "--turns", "1", "--json", str(file)]
-    )
-    figures = json.loads(file.read_text())
-    assert figures["megabytes"] == pytest.approx(3 * 4e-6 * figures["parameters"], rel=1e-3)  # with both moments
-    assert figures["devices"] == 8
-    assert min(figures[f"{name}_seconds"] for name in ("stall", "save", "restore")) > 0
-    assert figures["ratio"] == figures["save_seconds"] / figures["stall_seconds"]
-    assert not list(folder.iterdir())  # nothing stays

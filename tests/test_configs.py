@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from flair_jax import models, optimizer, plan, sharding, state, step, train
+from flair_jax import config as configuration
+from flair_jax import models, optimizer, plan, sharding, state, step
 from flair_jax.data.transforms import captions
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -63,7 +64,7 @@ def test_every_config_builds_and_its_step_has_a_type(name):
     config = read(name).get_config()
     if not config.epochs:
         config.steps = config.steps or 10
-    train.check(config.to_dict())
+    configuration.check(config.to_dict())
     captions.CaptionOptions(**config.data.captions)
     model = models.create(config.model)
     optimize = optimizer.create(**config.optimizer, total_steps=config.steps or 10)
@@ -103,7 +104,7 @@ def test_the_flags_that_a_docstring_gives_are_keys(name):
         assert key in {path for path, _ in _flat(config)}, key
         if value[0].isdigit():
             config.update_from_flattened_dict({key: json.loads(value)})
-    train.check({**config.to_dict(), "steps": config.steps, "epochs": None if config.steps else 1.0})
+    configuration.check({**config.to_dict(), "steps": config.steps, "epochs": None if config.steps else 1.0})
 
 
 @pytest.mark.parametrize(
@@ -134,10 +135,6 @@ def test_the_step_compiles_for_the_reference_s_number_of_devices(name, tmp_path)
     batch = images * 224 * 224 * 3 + 4 * (3 * rows * 80 + images * count)
     assert figures["argument_bytes"] == STATE + batch
     assert figures["output_bytes_in_place"] == STATE  # nothing is held twice
-    # The gradients of the parameters come together once a step, and the sums of the loss.
-    assert 4 * PARAMETERS < figures["all-reduce_bytes"] < 4 * PARAMETERS + 100
-    # The texts' two features go round in either pass, in the second with their gradients; in float32 on a CPU.
-    assert figures["collective-permute_bytes"] == 6 * gpus * images * count * 512 * 4
 
 
 def test_fsdp_shrinks_parameters_and_moments(tmp_path):

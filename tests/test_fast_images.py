@@ -46,19 +46,19 @@ def psnr(found: np.ndarray, expected: np.ndarray) -> float:
 # The three ways from a file to training pixels
 
 
-def reference(data: bytes, rng: random.Random, size=SIZE, **law) -> np.ndarray:
-    return images.random_resized_crop(images.to_rgb(images.decode(data)), size, rng, **law)
+def reference(data: bytes, rng: random.Random, size=SIZE, upright=False, **options) -> np.ndarray:
+    return images.random_resized_crop(images.to_rgb(images.decode(data, upright)), size, rng, **options)
 
 
-def fast(data: bytes, rng: random.Random, size=SIZE, **law) -> np.ndarray:
-    return fast_images.random_resized_crop(data, size, rng, **law)
+def fast(data: bytes, rng: random.Random, size=SIZE, **options) -> np.ndarray:
+    return fast_images.random_resized_crop(data, size, rng, **options)
 
 
 _jitted_resize = jax.jit(crop_and_resize, static_argnames="size")
 
 
-def device(data: bytes, rng: random.Random, size=SIZE, **law) -> np.ndarray:
-    canvas, box = fast_images.canvas(data, size, rng, **law)
+def device(data: bytes, rng: random.Random, size=SIZE, **options) -> np.ndarray:
+    canvas, box = fast_images.canvas(data, size, rng, **options)
     return np.asarray(_jitted_resize(canvas[None], box[None], size=size))[0]
 
 
@@ -95,9 +95,9 @@ def test_height_and_width(path):
 def test_small_boxes_of_large_pictures(path):
     """The resolution follows the box: a tenth of the picture is decoded whole."""
     data = encoded(picture(400, 300), quality=95)
-    law = dict(scale=(0.05, 0.1), ratio=(0.5, 2.0))
+    options = dict(scale=(0.05, 0.1), ratio=(0.5, 2.0))
     for seed in range(5):
-        assert psnr(path(data, random.Random(seed), **law), reference(data, random.Random(seed), **law)) > 40
+        assert psnr(path(data, random.Random(seed), **options), reference(data, random.Random(seed), **options)) > 40
 
 
 @FAST_PATHS
@@ -143,6 +143,26 @@ def test_exif_orientation_is_not_applied(path):
     exif[0x0112] = 6  # a quarter turn
     data = encoded(picture(80, 80), exif=exif, quality=95)
     assert psnr(path(data, random.Random(0)), reference(encoded(picture(80, 80), quality=95), random.Random(0))) > 45
+
+
+@PATHS
+@pytest.mark.parametrize("orientation", [3, 6, 7])
+def test_upright_photographs(path, orientation):
+    """The same crop as of the photograph that was stored upright."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = picture(150, 80)
+    upright = images.turn_upright(images.decode(encoded(stored, "PNG", exif=exif)))
+    expected = reference(encoded(upright, "PNG"), random.Random(0))
+    data = encoded(stored, exif=exif, quality=98, subsampling=0)
+    assert psnr(path(data, random.Random(0), upright=True), expected) > 35
+    assert psnr(path(data, random.Random(0)), expected) < 30
+
+
+@FAST_PATHS
+def test_damaged_files_are_refused_upright_too(path):
+    with pytest.raises(ImageError, match="not an image in one of the formats"):
+        path(b"no image", random.Random(0), upright=True)
 
 
 # The canvas

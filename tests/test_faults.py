@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from processes import worker_processes
-from shard_files import write_tar
+from shard_files import write_array_record, write_tar, write_tfrecord
 
 from flair_jax.data import loader
 from flair_jax.data.sources.base import ShardError
+from flair_jax.data.sources.tf_example import Example
 from flair_jax.data.transforms import tokenizer
 
 LENGTH = 16
@@ -136,6 +137,11 @@ FAULTS = {
     "json that does not parse": (lambda folder: write(folder, json=b"{not json"), {4}, "json does not parse"),
     "json of no bytes": (lambda folder: write(folder, json=b""), {4}, "json does not parse"),
     "json that is no UTF-8": (lambda folder: write(folder, json=b"\xff\xfe\x00"), {4}, "json does not parse"),
+    "json in latin-1": (
+        lambda folder: write(folder, json='{"raw_caption": ["n 4", "Träume"]}'.encode("latin-1")),
+        {4},
+        "json does not parse",
+    ),
     "json nested too deep": (lambda folder: write(folder, json=b"[" * 100_000), {4}, "json does not parse"),
     "json null": (lambda folder: write(folder, json=b"null"), {4}, "must be a JSON object, not NoneType"),
     "json list": (lambda folder: write(folder, json=b'["a"]'), {4}, "must be a JSON object, not list"),
@@ -200,6 +206,11 @@ FAULTS = {
         {4},
         "unsafe name",
     ),
+    "dot inside of the name": (
+        lambda folder: write(folder, lambda found: [(n.replace(KEYS[4], "photo.00"), c) for n, c in found]),
+        {4},
+        "name with a dot inside",
+    ),
     "directory": (lambda folder: write(folder, lambda found: [directory("000000004"), *found]), set(), "directory"),
 }
 
@@ -249,6 +260,26 @@ def test_the_run_goes_on_behind_a_fault(tmp_path, fault):
                 assert (batch["images"] == again["images"]).all()
                 for name in ("tokens", "segments", "positions", "ends"):
                     assert (batch["texts"][name] == again["texts"][name]).all()
+
+
+@pytest.mark.parametrize("writer", [write_array_record, write_tfrecord])
+@pytest.mark.parametrize("texts", [["Träume".encode("latin-1")], [b"n 9", "Träume".encode("latin-1")]])
+def test_a_feature_in_another_encoding_is_refused_by_name(tmp_path, writer, texts):
+    """In tf.train.Example the captions are bytes. Other captions of the record do not stand in for lost ones."""
+    contents = []
+    for captions in ([b"n 1"], texts, [b"n 2"]):
+        example = Example()
+        example.features.feature["image"].bytes_list.value.append(picture())
+        example.features.feature["raw_caption"].bytes_list.value.extend(captions)
+        example.features.feature["longSV_captions"].bytes_list.value.extend([captions[0]] if captions[1:] else [])
+        contents.append(example.SerializeToString())
+    name = "x.array_record" if writer is write_array_record else "x.tfrecord"
+    with open_stream(writer(tmp_path / name, contents), batch_size=2) as batches:
+        seen = sorted(WORDS[tuple(tokens)] for tokens in next(batches)["texts"]["tokens"])
+        batches_of_an_epoch = [seen, sorted(WORDS[tuple(tokens)] for tokens in next(batches)["texts"]["tokens"])]
+    assert batches_of_an_epoch == [[1, 2], [1, 2]]
+    ((reason, _),) = batches.skipped.items()
+    assert reason.startswith("raw_caption") and "must be a string" in reason and "dict" in reason
 
 
 def test_lone_surrogates_in_a_caption(tmp_path):

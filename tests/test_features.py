@@ -6,6 +6,7 @@ import pytest
 from conftest import load_golden
 
 from flair_jax import sharding
+from flair_jax.data.transforms import packing
 from flair_jax.evaluators import features
 from flair_jax.models.text import Text
 
@@ -17,12 +18,11 @@ def mesh(devices: int):
 def test_texts_share_rows():
     rng = np.random.default_rng(0)
     lengths = rng.gamma(4, 27 / 4, 3000).round().clip(4, 77).astype(int)
-    rows = features.share_rows(lengths, 78)
-    assert sorted(number for row in rows for number in row) == list(range(3000))
-    assert max(lengths[row].sum() for row in rows) <= 78 and max(map(len, rows)) <= features.ROW_TEXTS
-    assert lengths.sum() > 0.98 * 78 * len(rows)
-    assert features.share_rows(np.full(17, 2), 78) == [list(range(8)), list(range(8, 16)), [16]]
-    assert features.share_rows(np.full(3, 78), 78) == [[0], [1], [2]]
+    rows = packing.place(lengths, 78, row_captions=features.ROW_TEXTS)
+    assert np.bincount(rows.row, lengths).max() <= 78 and np.bincount(rows.row).max() <= features.ROW_TEXTS
+    assert lengths.sum() > 0.98 * 78 * rows.rows
+    assert packing.place(np.full(17, 2), 78, row_captions=8).row.tolist() == [0] * 8 + [1] * 8 + [2]
+    assert packing.place(np.full(3, 78), 78, row_captions=8).row.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("devices", [1, 4])

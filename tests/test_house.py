@@ -16,7 +16,8 @@ ROOMS = {
     "flair_jax": "flair_jax",
 }
 # Modules of flair_jax that may use the rooms beside it.
-DOORS = {"main", "train", "evaluate", "pretrained", "benchmark"}
+DOORS = {"main", "config", "train", "evaluate", "pretrained"}
+TRANSFORMS = "flair_jax.data.transforms"
 LEARNING = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 
@@ -84,14 +85,22 @@ def test_convert_does_not_know_the_data_and_loads_torch_inside_functions():
 
 
 def test_only_the_doors_of_flair_jax_lead_outside():
+    """Other modules know at most the pure functions of `data.transforms`, which are numpy and Pillow."""
     for path in files("flair_jax"):
-        relative = path.relative_to(ROOT / "flair_jax")
-        outside = roots(path) & {"flair_jax.data", "flair_jax.convert"}
-        door = relative.parts[0].removesuffix(".py")
+        door = path.relative_to(ROOT / "flair_jax").parts[0].removesuffix(".py")
         if door not in DOORS:
-            assert not outside, path
-        if door != "benchmark":
-            assert not roots(path) & {"torch"}, path
+            outside = {name for name in imports(path) if room_of(name) in ("flair_jax.data", "flair_jax.convert")}
+            assert all(name.startswith(TRANSFORMS) for name in outside), path
+        assert not roots(path) & {"torch"}, path
+
+
+def test_objectives_know_no_devices_and_models_no_objectives():
+    for path in files("flair_jax"):
+        room = path.relative_to(ROOT / "flair_jax").parts[0]
+        if room == "models":
+            assert not [name for name in imports(path) if name.startswith("flair_jax.objectives")], path
+        if room == "objectives" and path.name != "ring.py":
+            assert not [name for name in imports(path) if name.startswith("flair_jax.sharding")], path
 
 
 def test_importing_the_package_loads_neither_tensorflow_nor_torch():

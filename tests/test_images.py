@@ -113,15 +113,15 @@ def test_random_crop_is_cropped_first_and_resized_then():
         np.testing.assert_array_equal(images.random_resized_crop(image, (32, 48), random.Random(seed)), expected)
 
 
-def test_nothing_shines_in_from_outside_the_crop():
+def test_pixels_outside_the_crop_are_ignored():
     image = Image.new("RGB", (40, 40))
     image.paste((255, 255, 255), (0, 0, 20, 40))
-    law = dict(scale=(0.1, 0.2), ratio=(1, 1))
-    boxes = {seed: images.random_box(40, 40, random.Random(seed), **law) for seed in range(1000)}
+    bounds = dict(scale=(0.1, 0.2), ratio=(1, 1))
+    boxes = {seed: images.random_box(40, 40, random.Random(seed), **bounds) for seed in range(1000)}
     at_the_edge = [seed for seed, (left, *_) in boxes.items() if left == 20]
     assert at_the_edge
     for seed in at_the_edge:
-        assert images.random_resized_crop(image, 16, random.Random(seed), **law).max() == 0
+        assert images.random_resized_crop(image, 16, random.Random(seed), **bounds).max() == 0
 
 
 # Mean and standard deviation of left, top, width, height over 200,000 draws of RandomResizedCrop.get_params,
@@ -134,7 +134,7 @@ TORCHVISION_BOXES = [
 
 
 @pytest.mark.parametrize(("source", "scale", "means", "deviations"), TORCHVISION_BOXES)
-def test_law_of_the_boxes(source, scale, means, deviations):
+def test_distribution_of_the_boxes(source, scale, means, deviations):
     rng = random.Random(0)
     draws = 40_000
     boxes = np.array([images.random_box(*source, rng, scale, (3 / 4, 4 / 3)) for _ in range(draws)])
@@ -255,6 +255,48 @@ def test_32_bit_integers_are_read_as_16_bit_values():
 def test_modes_without_a_rule_are_refused(mode):
     with pytest.raises(ImageError, match="RGB"):
         images.to_rgb(Image.new(mode, (4, 4)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_upright_photographs(format, orientation):
+    """What the camera saw, however it was held; Pillow's writers store the tag and leave the pixels as they are."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = picture()  # 120 x 80
+    data = encoded(stored, format, exif=exif, **({} if format in ("PNG", "TIFF") else {"quality": 95}))
+    turns = {1: 0, 2: 0, 3: 2, 4: 2, 5: 3, 6: 3, 7: 1, 8: 1}  # quarters, against the clock
+    seen = np.rot90(np.asarray(stored), turns[orientation])
+    if orientation in (2, 4, 5, 7):
+        seen = seen[:, ::-1]
+    image = images.decode(data, upright=True)
+    assert images.orientation(image) == 1
+    assert image.size == ((120, 80) if orientation < 5 else (80, 120))
+    assert np.abs(np.asarray(images.to_rgb(image)).astype(int) - seen).max() < 25
+    assert images.turn_upright(image) is image
+    if format != "TIFF":  # which Pillow turns in any case
+        assert images.decode(data).size == (120, 80)
+
+
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0\xff", b"rubbish" * 20])
+def test_damaged_exif_turns_nothing(exif):
+    image = images.decode(encoded(picture(), "JPEG", exif=exif), upright=True)
+    assert image.size == (120, 80)
+
+
+def test_an_unknown_orientation_turns_nothing():
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    assert images.decode(encoded(picture(), "JPEG", exif=exif), upright=True).size == (120, 80)
+
+
+def test_a_size_is_a_side_or_a_pair():
+    assert images.pair(224) == (224, 224) and images.pair((224, 336)) == (224, 336)
+    assert images.pair([64, 96]) == (64, 96)  # as JSON gives it back
+    assert images.pair(np.int64(7)) == (7, 7)
+    for size in (0, -1, 2.0, "22", (1, 2, 3), (1,), None, (4, 0), (4, 2.5)):
+        with pytest.raises(ValueError, match="an image size is a positive integer or a pair"):
+            images.pair(size)
 
 
 def test_exif_orientation_is_not_applied():

@@ -6,6 +6,7 @@ import os
 import pathlib
 import pickle
 import resource
+import stat
 import subprocess
 import sys
 
@@ -147,6 +148,28 @@ def test_a_full_disk_leaves_no_half_index(tmp_path, cache, caplog, monkeypatch):
     assert caplog.text.count("No space left") == 2  # beside the shard and in the cache
     assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["0.tar"]
     assert list(cache.iterdir()) == []
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_files_and_folders_follow_the_umask(tmp_path, mapped, cache, umask):
+    """Other users find the indexes; how far they may read is the user's choice."""
+    before = os.umask(umask)
+    try:
+        path = write_tar(tmp_path / "0.tar", samples("0"))
+        open_source(path)
+        open_source(path, index_dir=tmp_path / "indexes")
+    finally:
+        os.umask(before)
+    (kept,) = (tmp_path / "indexes").glob("*.npz")
+    (table,) = cache.glob("*.table/*")
+    written = [tmp_path / "0.tar.index.npz", kept, *table.iterdir()]
+    assert len(written) == 2 + len(index.ARRAYS) + 1
+    assert {mode(file) for file in written} == {0o666 & ~umask}
+    assert {mode(folder) for folder in (table, table.parent, cache, tmp_path / "indexes")} == {0o777 & ~umask}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,7 +347,8 @@ def test_a_disk_without_space_for_the_table(tmp_path, mapped, cache, caplog):
 def test_processes_that_start_together_share_one_table(tmp_path):
     paths = shards(tmp_path / "shards", *"abcd", size=50)
     code = (
-        "import sys; from data import index, records; index.MAPPED_BYTES = 0;"
+        "import sys; from flair_jax.data.sources import index; from flair_jax.data.sources.open import open_source;"
+        "index.MAPPED_BYTES = 0;"
         "source = open_source(sys.argv[2:], index_dir=sys.argv[1]);"
         "print(source[199].key, source._table.folder)"
     )

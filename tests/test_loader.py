@@ -1,5 +1,7 @@
 """The stream of batches: every sample once, the same whatever the workers, resumable anywhere, faults counted."""
 
+import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -21,10 +23,11 @@ from flair_jax.augmentation import crop_and_resize
 from flair_jax.data import iterator_state, loader
 from flair_jax.data.sources.base import ShardError
 from flair_jax.data.sources.open import open_source
-from flair_jax.data.transforms import tokenizer
+from flair_jax.data.transforms import packing, tokenizer
+from flair_jax.data.transforms.base import SampleError
 from flair_jax.data.transforms.captions import CaptionOptions
 from flair_jax.data.transforms.images import AugmentationOptions
-from flair_jax.data.transforms.samples import LoadTraining, Skipped
+from flair_jax.data.transforms.samples import Captions, Crop, LoadTraining, Skipped
 
 LENGTH = 16  # tokens a caption
 FIELDS = ("raw_caption", "longSV_captions")
@@ -113,7 +116,7 @@ def test_a_batch(clean):
     # The only sentence may be merged with itself; the first words of each row are the sample's own.
     for row, number in enumerate(np.repeat(numbers(batch), 3)):
         alone = tokenizer.Tokenizer(LENGTH)([f"picture {number}"])[0]
-        words = int(tokenizer.ends(alone[None])[0])
+        words = packing.lengths(alone[None])[0] - 1
         assert (tokens[row, :words] == alone[:words]).all()
 
 
@@ -284,8 +287,8 @@ def test_three_ways_to_the_same_pixels(tmp_path):
         with stream(shards, pixels=pixels, image_size=(48, 32), batch_size=8) as batches:
             batch[pixels] = next(batches)
     device = batch["device"]
-    assert device["boxes"].shape == (8, 4) and device["boxes"].dtype == np.float32
-    batch["device"]["images"] = crop_and_resize(device["images"], device["boxes"], (48, 32))
+    assert device["crop_boxes"].shape == (8, 4) and device["crop_boxes"].dtype == np.float32
+    batch["device"]["images"] = crop_and_resize(device["images"], device["crop_boxes"], (48, 32))
     expected = batch["reference"]["images"].astype(int)
     assert expected.shape == (8, 48, 32, 3)
     for pixels in ("fast", "device"):
@@ -296,41 +299,204 @@ def test_three_ways_to_the_same_pixels(tmp_path):
         stream(shards, pixels="quick")
 
 
-def test_packed_captions(clean):
-    """The rows of a device hold the captions of its images; `ends` count over all processes."""
-    options = dict(batch_size=8, captions={"count": 3, "max_merged": 3})
+def uneven(tmp_path, samples: int = 192) -> pathlib.Path:
+    """Shards of captions of very different lengths: most have 2 to 4 words, every eighth dozen fills the context."""
+    rng = np.random.default_rng(0)
+
+    def text(number):
+        words = 14 if number // 12 % 8 == 7 else rng.integers(2, 5)
+        return json.dumps({"raw_caption": [" ".join(rng.choice(["a", "dog", "cat", "red"], words))]}).encode()
+
+    return write_shards(tmp_path / "uneven", (samples,), {number: {"json": text(number)} for number in range(samples)})
+
+
+def unpacked(texts) -> list[list[int]]:
+    """The captions of a packed or padded batch, in their order."""
+    tokens, lengths = texts["tokens"].reshape(-1), packing.text_lengths(texts)
+    ends = texts["ends"]
+    if "segments" in texts:
+        segments, positions = texts["segments"].reshape(-1), texts["positions"].reshape(-1)
+        length = texts["tokens"].shape[1]
+        for end, size in zip(ends, lengths, strict=True):
+            place = np.arange(end - size + 1, end + 1)
+            assert (segments[place] == segments[end]).all() and (positions[place] == np.arange(size)).all()
+            assert place[0] // length == end // length  # in one row
+        assert (segments > 0).sum() == lengths.sum()  # and nothing beside them
+    return [tokens[end - size + 1 : end + 1].tolist() for end, size in zip(ends, lengths, strict=True)]
+
+
+@pytest.mark.parametrize(("devices", "processes"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2)])
+def test_packing_loses_nothing_on_any_number_of_devices(tmp_path, devices, processes):
+    """With its defaults: the texts of the packed rows are those of the padded ones, in a few shapes."""
+    options = dict(batch_size=32, captions={"count": 3, "max_merged": 3}, shuffle=False)
+    shards = uneven(tmp_path)
+    with stream(shards, **options) as batches:
+        padded = [next(batches) for _ in range(12)]
+    local = devices // processes
+    more = dict(process_count=processes, device_count=local, packing=dict(row_length=LENGTH + 4))
+
+    def read(index, agree):
+        with stream(shards, **options, **more, process_index=index, agree=agree) as batches:
+            parts = [next(batches) for _ in range(12)]
+            assert batches.truncated == 0
+        return parts
+
+    def needs(index):
+        """The rows that one process needs for each batch."""
+        noted = []
+        read(index, lambda rows: noted.append(rows) or (lambda: rows))
+        return noted
+
+    if processes == 1:
+        parts = [read(0, None)]
+    else:
+        needed = [needs(index) for index in range(processes)]
+        assert needed[0] != needed[1]  # or there would be nothing to agree on
+        agreed = np.max(needed, axis=0)
+
+        def agree():
+            largest = iter(agreed)
+            return lambda rows: functools.partial(int, next(largest))
+
+        parts = [read(index, agree()) for index in range(processes)]
+    shapes = set()
+    for plain, *shares in zip(padded, *parts, strict=True):
+        texts = {name: np.concatenate([share["texts"][name] for share in shares]) for name in shares[0]["texts"]}
+        assert unpacked(texts) == unpacked(plain["texts"])
+        assert (np.concatenate([share["images"] for share in shares]) == plain["images"]).all()
+        rows = len(texts["tokens"]) // devices
+        per_device = 96 // devices
+        assert (texts["ends"] // (LENGTH + 4) // rows == np.arange(96) // per_device).all()  # of its own images
+        assert {len(share["texts"]["tokens"]) for share in shares} == {rows * local}
+        shapes.add(rows)
+    assert 2 <= len(shapes) <= 4
+
+
+def test_processes_that_pack_have_to_agree(clean):
+    options = dict(process_count=2, packing=dict(row_length=LENGTH))
+    with pytest.raises(ValueError, match="2 processes that pack need `agree`"):
+        stream(clean, **options)
+    options["packing"]["truncate"] = True
     with stream(clean, **options) as batches:
-        padded = [next(batches)["texts"] for _ in range(4)]
-    parts = []
-    for index in range(2):
-        more = dict(process_index=index, process_count=2, device_count=2, packing=dict(row_length=24, quantile=1.0))
-        with stream(clean, **options, **more) as batches:
-            parts.append([next(batches)["texts"] for _ in range(4)])
-        assert batches.shortened == 0
-    rows = parts[0][0]["tokens"].shape[0]
-    assert rows < 12 and rows % 2 == 0
-    for plain, *halves in zip(padded, *parts, strict=True):
-        packed = {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
-        assert packed["tokens"].shape == (2 * rows, 24)
-        tokens, segments = packed["tokens"].reshape(-1), packed["segments"].reshape(-1)
-        for caption, (row, end) in enumerate(zip(plain["tokens"], packed["ends"], strict=True)):
-            assert end // 24 // (rows // 2) == caption // 6  # 2 images of 3 captions a device
-            place = np.flatnonzero(segments[end // 24 * 24 : end + 1] == segments[end]) + end // 24 * 24
-            length = row.argmax() + 1
-            assert (tokens[place] == row[:length]).all() and place[-1] == end
-            assert (packed["positions"].reshape(-1)[place] == np.arange(length)).all()
+        next(batches)
 
 
-def test_captions_that_do_not_fit_are_shortened_and_counted(tmp_path):
+def test_a_batch_drawn_ahead_of_its_turn_counts_when_it_is_given(flawed):
+    """While processes agree on the next batch, the position, the epoch and the counts are those of the last one."""
+    options = dict(batch_size=4, process_count=2, process_index=1, packing=dict(row_length=LENGTH))
+    plain = []
+    with stream(flawed, process_count=2, process_index=1) as batches:
+        for _ in range(12):
+            next(batches)
+            plain.append((batches.position, batches.skipped, batches.epoch))
+    with stream(flawed, **options, agree=lambda rows: lambda: rows) as batches:
+        found = [(digest(next(batches)), batches.position, batches.skipped, batches.epoch) for _ in range(12)]
+    assert [rest for _, *rest in found] == [list(one) for one in plain]
+    for count in (1, 5):
+        with stream(flawed, **options, agree=lambda rows: lambda: rows, position=found[count][1]) as batches:
+            assert digests(batches, 11 - count) == [one for one, *_ in found[count + 1 :]]
+
+
+def test_an_error_of_the_next_batch_waits_for_it(tmp_path):
+    shards = write_shards(tmp_path / "shards", (12,), dict.fromkeys(range(4, 12), NO_CAPTION))
+    options = dict(shuffle=False, process_count=2, packing=dict(row_length=LENGTH), max_skipped=0.5)
+    with stream(shards, **options, agree=lambda rows: lambda: rows) as batches:
+        assert numbers(next(batches)) == [0, 1]
+        with pytest.raises(loader.TooManySkipped, match="4 of the first"):
+            next(batches)
+
+
+def test_rows_shorter_than_a_caption_are_refused(clean):
+    with pytest.raises(
+        ValueError, match=r"row_length is 15, and captions have up to 16 tokens .*packing\.truncate=True"
+    ):
+        stream(clean, packing=dict(row_length=15))
+
+
+def test_captions_are_truncated_and_counted_where_that_is_asked_for(tmp_path):
     """Measured on the median, half of the batches are too long."""
     long = {"json": json.dumps({"raw_caption": ["one two three four five six seven eight nine"]}).encode()}
     shards = write_shards(tmp_path / "shards", (40,), dict.fromkeys(range(0, 40, 2), long))
-    options = dict(captions={"count": 1, "max_merged": 1}, packing=dict(row_length=LENGTH, quantile=0.5))
-    with stream(shards, **options) as batches:
+    packed = dict(row_length=LENGTH, quantile=0.5, truncate=True)
+    with stream(shards, captions={"count": 1, "max_merged": 1}, packing=packed) as batches:
         texts = [next(batches)["texts"] for _ in range(20)]
-    assert 0 < batches.shortened < 40
+    assert 0 < batches.truncated < 40
+    assert len({text["tokens"].shape for text in texts}) == 1
     for text in texts:
         assert (text["tokens"].reshape(-1)[text["ends"]] == tokenizer.EOT).all() and len(text["ends"]) == 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Negatives:
+    """Each drawn caption denied; only those of several sentences are meant."""
+
+    captions: Captions
+
+    names = ("texts/negatives", "valid/negatives")
+
+    def __call__(self, sample):
+        drawn = self.captions.draw(sample)
+        texts = self.captions.tokenize([f"not {text}" for text in drawn])
+        return {self.names[0]: texts, self.names[1]: np.array([". " in text for text in drawn])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Regions:
+    """Two boxes, of which the second one is never meant."""
+
+    names = ("regions/boxes", "regions/valid")
+
+    def __call__(self, sample):
+        if sample.number == 13:
+            raise SampleError("no regions")
+        boxes = np.array([[0, 0, 1, sample.rng("regions").random()], [0, 0, 0, 0]], np.float32)
+        return {self.names[0]: boxes, self.names[1]: np.array([True, False])}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("row_length", [None, 20])
+def test_transforms_add_arrays_and_texts_under_their_names(clean, row_length, workers):
+    options = CaptionOptions(fields=FIELDS, count=2)
+    transforms = (Negatives(Captions(options, tokenizer.Tokenizer(LENGTH))), Regions())
+    with stream(clean, batch_size=6, packing=dict(row_length=row_length)) as batches:
+        plain = [next(batches) for _ in range(2)]
+    more = dict(transforms=transforms, packing=dict(row_length=row_length), workers=workers)
+    with stream(clean, batch_size=6, **more) as batches:
+        batch = next(batches)
+        assert 13 in numbers(plain[0])
+        next(batches)
+        next(batches)
+        assert batches.skipped == {"no regions": 1}
+    kept = [number for number in numbers(plain[0]) + numbers(plain[1]) if number != 13][:6]
+    assert numbers(batch) == kept
+    assert set(batch) == {"images", "texts", "valid", "regions/boxes", "regions/valid"}
+    assert batch["regions/boxes"].shape == (6, 2, 4) and batch["regions/boxes"].dtype == np.float32
+    assert len(np.unique(batch["regions/boxes"][:, 0, 3])) == 6
+    assert batch["regions/valid"].tolist() == [[True, False]] * 6
+    # Image-major: the two captions of an image, then its two negatives.
+    texts = np.array(unpacked(batch["texts"]), object).reshape(6, 4)
+    captions = {
+        number: unpacked(one["texts"])[2 * i : 2 * i + 2] for one in plain for i, number in enumerate(numbers(one))
+    }
+    for number, (*drawn, first, second), valid in zip(kept, texts, batch["valid"], strict=True):
+        assert drawn == captions[number]
+        start, word, end = tokenizer.Tokenizer(3)("not")[0]
+        denied = [[start, word, *text[1:-1]][: LENGTH - 1] for text in drawn]
+        assert [first, second] == [[*text, end] for text in denied]
+        assert valid.tolist() == [True, True, *[len(text) > 5 for text in drawn]]
+    assert 0 < batch["valid"][:, 2:].mean() < 1
+
+
+def test_arrays_have_one_maker(clean):
+    own = Captions(CaptionOptions(), tokenizer.Tokenizer(LENGTH))
+    with pytest.raises(ValueError, match="several transforms make arrays named texts/captions"):
+        stream(clean, transforms=[own])
+
+    class Lonely:
+        names = ("valid/negatives",)
+
+    with pytest.raises(ValueError, match="valid/negatives: there are no texts/negatives"):
+        stream(clean, transforms=[Lonely()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,7 +653,7 @@ def test_a_closed_stream(clean):
 
 SCRIPT = """
 import time
-from data import pipeline
+from flair_jax.data import loader
 
 if __name__ == "__main__":
     options = dict(batch_size=4, image_size=8, context_length=16, seed=0)
@@ -531,8 +697,8 @@ def test_workers_end_when_their_parent_is_killed(clean, tmp_path):
 def test_samples_do_not_depend_on_their_neighbours(flawed):
     """A group of several runs, against every sample by itself."""
     source = open_source(flawed)
-    options = CaptionOptions(fields=FIELDS, count=2), AugmentationOptions()
-    load = LoadTraining(source, 8, tokenizer.Tokenizer(LENGTH), 7, *options, "fast")
+    captions = Captions(CaptionOptions(fields=FIELDS, count=2), tokenizer.Tokenizer(LENGTH))
+    load = LoadTraining(source, (captions, Crop(8, AugmentationOptions(), "fast")), 7)
     group = [(place, divmod(place, len(source))) for place in range(70)]
     together, alone = load(group), [load([one])[0] for one in group]
     assert {type(sample) for sample in together} == {dict, Skipped}
@@ -540,14 +706,14 @@ def test_samples_do_not_depend_on_their_neighbours(flawed):
         if isinstance(expected, Skipped):
             assert sample == expected
         else:
-            assert sample.keys() == expected.keys() == {"images", "tokens"}
+            assert sample.keys() == expected.keys() == {"images", "texts/captions"}
             for name in expected:
                 np.testing.assert_array_equal(sample[name], expected[name])
 
 
 @pytest.fixture
 def blocks(monkeypatch) -> list[pathlib.Path]:
-    """The blocks of shared memory that `pipeline` makes."""
+    """The blocks of shared memory that the loader makes."""
     made = []
 
     def make(*arguments):

@@ -46,12 +46,12 @@ def test_figures_of_an_interval_and_of_the_run(ticking):
         with progress.clock.measure("data"):
             ticking.now += seconds / 4
         ticking.now += 3 * seconds / 4
-        progress.step(work, tokens=30, places=40)
+        progress.step(work, tokens=30, slots=40)
         figures = progress.speed()
         assert figures["mfu"] == pytest.approx(work / seconds / 50)
         assert figures["images_per_second"] == pytest.approx(8 / seconds)
         assert figures["data_wait_share"] == pytest.approx(0.25)
-        assert figures["fill"] == pytest.approx(0.75)
+        assert figures["packing_efficiency"] == pytest.approx(0.75)
     progress.start()
     ticking.now += 50  # an evaluation
     progress.start()

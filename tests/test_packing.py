@@ -1,4 +1,6 @@
-"""Packed captions: every one comes back, each row holds no more than it can, and what is cut is cut as little."""
+"""Packed captions: every one comes back whole, each row holds no more than it can, and cutting has to be asked for."""
+
+import itertools
 
 import jax
 import numpy as np
@@ -45,7 +47,7 @@ def check(tokens: np.ndarray, packed: packing.Packed, row_length: int, rows: int
     sizes = np.array([len(caption) for caption in found])
     for full, caption in zip(whole, found, strict=True):
         assert caption == [*full[: len(caption) - 1], END]
-    assert packed.shortened == (sizes < [len(full) for full in whole]).sum()
+    assert packed.truncated == (sizes < [len(full) for full in whole]).sum()
     used = texts["segments"] > 0
     assert used.sum() == sizes.sum()  # no two captions share a place, and there is nothing beside them
     assert not any(texts[name][~used].any() for name in ("tokens", "positions"))
@@ -93,7 +95,7 @@ def test_every_caption_comes_back():
         assert packing.rows_for([packing.lengths(tokens)], row_length=row_length) == len(expected)
 
         rows = len(expected) + int(rng.integers(3))  # enough
-        packed = packing.pack(tokens, row_length=row_length, rows=rows)
+        packed = packing.Packer(row_length, (rows,), truncate=True)(tokens)
         assert (check(tokens, packed, row_length, rows) == sizes).all()
         found = packed.texts["ends"] // row_length
         assert [np.flatnonzero(found == row).tolist() for row in range(len(expected))] == [
@@ -101,7 +103,7 @@ def test_every_caption_comes_back():
         ]
 
 
-def test_captions_that_do_not_fit_are_cut_and_counted():
+def test_captions_are_cut_and_counted_where_that_is_asked_for():
     rng = np.random.default_rng(1)
     refused = cut = 0
     for _ in range(1500):
@@ -112,29 +114,86 @@ def test_captions_that_do_not_fit_are_cut_and_counted():
         if len(tokens) > rows * (row_length // 2):  # not even two tokens each
             refused += 1
             with pytest.raises(ValueError, match=f"{len(tokens)} captions do not fit into {rows} rows of {row_length}"):
-                packing.pack(tokens, row_length=row_length, rows=rows)
+                packing.Packer(row_length, (rows,), truncate=True)(tokens)
             continue
-        packed = packing.pack(tokens, row_length=row_length, rows=rows)
+        packed = packing.Packer(row_length, (rows,), truncate=True)(tokens)
         sizes = check(tokens, packed, row_length, rows)
         if rows < enough:
             cut += 1
             longest = sizes[sizes < whole].max()
-            assert packed.shortened and (sizes == np.minimum(whole, longest)).all()  # only the longest lose tokens
+            assert packed.truncated and (sizes == np.minimum(whole, longest)).all()  # only the longest lose tokens
             assert len(first_fit_decreasing(np.minimum(whole, longest + 1).tolist(), row_length)) > rows  # and few
     assert refused > 100 and cut > 100
 
 
 def test_a_batch_worked_out_by_hand():
     tokens = np.array([[7, 1, 9, 0, 0], [7, 2, 3, 4, 9], [7, 9, 0, 0, 0], [7, 5, 9, 0, 0]], np.int32)  # 9 ends
-    texts, shortened = packing.pack(tokens, row_length=8, rows=2)
+    texts, truncated = packing.Packer(8, (2,))(tokens)
     assert texts["tokens"].tolist() == [[7, 2, 3, 4, 9, 7, 1, 9], [7, 5, 9, 7, 9, 0, 0, 0]]
     assert texts["segments"].tolist() == [[1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 2, 2, 0, 0, 0]]
     assert texts["positions"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 0, 1, 0, 0, 0]]
     assert texts["ends"].tolist() == [7, 4, 12, 10]
-    assert shortened == 0
-    texts, shortened = packing.pack(tokens, row_length=6, rows=2)
+    assert truncated == 0
+    texts, truncated = packing.Packer(6, (2,), truncate=True)(tokens)
     assert texts["tokens"].tolist() == [[7, 2, 3, 9, 7, 9], [7, 1, 9, 7, 5, 9]]
-    assert shortened == 1
+    assert truncated == 1
+    texts, truncated = packing.Packer(6, (2, 4))(tokens)  # by default nothing is cut: a longer batch gets more rows
+    assert texts["tokens"].shape == (4, 6) and truncated == 0
+    assert texts["tokens"].tolist()[:3] == [[7, 2, 3, 4, 9, 0], [7, 1, 9, 7, 5, 9], [7, 9, 0, 0, 0, 0]]
+    assert texts["ends"].tolist() == [8, 4, 13, 11]
+
+
+def test_a_batch_that_does_not_fit_is_refused():
+    tokens = captions([10, 10, 10], length=10)
+    with pytest.raises(ValueError, match="3 captions need 3 rows of 12; at most 2 are allowed"):
+        packing.Packer(12, (1, 2))(tokens)
+    with pytest.raises(ValueError, match="a caption of 10 tokens does not fit into a row of 8"):
+        packing.Packer(8, (4,))(tokens)
+
+
+def test_the_last_number_of_rows_is_enough_for_any_batch():
+    rng = np.random.default_rng(3)
+    for _ in range(500):
+        length, count = int(rng.integers(2, 40)), int(rng.integers(1, 60))
+        row_length, multiple_of = length + int(rng.integers(0, 60)), int(rng.integers(1, 4))
+        sizes = rng.choice([rng.integers(2, length + 1, count), np.full(count, length)])
+        options = dict(row_length=row_length, longest=length, multiple_of=multiple_of)
+        counts = packing.row_counts(int(rng.integers(1, count + 1)), count, **options)
+        assert packing.place(sizes, row_length).rows <= counts[-1]
+        assert all(number % multiple_of == 0 for number in counts)
+        assert (np.diff(counts) > 0).all()
+        assert all(b <= max(packing.GROWTH * a, a + 1) + multiple_of for a, b in itertools.pairwise(counts))
+    assert packing.row_counts(100, 384, row_length=80, longest=77) == (100, 125, 157, 197, 247, 309, 384)
+    assert packing.row_counts(4, 8, row_length=80, longest=40, multiple_of=2) == (4,)
+
+
+@pytest.mark.parametrize("row_captions", [1, 2, 8])
+def test_rows_of_few_captions(row_captions):
+    rng = np.random.default_rng(4)
+    for _ in range(300):
+        tokens, row_length = random_batch(rng)
+        sizes = np.minimum(packing.lengths(tokens), row_length)
+        placement = packing.place(sizes, row_length, row_captions=row_captions)
+        texts = packing.lay_out(tokens, sizes, placement, row_length=row_length, rows=placement.rows)
+        check(tokens, packing.Packed(texts, int((sizes < packing.lengths(tokens)).sum())), row_length, placement.rows)
+        per_row = np.bincount(placement.row)
+        assert per_row.min() > 0 and per_row.max() <= row_captions
+        roomy = np.flatnonzero(per_row < row_captions)  # which first-fit left for want of tokens
+        used = np.bincount(placement.row, sizes)[roomy]
+        assert (used <= row_length // 2).sum() <= 1
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_captions_stay_with_their_device(devices):
+    rng = np.random.default_rng(5)
+    tokens = captions(rng.integers(2, 41, 64), length=40)
+    counts = packing.row_counts(1, 64 // devices, row_length=50, longest=40)
+    texts, truncated = packing.Packer(50, counts, devices)(tokens)
+    rows = len(texts["tokens"])
+    check(tokens, packing.Packed(texts, truncated), 50, rows)
+    assert truncated == 0 and rows // devices in counts
+    assert unpack(texts) == [row[: row.index(END) + 1] for row in tokens.tolist()]
+    assert (texts["ends"] // 50 // (rows // devices) == np.arange(64) // (64 // devices)).all()
 
 
 def test_rows_from_a_quantile():
@@ -160,20 +219,19 @@ def test_measured_rows_are_nine_tenths_full():
     rows = packing.measure_rows(samples, batch_size=32, row_length=80, multiple_of=2)
     assert rows % 2 == 0
     assert rows == packing.measure_rows(iter(samples), batch_size=32, row_length=80, multiple_of=2)
-    fill, shortened = [], 0
-    for _ in range(40):
-        packed = packing.pack(np.concatenate([sample() for _ in range(32)]), row_length=80, rows=rows)
-        fill.append((packed.texts["segments"] > 0).mean())
-        shortened += packed.shortened
-    assert np.mean(fill) > 0.9
-    assert shortened < 0.01 * 40 * 256
+    packer = packing.Packer(80, packing.row_counts(rows, 256, row_length=80, longest=77, multiple_of=2))
+    packed = [packer(np.concatenate([sample() for _ in range(32)])) for _ in range(40)]
+    assert np.mean([(texts["segments"] > 0).mean() for texts, _ in packed]) > 0.9
+    assert not any(truncated for _, truncated in packed)
+    counts = [len(texts["tokens"]) for texts, _ in packed]
+    assert set(counts) <= set(packer.row_counts[:2]) and counts.count(rows) >= 35
     with pytest.raises(ValueError, match="there are none"):
         packing.measure_rows([], batch_size=32, row_length=80)
 
 
 def test_the_text_tower_takes_what_is_packed(tiny_model, tiny_params):
     tokens = captions([77, 5, 30, 12, 2, 44, 9], end=511)  # of the tiny vocabulary
-    packed = packing.pack(tokens, row_length=96, rows=3)
-    assert packed.shortened == 0
+    packed = packing.Packer(96, (3,))(tokens)
+    assert packed.truncated == 0
     encode = jax.jit(lambda text: tiny_model.apply({"params": tiny_params}, text, method="encode_text").pooled)
     np.testing.assert_allclose(encode(Text(**packed.texts)), encode(Text.padded(tokens)), atol=2e-5)

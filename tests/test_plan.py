@@ -94,51 +94,6 @@ def test_collectives_are_counted_in_bytes():
     assert found == {"all-reduce": (1, 1000), "all-gather": (1, 240)}
 
 
-def test_collectives_count_as_often_as_their_loops_go_round():
-    mesh = sharding.create_mesh(data=8)
-    split = PartitionSpec(("data", "fsdp"))
-
-    def turn(x, _):
-        return jax.lax.ppermute(x, "data", [(d, (d + 1) % 8) for d in range(8)]), None
-
-    def work(x):
-        x, _ = jax.lax.scan(lambda x, _: jax.lax.scan(turn, x, length=3), x, length=5)
-        return turn(x, None)[0]
-
-    work = jax.shard_map(work, mesh=mesh, in_specs=split, out_specs=split)
-    compiled = jax.jit(work).lower(jax.ShapeDtypeStruct((8, 250), jnp.float32)).compile()
-    assert plan.collectives(compiled.as_text()) == {"collective-permute": (16, 16_000)}
-
-
-def test_collectives_of_several_arrays_and_of_tpus():
-    text = """
-  %all-reduce.1 = (f32[512]{0}, bf16[2,3]{1,0}, /*index=2*/f32[]) all-reduce(%a, %b, %c), channel_id=1
-  %g = f32[8]{0} fusion(%all-reduce.1), calls=%all-reduce
-  ROOT %all-gather.2 = pred[16]{0:T(256)} all-gather(%d), dimensions={0}
-"""
-    assert plan.collectives(text) == {"all-reduce": (1, 4 * 512 + 12 + 4), "all-gather": (1, 16)}
-
-
-def test_collectives_that_tpus_start_in_a_loop():
-    """Whose turns only its condition tells; what is sent stands before what arrives."""
-    text = """
-%condition.1 (state: (s32[], f32[8])) -> pred[] {
-  %n = s32[]{:T(128)} constant(6)
-  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
-}
-%body.2 (state: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %one = s32[]{:T(128)} constant(1)
-  %p = (f32[8]{0:T(128)S(1)}, f32[8]{0:T(128)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x)
-  %d = f32[8]{0:T(128)S(1)} collective-permute-done(%p)
-}
-ENTRY %main.3 (x: f32[8]) -> f32[8] {
-  %w = (s32[]{:T(128)}, f32[8]{0:T(128)}) while(%start), condition=%condition.1, body=%body.2, metadata={op_name="w"}
-  %g = (f32[2]{0}, f32[16]{0}) all-gather-start(%y), dimensions={0}
-}
-"""
-    assert plan.collectives(text) == {"all-gather": (1, 64), "collective-permute": (6, 6 * 32)}
-
-
 def test_hours():
     assert plan.chip_hours(312e12 * 3600, "A100", 0.5) == pytest.approx(2)
     lines = plan.estimates(989e12 * 3600 * 0.4 * 64, 32, ["NVIDIA H200"])

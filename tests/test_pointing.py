@@ -8,6 +8,7 @@ from conftest import load_golden, nhwc
 
 from flair_jax.evaluators import Pointing, PointingSet
 from flair_jax.evaluators.pointing import patches_in_boxes, texts_by_image
+from flair_jax.report import flat
 
 IMAGES = nhwc(load_golden("tiny_inputs.npz")["images"])
 TOKENS = load_golden("tiny_inputs.npz")["tokens"]
@@ -56,7 +57,7 @@ def colour_set(**changes):
 @pytest.mark.parametrize(("image_batch", "devices"), [(1, 1), (64, 8)])
 def test_accuracy_and_chance_by_hand(image_batch, devices):
     options = {"image_batch": image_batch, "mesh": mesh(devices)}
-    results = dict(Pointing(ColourModel(8), colour_set(), preprocess=lambda x: x, **options).run({}))
+    results = flat(Pointing(ColourModel(8), colour_set(), preprocess=lambda x: x, **options).run({}))
     assert results == {
         "pointing/colours/accuracy": 0.75,
         "pointing/colours/chance": pytest.approx((1 + 2 + 1 + 3) / 6 / 4),
@@ -66,7 +67,7 @@ def test_accuracy_and_chance_by_hand(image_batch, devices):
 
 def test_broken_attention_is_an_error():
     with pytest.raises(ValueError, match="pointing/colours: attention is not finite"):
-        dict(Pointing(ColourModel(8), colour_set(), preprocess=lambda x: x * np.nan).run({}))
+        flat(Pointing(ColourModel(8), colour_set(), preprocess=lambda x: x * np.nan).run({}))
 
 
 def test_attention_equals_the_reference(tiny_model, tiny_params):
@@ -77,7 +78,7 @@ def test_attention_equals_the_reference(tiny_model, tiny_params):
     expected = OUTPUTS["pool_attn_avg"][IMAGE_OF_TEXT, np.arange(12), :16]  # key 16 is the zero key
     np.testing.assert_allclose(evaluator.attention(tiny_params), expected, atol=1e-5)
     left = expected.reshape(12, 4, 4).max((1,)).argmax(1) < 2
-    assert dict(evaluator.run(tiny_params))["pointing/tiny/accuracy"] == pytest.approx(left.mean())
+    assert flat(evaluator.run(tiny_params))["pointing/tiny/accuracy"] == pytest.approx(left.mean())
 
 
 def test_wrong_sets_are_refused():

@@ -7,6 +7,7 @@ import os
 import pathlib
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
@@ -14,10 +15,10 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from flair_jax.data.prepare import __main__ as command
-from flair_jax.data.prepare import atomic, inputs, job, pictures, report, runner, store
+from flair_jax.data.prepare import atomic, inputs, job, pictures, releases, report, runner, store
 from flair_jax.data.sources.open import open_source
 from flair_jax.data.transforms import images as pixels
 from flair_jax.data.transforms.captions import FIELDS
@@ -296,9 +297,184 @@ def test_flickr30k_keeps_evaluation_images_out(tmp_path, capsys, form):
     if form == "token":
         with pytest.raises(atomic.PrepareError, match="does not say which images are for training"):
             prepare(capsys, *arguments)
-        arguments[-1] = tmp_path / "out2"
     prepare(capsys, *arguments, *more)
     assert [content["raw_caption"] for content in read(arguments[-1]).values()] == [["A man", "A cat"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text files: encodings, delimiters, paths
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with two images; arguments of the release `folder` for it."""
+    (tmp_path / "photos").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "photos" / name).write_bytes(picture())
+    return ["folder", "--images", tmp_path / "photos", "--output", tmp_path / "out"]
+
+
+def raw_captions(folder) -> dict[str, list[str]]:
+    return {content["file"]: content["raw_caption"] for content in read(folder).values()}
+
+
+TABLE = 'file_name,caption\n\na.jpg,"two\nlines"\nb.jpg,Träume im Café\n'
+OBJECTS = [{"file_name": "a.jpg", "caption": "plain"}, {"file_name": "b.jpg", "caption": "Träume im Café"}]
+JSON_LINES = "\n".join(json.dumps(item, ensure_ascii=False) for item in OBJECTS)
+
+
+@pytest.mark.parametrize(
+    "name, content, place, byte",
+    [
+        ("c.csv", TABLE, "row 2", TABLE.index("ä")),
+        ("c.tsv", TABLE.replace(",", "\t"), "row 2", TABLE.index("ä")),
+        ("c.csv", "file_name,caption,größe\na.jpg,x,1\n", "header", 20),
+        ("c.csv", "file_name,caption\n" + "a.jpg,x\n" * 200_000 + "b.jpg,Träume\n", "row 200001", 18 + 1_600_000 + 8),
+        ("c.jsonl", JSON_LINES, "line 2", JSON_LINES.index("ä")),
+        ("c.json", f"[{JSON_LINES.replace(chr(10), ',' + chr(10))}]", "line 2", JSON_LINES.index("ä") + 2),
+    ],
+)
+def test_text_in_another_encoding_is_refused_with_its_place(tmp_path, capsys, photos, name, content, place, byte):
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    assert content.encode("latin-1")[byte] > 127
+    message = rf"{name}, {place}, byte {byte}: b'.*' is not text in utf-8. Give the encoding .*--encoding latin-1"
+    with pytest.raises(atomic.PrepareError, match=message):
+        prepare(capsys, *photos, "--captions", tmp_path / name)
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16", "utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("name, content", [("c.csv", TABLE), ("c.jsonl", JSON_LINES), ("c.json", json.dumps(OBJECTS))])
+def test_the_encoding_can_be_given(tmp_path, capsys, photos, encoding, name, content):
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    prepare(capsys, *photos, "--captions", tmp_path / name, "--encoding", encoding)
+    assert raw_captions(tmp_path / "out")["b.jpg"] == ["Träume im Café"]
+    assert atomic.read_json(tmp_path / "out" / job.INFO)["provenance"]["settings"]["text"] == [encoding, None]
+
+
+def test_a_file_that_ends_inside_of_a_character(tmp_path, capsys, photos):
+    (tmp_path / "c.csv").write_bytes(b"\xef\xbb\xbffile_name,caption\na.jpg,caf\xc3")
+    with pytest.raises(atomic.PrepareError, match=r"c\.csv, row 1, byte 30: .* is not text in utf-8"):
+        prepare(capsys, *photos, "--captions", tmp_path / "c.csv")
+
+
+def test_what_is_no_encoding(capsys, photos):
+    for name in ("latin7x", "hex"):
+        with pytest.raises(SystemExit):
+            prepare(capsys, *photos, "--captions", "c.csv", "--encoding", name)
+        assert f"{name!r} is no encoding of text" in capsys.readouterr().err
+
+
+def test_flickr30k_in_another_encoding(tmp_path, capsys, photos):
+    tokens, names = tmp_path / "results.token", tmp_path / "train.txt"
+    tokens.write_bytes("a.jpg#0\tone\nb.jpg#0\tCafé\r\n".encode("latin-1"))
+    names.write_bytes("a\nb\nä\n".encode("latin-1"))
+    arguments = ["flickr30k", *photos[1:], "--captions", tokens, "--images-list", names]
+    with pytest.raises(atomic.PrepareError, match=r"train\.txt, line 3, byte 4"):
+        prepare(capsys, *arguments)
+    names.write_text("a\nb\n")
+    with pytest.raises(atomic.PrepareError, match=r"results\.token, line 2, byte 23"):
+        prepare(capsys, *arguments)
+    prepare(capsys, *arguments, "--encoding", "latin-1")
+    assert raw_captions(tmp_path / "out") == {"a.jpg": ["one"], "b.jpg": ["Café"]}
+
+
+def test_text_of_another_encoding_in_tars_is_counted(tmp_path, capsys):
+    """One record of many: it is left out, counted and named, never changed."""
+    members = [
+        *sample("good", {"caption": "Träume", "url": url(1)}, text="Träume"),
+        ("bad.jpg", picture()),
+        ("bad.txt", "Träume".encode("latin-1")),
+        ("bad.json", '{"caption": "Träume"}'.encode("latin-1")),
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    for partner, reason in (("txt", releases.NOT_IN_ENCODING), ("json", releases.NOT_UTF8)):
+        arguments = ["--images", tmp_path / "a.tar", "--partner", partner, "--output", tmp_path / partner]
+        printed = prepare(capsys, "cc3m", *arguments)
+        assert [content["raw_caption"] for content in read(tmp_path / partner).values()] == [["Träume"]]
+        assert atomic.read_json(tmp_path / partner / job.INFO)["images"]["skipped"] == {reason: 1}
+        assert "e.g. a.tar bad" in printed
+    latin = [
+        "--images",
+        tmp_path / "a.tar",
+        "--partner",
+        "txt",
+        "--encoding",
+        "latin-1",
+        "--output",
+        tmp_path / "latin",
+    ]
+    prepare(capsys, "cc3m", *latin)
+    assert read(tmp_path / "latin")["a.tar/bad"]["raw_caption"] == ["Träume"]
+    write_csv(tmp_path / "c.csv", [[url(1), *["x"] * 7]])
+    arguments = ["--captions", tmp_path / "c.csv", "--images", tmp_path / "a.tar", "--output", tmp_path / "out"]
+    prepare(capsys, "dreamlip", *arguments)
+    assert atomic.read_json(tmp_path / "out" / job.INFO)["images"]["skipped"] == {releases.NOT_UTF8: 1}
+
+
+@pytest.mark.parametrize(
+    "name, delimiter, options",
+    [
+        ("c.csv", ";", ["--delimiter", ";"]),
+        ("c.csv", "\t", ["--delimiter", "tab"]),
+        ("c.CSV", "|", ["--delimiter", "|"]),
+        ("c.tsv", "\t", []),
+        ("c.tsv", ";", ["--delimiter", ";"]),
+    ],
+)
+def test_delimiters(tmp_path, capsys, photos, name, delimiter, options):
+    rows_ = [("file_name", "caption"), ("a.jpg", 'one, "two"; three|\tfour\nfive')]
+    with open(tmp_path / name, "w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows_)
+    prepare(capsys, *photos, "--captions", tmp_path / name, *options)
+    assert raw_captions(tmp_path / "out") == {"a.jpg": ['one, "two"; three|\tfour', "five"]}
+
+
+def test_another_delimiter_is_recognised_and_refused(tmp_path, capsys, photos):
+    for delimiter, option in ((";", "';'"), ("\t", "tab")):
+        (tmp_path / "c.csv").write_text(f"file_name{delimiter}caption\na.jpg{delimiter}x\n")
+        with pytest.raises(atomic.PrepareError, match=rf"has no column .*Give the delimiter: --delimiter {option}"):
+            prepare(capsys, *photos, "--captions", tmp_path / "c.csv")
+    with pytest.raises(SystemExit):
+        prepare(capsys, *photos, "--captions", tmp_path / "c.csv", "--delimiter", "::")
+    prepare(capsys, *photos, "--captions", tmp_path / "c.csv", "--delimiter", "tab")  # into the same folder
+    assert raw_captions(tmp_path / "out") == {"a.jpg": ["x"]}
+
+
+def test_the_home_folder_in_every_path(cc3m, capsys, monkeypatch, photos):
+    monkeypatch.setenv("HOME", str(cc3m))
+    monkeypatch.chdir(cc3m / "photos")  # where a folder called `~` would be made
+    more = ["--images", "~/cc3m-train-{0000..0001}.tar", "--output", "~/out", "--work", "~/work"]
+    prepare(capsys, "dreamlip", "--captions", "~/cc3m.csv", *more)
+    assert len(read(cc3m / "out")) == 11
+    (cc3m / "own.csv").write_text("file_name,caption\na.jpg,x\n")
+    prepare(capsys, "folder", "--images", "~/photos", "--captions", "~/own.csv", "--output", "~/own")
+    assert raw_captions(cc3m / "own") == {"a.jpg": ["x"]}
+    (cc3m / "results.token").write_text("a.jpg#0\tx\nb.jpg#0\ty\n")
+    (cc3m / "list").write_text("a.jpg\n")
+    more = ["--captions", "~/results.token", "--images-list", "~/list", "--output", "~/flickr"]
+    prepare(capsys, "flickr30k", "--images", "~/photos", *more)
+    assert raw_captions(cc3m / "flickr") == {"a.jpg": ["x"]}
+    assert sorted(path.name for path in (cc3m / "photos").iterdir()) == ["a.jpg", "b.jpg"]
+
+
+def test_tars_in_a_list(cc3m, capsys):
+    (cc3m / "tars.txt").write_text("cc3m-train-{0000,0001}.tar\n")
+    prepare(capsys, *dreamlip(cc3m, "--images", cc3m / "tars.txt"))
+    assert len(read(cc3m / "out")) == 11
+
+
+def test_files_follow_the_umask(cc3m, capsys):
+    before = os.umask(0o027)
+    try:
+        for form in ("tar", "array_record"):
+            prepare(capsys, *dreamlip(cc3m, "--format", form, "--output", cc3m / form))
+    finally:
+        os.umask(before)
+    written = [path for form in ("tar", "array_record") for path in (cc3m / form).iterdir()]
+    assert len(written) == 8
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o640}
+    assert stat.S_IMODE((cc3m / "tar").stat().st_mode) == 0o750
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -323,6 +499,119 @@ def test_resize_makes_larger_images_smaller_and_leaves_the_others(tmp_path, caps
     assert np.asarray(Image.open(io.BytesIO(found["deep"]["image"]))).mean() == pytest.approx(40_000 >> 8, abs=1)
     assert Image.open(io.BytesIO(found["gif"]["image"])).format == "JPEG"  # training reads no GIF
     assert atomic.read_json(tmp_path / "o" / job.INFO)["converted"] == 3
+
+
+def turned(orientation: int | None, size=(48, 32), form="JPEG") -> tuple[bytes, np.ndarray]:
+    """A photograph whose pixels are stored as a camera does that was held in another way: (file, upright pixels).
+
+    It has a red block in the upper left corner and a green one in the upper right, as seen upright.
+    """
+    upright = np.zeros((size[1], size[0], 3), np.uint8)
+    upright[: size[1] // 2, : size[0] // 2] = 255, 0, 0
+    upright[: size[1] // 2, size[0] // 2 :] = 0, 255, 0
+    # What has to be done to the stored pixels for each value of the tag (EXIF 2.32, table 6), undone here.
+    stored = {
+        None: upright,
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[ExifTags.Base.Orientation] = orientation
+    exif[ExifTags.Base.Make] = "a camera"
+    target = io.BytesIO()
+    options = {"quality": 95, "subsampling": 0} if form == "JPEG" else {"lossless": True} if form == "WEBP" else {}
+    Image.fromarray(np.ascontiguousarray(stored)).save(target, form, exif=exif, **options)
+    return target.getvalue(), upright
+
+
+def decoded(data: bytes) -> tuple[np.ndarray, int | None, bool]:
+    """Pixels as they are stored, what EXIF says of their orientation, and whether other tags are there."""
+    image = Image.open(io.BytesIO(data))
+    exif = image.getexif()
+    return np.asarray(image.convert("RGB")).astype(int), exif.get(ExifTags.Base.Orientation), len(exif) > 1
+
+
+def folder_of(tmp_path, images: dict[str, bytes]) -> list:
+    (tmp_path / "photos").mkdir()
+    for name, content in images.items():
+        (tmp_path / "photos" / name).write_bytes(content)
+    write_csv(tmp_path / "c.csv", [(name, "x") for name in images], ("file_name", "caption"))
+    return ["--images", tmp_path / "photos", "--captions", tmp_path / "c.csv", "--output", tmp_path / "out"]
+
+
+@pytest.mark.parametrize("resize", [None, 16])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_own_photographs_are_turned_upright(tmp_path, capsys, form, resize):
+    names = {orientation: f"{orientation}.{form.lower()}" for orientation in (None, *range(1, 9))}
+    photographs = {orientation: turned(orientation, form=form) for orientation in names}
+    arguments = folder_of(tmp_path, {names[key]: data for key, (data, _) in photographs.items()})
+    prepare(capsys, "folder", *arguments, *(["--resize", resize] if resize else []))
+    found = {content["file"]: content for content in read(tmp_path / "out").values()}
+    for orientation, (data, upright) in photographs.items():
+        content = found[names[orientation]]
+        stored, tag, _ = decoded(content["image"])
+        assert (content["width"], content["height"]) == ((24, 16) if resize else (48, 32)) == stored.shape[1::-1]
+        if orientation in (None, 1) and not resize and form != "TIFF":
+            assert content["image"] == data  # bit for bit, with its tags
+            continue
+        assert tag is None
+        expected = upright[::2, ::2] if resize else upright
+        assert np.abs(stored - expected).mean() < 10, orientation
+
+
+@pytest.mark.parametrize("release", ["cc3m", "folder"])
+def test_published_images_stay_as_their_pixels_are_stored(tmp_path, capsys, release):
+    """The reference ignores EXIF. What is written anew keeps the tag: every reader sees what it saw of the original."""
+    orientations = (None, *range(1, 9))
+    photographs = {str(orientation): turned(orientation)[0] for orientation in orientations}
+    if release == "folder":
+        arguments = [*folder_of(tmp_path, {f"{key}.jpg": data for key, data in photographs.items()}), "--no-upright"]
+    else:
+        members = [member for key, data in photographs.items() for member in sample(key, {"caption": "x"}, data)]
+        arguments = ["--images", write_tar(tmp_path / "a.tar", members), "--output", tmp_path / "out"]
+    prepare(capsys, release, *arguments)
+    prepare(capsys, release, *arguments, "--resize", 16, "--output", tmp_path / "small")
+    for folder, step in (("out", 1), ("small", 2)):
+        for source, content in read(tmp_path / folder).items():
+            original = photographs[source.split("/")[1].removesuffix(".jpg")]
+            stored, tag, more = decoded(content["image"])
+            pixels_, orientation, _ = decoded(original)
+            if step == 1:
+                assert content["image"] == original
+            else:
+                assert (tag or 1) == (orientation or 1) and not more
+                assert np.abs(stored - pixels_[::2, ::2]).mean() < 10
+            assert (content["width"], content["height"]) == stored.shape[1::-1]
+
+
+def test_tars_are_turned_on_request(tmp_path, capsys):
+    data, upright = turned(6)
+    write_tar(tmp_path / "a.tar", sample("a", {"caption": "x"}, data))
+    prepare(capsys, "cc3m", "--images", tmp_path / "a.tar", "--output", tmp_path / "out", "--upright")
+    (content,) = read(tmp_path / "out").values()
+    assert np.abs(decoded(content["image"])[0] - upright).mean() < 4
+    assert atomic.read_json(tmp_path / "out" / job.INFO)["provenance"]["settings"]["upright"] is True
+
+
+def test_damaged_exif_data_does_not_cost_the_image(tmp_path, capsys):
+    data, _ = turned(6)
+    place = data.index(b"Exif\0\0") + 6
+    for name, exif in {"a": b"nonsense", "b": data[place : place + 4] + b"\xff" * 4}.items():
+        damaged = data[:place] + exif + data[place + len(exif) :]
+        assert pictures.inspect(damaged, True) == pictures.inspect(damaged, False), name
+    for orientation in (0, 9, 700):
+        other = bytearray(data)
+        tag = data.index(b"\x01\x12" if data[place : place + 2] == b"MM" else b"\x12\x01", place)
+        other[tag + 8 : tag + 10] = orientation.to_bytes(2, "big" if data[place : place + 2] == b"MM" else "little")
+        assert decoded(bytes(other))[1] == orientation
+        assert pictures.inspect(bytes(other), True) == pictures.inspect(data, False)
 
 
 def test_array_record_holds_the_same_samples(cc3m, capsys):
@@ -407,12 +696,43 @@ def test_everything_skipped_is_counted(tmp_path, capsys):
 
 
 def test_nothing_matches(cc3m, capsys):
-    write_csv(cc3m / "cc3m.csv", [["http://elsewhere/1", *["x"] * 7]])
-    with pytest.raises(
-        atomic.PrepareError, match=r"no image has captions: 14 images read; 14 x no captions.*elsewhere"
-    ):
+    """The tallies of both sides and the keys found on both tell why."""
+    write_csv(cc3m / "cc3m.csv", [["http://elsewhere/1", *["x"] * 7], ["http://elsewhere/2", "few"]])
+    with pytest.raises(atomic.PrepareError) as raised:
         prepare(capsys, *dreamlip(cc3m))
+    lines = [" ".join(line.split()) for line in str(raised.value).splitlines()]
+    assert lines[0] == "no image has captions: 14 images read"
+    assert lines[1].startswith("skipped: no captions for this image in the caption files 14 e.g. cc3m-train-0000.tar 0")
+    assert lines[2] == "captions: 2 rows read"
+    assert lines[3].startswith("skipped: another number of cells than the header has 1 e.g.")
+    assert lines[3].endswith("cc3m.csv, row 2: 2 instead of 8")
+    assert lines[4] == "captions are for 'http://elsewhere/1', …"
+    assert lines[5] == f"images are found by {url(0)!r}, {url(1)!r}, {url(2)!r}, …"
     assert not list((cc3m / "out").glob("*.tar"))
+    write_csv(cc3m / "cc3m.csv", [[url(1), *["x"] * 7]])
+    prepare(capsys, *dreamlip(cc3m))  # into the same folder: nothing of the first run is of use
+    assert len(read(cc3m / "out")) == 1
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_rows_of_other_keys_are_named(tmp_path, capsys, form):
+    """JSON has no header that could be checked: each object is another one's affair."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(picture())
+    objects = [{"image": "a.jpg", "text": "x"}, {"file_name": "a.jpg", "label": "y"}]
+    path = tmp_path / f"c.{form}"
+    path.write_text(json.dumps(objects) if form == "json" else "\n".join(map(json.dumps, objects)))
+    arguments = ["--captions", path, "--images", tmp_path / "images", "--output", tmp_path / "out"]
+    with pytest.raises(atomic.PrepareError) as raised:
+        prepare(capsys, "folder", *arguments)
+    message = " ".join(str(raised.value).split())
+    assert "captions: 2 rows read" in message
+    assert f"no join key 1 e.g. {path}, row 1: no file_name, caption; its keys are image, text" in message
+    assert f"no captions 1 e.g. {path}, row 2: no caption; its keys are file_name, label" in message
+    assert "captions are for nothing images are found by 'a.jpg', …" in message
+    arguments = ["--captions", path, "--images", write_tar(tmp_path / "a.tar", sample("a", {"url": url(1)}))]
+    with pytest.raises(atomic.PrepareError, match=r"no Image Path, raw_caption.*; its keys are image, text"):
+        prepare(capsys, "dreamlip", *arguments, "--output", tmp_path / "out2")
 
 
 def test_unusable_files_are_named(cc3m, capsys):
@@ -445,7 +765,7 @@ def test_killed_and_gone_on(cc3m, capsys):
     # The process stops itself for good where the n-th file is about to get its name.
     code = (
         "import os, signal, sys\n"
-        "from data.prepare import __main__, atomic\n"
+        "from flair_jax.data.prepare import __main__, atomic\n"
         "left, replace = int(sys.argv.pop(1)), os.replace\n"
         "def counted(source, target):\n"
         "    global left\n"
@@ -536,9 +856,9 @@ def test_interrupted_work_with_other_options_or_inputs_is_refused(cc3m, capsys, 
 def test_a_tar_that_is_replaced_meanwhile(cc3m, capsys, monkeypatch):
     inspect = pictures.inspect
 
-    def meddling(data):
+    def meddling(*arguments):
         os.utime(cc3m / "cc3m-train-0001.tar", ns=(1, 1))
-        return inspect(data)
+        return inspect(*arguments)
 
     monkeypatch.setattr(pictures, "inspect", meddling)
     with pytest.raises(atomic.PrepareError, match=r"cc3m-train-0001.tar was replaced or changed"):
@@ -621,7 +941,7 @@ def test_peak_memory_does_not_grow_with_the_captions(tmp_path):
     for rows in (5_000, 20_000):
         write_csv(tmp_path / "c.csv", ([url(number), *["A dog of 3 years. " * 15] * 7] for number in range(rows)))
         code = (
-            "import resource, sys; from data.prepare import __main__; __main__.main(sys.argv[1:]);"
+            "import resource, sys; from flair_jax.data.prepare import __main__; __main__.main(sys.argv[1:]);"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
         arguments = ["dreamlip", "--captions", "c.csv", "--images", "a.tar", "--output", str(rows), "--workers", "1"]
@@ -647,7 +967,7 @@ def test_inspection_refuses_what_training_refuses():
     with pytest.raises(pixels.ImageError, match="float"):
         target = io.BytesIO()
         Image.fromarray(np.zeros((8, 8), np.float32)).save(target, "TIFF")
-        pictures.inspect(target.getvalue())
+        pictures.inspect(target.getvalue(), False)
 
 
 def test_totals_add_up():

@@ -1,6 +1,7 @@
 """Which shards a pattern names, in which format, and sources that are joined."""
 
 import itertools
+import pathlib
 import pickle
 
 import pytest
@@ -26,6 +27,7 @@ def tree(tmp_path):
         "c[1].tar",
         "d/07.tar",
         "d/17.tar",
+        "e{1.tar",
     ):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -46,9 +48,22 @@ def tree(tmp_path):
         ("T/{a,b}", ["a/08.tar", "a/09.tar", "a/10.tar", "b/x.tar", "b/y.tar"]),
         ("T/c[1].tar", ["c[1].tar"]),
         ("T/a/09.tar::T/a/09.tar", ["a/09.tar", "a/09.tar"]),
+        ("T/{a/{08..10},b/{x,y}}.tar", ["a/08.tar", "a/09.tar", "a/10.tar", "b/x.tar", "b/y.tar"]),
+        ("T/{b,a}/{[xy],0?}.tar", None),  # of each name without braces there must be a file
+        ("T/a/{10..8..2}.tar", None),
+        ("T/a/{10..08}.tar", ["a/10.tar", "a/09.tar", "a/08.tar"]),
+        ("T/a/{008..010}.tar", None),
+        ("T/b/{x..y}.tar", ["b/x.tar", "b/y.tar"]),
+        ("T/{b/x,a/08}.tar", ["b/x.tar", "a/08.tar"]),
+        ("T/b/{x}.tar", None),  # one word in braces is no choice
+        ("T/e{1.tar", ["e{1.tar"]),
     ],
 )
 def test_patterns(tree, pattern, expected):
+    if expected is None:
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            expand(pattern.replace("T", str(tree)))
+        return
     assert expand(pattern.replace("T", str(tree))) == [str(tree / name) for name in expected]
 
 
@@ -57,6 +72,55 @@ def test_lists_and_paths(tree):
         str(tree / name) for name in ("b/x.tar", "b/y.tar", "a/08.tar", "a/09.tar")
     ]
     assert expand((str(tree / "a/08.tar"),)) == [str(tree / "a/08.tar")]
+
+
+def test_braces_that_are_not_balanced(tree):
+    with pytest.raises(FileNotFoundError, match=r"/a/\{08\.\.10\.tar': no such file, and its braces are not balanced"):
+        expand(f"{tree}/a/{{08..10.tar")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["~/a/08.tar", "~/a/0[8].tar", "~/a/{08,08}.tar", "{~/a,~/a}/08.tar", "~/d::~/a/08.tar", "~/list.txt"]
+)
+def test_the_home_folder(tree, monkeypatch, pattern):
+    monkeypatch.setenv("HOME", str(tree))
+    (tree / "list.txt").write_text("~/a/08.tar\n")
+    found = expand(pattern)
+    assert found[-1] == str(tree / "a/08.tar") and all("~" not in path for path in found)
+    assert expand([pathlib.Path(pattern)])[-1] == found[-1] or "::" in pattern
+
+
+def test_indexes_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "0.tar", samples("0"))
+    assert open_source("~/0.tar", index_dir="~/indexes").shards == [str(tmp_path / "0.tar")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "indexes"]
+    assert len(list((tmp_path / "indexes").iterdir())) == 1
+
+
+def test_a_file_that_lists_shards(tree):
+    path = tree / "lists.txt"
+    path.write_bytes("\ufeff# our shards\r\na/{08..09}.tar\r\n\n  b \ngs://x/{0..1}.tar\nc[1].tar\n".encode())
+    expected = [str(tree / name) for name in ("a/08.tar", "a/09.tar", "b/x.tar", "b/y.tar")]
+    expected += ["gs://x/0.tar", "gs://x/1.tar", str(tree / "c[1].tar")]
+    assert expand(path) == expected
+    assert expand(f"{tree}/lists*.txt::{tree}/a/10.tar") == [*expected, str(tree / "a/10.tar")]
+
+
+@pytest.mark.parametrize(
+    "content, error, message",
+    [
+        (b"# nothing\n", ShardError, r"lists\.txt lists no shards"),
+        (b"b/note.txt\n", ShardError, r"lists\.txt lists another list, b/note\.txt"),
+        ("tr\xe4ume.tar".encode("latin-1"), ShardError, r"lists\.txt: a list of shards is UTF-8 text.*position 2"),
+        (b"a/08.tar\nb/z.tar\n", FileNotFoundError, r"no such file: '.*/b/z\.tar'"),
+    ],
+)
+def test_lists_of_shards_that_cannot_be_used(tree, content, error, message):
+    (tree / "lists.txt").write_bytes(content)
+    with pytest.raises(error, match=message):
+        expand(tree / "lists.txt")
 
 
 @pytest.mark.parametrize("pattern", ["T/a/{08..12}.tar", "T/none-*.tar", "T/empty", "T/a/08.tar::T/d.tar", ""])

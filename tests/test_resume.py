@@ -27,7 +27,7 @@ SCRIPT = """
 import json, os, pathlib, sys
 sys.path.insert(0, {tests!r})
 from test_resume import BATCHES, OPTIONS, digest
-from data import pipeline
+from flair_jax.data import loader
 
 if __name__ == "__main__":
     state = pathlib.Path({state!r})

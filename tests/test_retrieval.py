@@ -14,6 +14,7 @@ from flair_jax import models
 from flair_jax.evaluators import Retrieval, RetrievalSet, retrieval
 from flair_jax.evaluators.features import evaluation_mesh
 from flair_jax.evaluators.retrieval import retrieval_chance, retrieval_metrics
+from flair_jax.report import flat
 
 ARRAYS = load_golden("retrieval.npz")
 GOLDEN = load_golden("retrieval.json")
@@ -216,7 +217,7 @@ def test_scores_equal_the_reference_in_all_modes(pipe_scores):
 
 
 def test_named_metrics_equal_the_reference(pipe, tiny_params):
-    results = dict(pipe.run(tiny_params))
+    results = flat(pipe.run(tiny_params))
     for mode in ("flair", "global"):
         for metric, value in GOLDEN["pipe"]["modes"][mode].items():
             assert results[f"retrieval/pipe/{mode}/{metric}"] == pytest.approx(value, abs=1e-6)
@@ -282,10 +283,10 @@ def test_images_are_loaded_once_a_run_and_nothing_is_compiled_twice(colours):
 
     data = dataclasses.replace(colours, images=images)
     runs = evaluator(ColourModel(4), data, preprocess=preprocess, image_batch=3, text_batch=7, mesh=one_device())
-    first = dict(runs.run({}))
+    first = flat(runs.run({}))
     assert sorted(images.asked) == list(range(10))
     assert traced == [((3, 8, 12, 3), np.uint8)]  # the last batch is padded
-    assert dict(runs.run({})) == first
+    assert flat(runs.run({})) == first
     assert len(images.asked) == 20 and len(traced) == 1
 
 

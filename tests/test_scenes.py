@@ -191,7 +191,7 @@ def test_drawing_depends_on_its_arguments_only():
     np.testing.assert_array_equal(reference.image, again.image)
     assert reference.sentences == again.sentences and reference.objects == again.objects
     command = (
-        "import hashlib; from data import scenes; s = scenes.draw(3, 7);"
+        "import hashlib; from flair_jax.data import scenes; s = scenes.draw(3, 7);"
         "print(hashlib.sha256(s.image.tobytes() + repr((s.objects, s.sentences)).encode()).hexdigest())"
     )
     runs = {

@@ -10,6 +10,7 @@ from optional import torch
 from flair_jax.evaluators import Segmentation, SegmentationSet
 from flair_jax.evaluators.segmentation import IGNORE, ConfusionMatrix
 from flair_jax.models.text import Text
+from flair_jax.report import flat
 
 IMAGES = nhwc(load_golden("tiny_inputs.npz")["images"])
 TOKENS = load_golden("tiny_inputs.npz")["tokens"]
@@ -83,7 +84,7 @@ def colour_set(**changes):
 def test_miou_and_chance_by_hand(image_batch, devices):
     options = {"ways": ("projected", "value"), "image_batch": image_batch, "mesh": mesh(devices)}
     evaluator = Segmentation(ColourModel(4), colour_set(), preprocess=lambda x: x, **options)
-    results = dict(evaluator.run({}))
+    results = flat(evaluator.run({}))
     half, blue = 12 * 16, 8 * 16
     assert results == {
         "segmentation/colours/iou/red": pytest.approx(half / (half + half)),
@@ -108,7 +109,7 @@ def test_a_class_is_the_mean_of_its_prompts_and_absent_classes_do_not_count():
         tokens=texts(0, 2, 1),
         class_of_prompt=np.array([0, 1, 0]),
     )
-    results = dict(Segmentation(ColourModel(4), data, preprocess=lambda x: x, ways=("projected",)).run({}))
+    results = flat(Segmentation(ColourModel(4), data, preprocess=lambda x: x, ways=("projected",)).run({}))
     assert results == {
         "segmentation/colours/miou": 1,
         "segmentation/colours/iou/warm": 1,
@@ -156,6 +157,6 @@ def test_wrong_sets_and_options_are_refused():
         Segmentation(ColourModel(4), colour_set(), preprocess=lambda x: x, ways=("key",))
     empty = colour_set(labels=[np.full((16, 24), IGNORE)] * 2)
     with pytest.raises(ValueError, match="segmentation/colours: no pixel has a label"):
-        dict(Segmentation(ColourModel(4), empty, preprocess=lambda x: x, ways=("projected",)).run({}))
+        flat(Segmentation(ColourModel(4), empty, preprocess=lambda x: x, ways=("projected",)).run({}))
     with pytest.raises(ValueError, match="predictions run from -1"):
-        dict(Segmentation(ColourModel(4), colour_set(), preprocess=lambda x: x * np.nan).run({}))
+        flat(Segmentation(ColourModel(4), colour_set(), preprocess=lambda x: x * np.nan).run({}))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 from PIL import Image
-from shard_files import write_array_record
+from shard_files import write_array_record, write_tfrecord
 
 from flair_jax.data.sources import array_record, tf_example, tfrecord
 from flair_jax.data.sources.base import Record, RecordError, ShardError
@@ -40,15 +40,6 @@ def example(**features) -> bytes:
 def pairs(*keys) -> list[bytes]:
     """Examples as `data.prepare` writes them."""
     return [example(image=b"I" + key.encode(), json=b"J" + key.encode(), key=key.encode()) for key in keys]
-
-
-def write_tfrecord(path, contents, compression="") -> str:
-    import tensorflow as tf
-
-    with tf.io.TFRecordWriter(str(path), tf.io.TFRecordOptions(compression_type=compression)) as writer:
-        for content in contents:
-            writer.write(content)
-    return str(path)
 
 
 WRITERS = {"x.tfrecord": write_tfrecord, "x.array_record": write_array_record}
@@ -88,6 +79,7 @@ def test_features_become_a_json():
         similarity=0.25,
         embedding=[0.5, 1.5],
         mask=b"\xff\xfe",
+        latin=["Träume".encode("latin-1"), b"good"],
     )
     record = tf_example.parse(content, "s", "s:0")
     assert record.key == "000017" and record.image == b"\xff"
@@ -96,6 +88,8 @@ def test_features_become_a_json():
         "captions": ["one", "two"],
         "embedding": [0.5, 1.5],
         "key": "000017",
+        "latin": [{"not UTF-8": 6}, "good"],
+        "mask": {"not UTF-8": 2},
         "negative": [-1, 2**62],
         "none": [],
         "one": "one",

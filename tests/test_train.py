@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 from flair_jax import checkpoint, evaluate, metrics, pretrained, train
 from flair_jax.configs import base
 from flair_jax.configs import scenes as scenes_config
+from flair_jax.data import scenes
+from flair_jax.lock import WorkdirInUse, WorkdirLock
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZE = 40
@@ -146,13 +149,13 @@ def test_devices_and_sharding_do_not_change_a_run(tmp_path, monkeypatch):
 
 
 def test_packed_captions_and_crops_on_the_device_do_not_change_a_run(tmp_path):
-    """Rows of several captions, on eight devices; pixels to within a grey level."""
+    """Rows of several captions, of several numbers, on eight devices; pixels to within a grey level."""
     train.train(tiny(), tmp_path / "plain")
-    train.train(tiny(data__packing__row_length=20, data__packing__quantile=1.0), tmp_path / "packed")
+    train.train(tiny(data__packing__row_length=20, data__packing__quantile=0.01), tmp_path / "packed")
     train.train(tiny(data__pixels="device"), tmp_path / "device")
     lines = {name: metrics.read_json_lines(tmp_path / name) for name in ("plain", "packed", "device")}
     plain, packed, device = ([line["loss"] for line in lines[name]] for name in lines)
-    assert len(plain) == 6 and lines["packed"][-1]["shortened"] == 0
+    assert len(plain) == 6 and lines["packed"][-1]["truncated"] == 0
     np.testing.assert_allclose(packed, plain, rtol=2e-5)
     np.testing.assert_allclose(device, plain, rtol=1e-3)
 
@@ -189,10 +192,10 @@ def test_what_a_run_tells(tmp_path, capsys):
     assert lines[-1].keys() >= {
         "loss", "tcs", "mps", "positive_logit", "negative_logit", "grad_norm", "param_norm",
         "logit_scale", "logit_bias", "images_per_second", "step_seconds",
-        "data_wait_share", "saving_share", "tflop_per_second", "fill", "skipped",
-        "shortened", "learning_rate", "epoch",
+        "data_wait_share", "saving_share", "tflop_per_second", "packing_efficiency", "skipped",
+        "truncated", "learning_rate", "epoch",
     }  # fmt: skip
-    assert all(0 < line["fill"] <= 1 and line["data_wait_share"] <= 1 for line in lines)
+    assert all(0 < line["packing_efficiency"] <= 1 and line["data_wait_share"] <= 1 for line in lines)
     # Before training both means are near the bias.
     assert lines[0]["positive_logit"] == pytest.approx(lines[0]["negative_logit"], abs=1.5)
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
@@ -221,7 +224,6 @@ def test_start_from_other_weights_and_use_what_was_trained(tmp_path):
     report = train.train(config, tmp_path / "first")
     again = evaluate.evaluate(config, tmp_path / "first")
     assert again == pytest.approx(report, abs=1e-6)
-    (tmp_path / "elsewhere").mkdir()
     assert evaluate.evaluate({**config, "init_from": str(tmp_path / "first")}, tmp_path / "elsewhere") == again
     assert (tmp_path / "elsewhere" / "report.md").read_text() == (tmp_path / "first" / "report.md").read_text()
 
@@ -236,7 +238,7 @@ def test_start_from_other_weights_and_use_what_was_trained(tmp_path):
 
 def test_evaluating_without_weights_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="checkpoints"):
-        evaluate.evaluate(tiny(), tmp_path)
+        evaluate.evaluate(tiny(evaluate=True), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -275,11 +277,85 @@ def test_unknown_keys_of_a_config_file_are_refused_by_name(tmp_path):
 
 
 def test_another_experiment_in_the_same_workdir_is_refused(tmp_path):
+    """Every key that differs is named with both values; nothing is trained."""
     train.train(tiny(steps=2), tmp_path)
-    with pytest.raises(ValueError, match=r"config\.optimizer is .* was trained with"):
+    with pytest.raises(ValueError, match=r"config\.optimizer\.weight_decay is 0\.9, was 0\.1"):
         train.train(tiny(steps=4, optimizer__weight_decay=0.9), tmp_path)
-    with pytest.raises(ValueError, match=r"config\.model is .* was trained with"):
-        train.train(tiny(steps=4, model__vision__patch_dropout=0.5), tmp_path)
+    changes = dict(seed=3, data__captions__count=2, data__pixels="fast", data__augmentation__scale=(0.5, 1.0))
+    with pytest.raises(ValueError, match=r"trained with another config") as raised:
+        train.train(tiny(steps=4, model__vision__patch_dropout=0.5, ema_decay=0.9, **changes), tmp_path)
+    for words in (
+        "config.seed is 3, was 0",
+        "config.data.captions.count is 2, was 4",
+        "config.data.pixels is 'fast', was 'reference'",
+        "config.data.augmentation.scale is (0.5, 1.0), was (0.9, 1.0)",
+        "config.model.vision.patch_dropout is 0.5, was 0.0",
+        "config.ema_decay is 0.9, was None",
+    ):
+        assert words in str(raised.value)
+    assert checkpoint_of(tmp_path)[0] == 2
+
+
+def test_what_a_run_may_change(tmp_path, caplog):
+    """Length, step size, clipping, cadence and what is measured; a schedule that moves is said with both values."""
+    config = tiny(steps=2)
+    train.train(config, tmp_path)
+    train.train(tiny(steps=2, log_every=2), tmp_path)
+    assert "learning rate" not in caplog.text
+    later = dict(optimizer__clip_norm=1.0, save_every=3, keep=1, eval_every=3, data__workers=0, mesh__fsdp=2)
+    train.train(tiny(evaluate=True, steps=4, optimizer__learning_rate=5e-4, **later), tmp_path)
+    assert [line["step"] for line in metrics.read_json_lines(tmp_path)] == [1, 2, 3, 4]
+    # Warm-up takes 50 steps: at step 2 the rate is 3 / 50 of the highest.
+    assert "the learning rate at step 2 is 3e-05, was to be 6e-05 by the config of the checkpoint" in caplog.text
+    assert "steps 4, were 2; optimizer.learning_rate 0.0005, was 0.001" in caplog.text
+
+
+def test_a_finished_run_that_is_made_longer_says_what_happens_to_the_rate(tmp_path, caplog):
+    train.train(tiny(steps=2, optimizer__warmup_steps=0), tmp_path)
+    train.train(tiny(steps=4, optimizer__warmup_steps=0), tmp_path)
+    assert "the learning rate at step 2 is 0.0005, was to be 0 by" in caplog.text
+    assert metrics.read_json_lines(tmp_path)[-2]["learning_rate"] == pytest.approx(5e-4)
+
+
+def test_other_data_under_another_name_is_refused_and_the_same_data_is_not(tmp_path):
+    config = tiny()
+    scenes.write(tmp_path / "one", **config["data"]["scenes"])
+    scenes.write(tmp_path / "other", **{**config["data"]["scenes"], "seed": 5})
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+
+    def on(folder, **changes):
+        config = tiny(steps=2, **changes)
+        del config["data"]["scenes"]
+        config["data"]["shards"] = str(tmp_path / folder)
+        return config
+
+    train.train(on("one"), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"config\.data\.shards is '.*other', was '.*one'"):
+        train.train(on("other"), tmp_path / "run")
+    train.train({**on("moved"), "steps": 3}, tmp_path / "run")
+    assert checkpoint_of(tmp_path / "run")[0] == 3
+
+
+def test_after_a_loss_that_is_not_finite_the_advice_is_taken(tmp_path):
+    """A learning rate that no run survives; the same workdir goes on with a lower one and with clipping."""
+    train.train(tiny(steps=2, optimizer__warmup_steps=0), tmp_path)
+    broken = tiny(steps=40, optimizer__warmup_steps=0, optimizer__learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match=r"lower optimizer\.learning_rate or set optimizer\.clip_norm"):
+        train.train(broken, tmp_path)
+    step = checkpoint_of(tmp_path)[0]
+    assert step < 40
+    mended = tiny(steps=step + 2, optimizer__warmup_steps=0, optimizer__learning_rate=1e-4, optimizer__clip_norm=1.0)
+    train.train(mended, tmp_path)
+    lines = metrics.read_json_lines(tmp_path)
+    assert lines[-1]["step"] == step + 2 and np.isfinite(lines[-1]["loss"])
+
+
+def test_a_second_run_in_a_workdir_is_refused(tmp_path):
+    with WorkdirLock(tmp_path), pytest.raises(WorkdirInUse, match="trains there since"):
+        train.train(tiny(steps=1), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    train.train(tiny(steps=1), tmp_path)
+    assert not (tmp_path / "lock.json").exists()
 
 
 def test_a_run_goes_on_computed_otherwise(tmp_path):

@@ -9,6 +9,7 @@ import tarfile
 import pytest
 from shard_files import samples, write_tar
 
+from flair_jax.data.sources import webdataset
 from flair_jax.data.sources.base import Record, ShardError
 from flair_jax.data.sources.open import open_source
 
@@ -49,6 +50,32 @@ def test_the_key_ends_at_the_first_dot_of_the_file_name(tmp_path):
     source = open_source(write_tar(tmp_path / "0.tar", members))
     assert [(record.key, record.image) for record in source] == [("v1.0/a", b"image")]
     assert not source.skipped
+
+
+@pytest.mark.parametrize(
+    "members, count, first",
+    [
+        (samples("photo.00", "photo.01"), 4, "photo.00.jpg"),  # both would be samples of the key `photo`
+        (samples("0.00"), 2, "0.00.jpg"),  # also beside a complete sample `0`: these two belong together
+        (samples("photo.JPG", extension="JPG"), 2, "photo.JPG.JPG"),
+        ([("a.b.png", b"")], 1, "a.b.png"),
+        ([("f.d/a.b.json", b"")], 1, "f.d/a.b.json"),
+        ([("0.masks.png", b""), ("0.seg.json", b""), ("0.a.b.txt", b"")], 0, None),  # more parts of the sample 0
+    ],
+)
+def test_names_with_a_dot_inside_are_counted_and_the_first_is_named(tmp_path, caplog, members, count, first):
+    path = write_tar(tmp_path / "shard.tar", samples("0") + members + samples("1"))
+    for _ in range(2):  # built, and read from its file
+        caplog.clear()
+        source = open_source(path)
+        assert names(source) == ["0", "1"]
+        assert source.skipped == ({webdataset.DOTTED: count} if count else {})
+        assert (f"{count} x {webdataset.DOTTED} (first: {first})" in caplog.text) == bool(count)
+
+
+def test_only_names_with_a_dot_inside(tmp_path):
+    with pytest.raises(ShardError, match=r"no sample .*4 x name with a dot inside.*rename it.*first: photo\.00\.jpg"):
+        open_source(write_tar(tmp_path / "0.tar", samples("photo.00", "photo.01")))
 
 
 def test_partners_need_not_be_neighbours(tmp_path):
@@ -135,7 +162,7 @@ def test_a_file_that_is_no_tar_is_named(tmp_path, content):
 
 
 def test_no_sample_at_all(tmp_path):
-    with pytest.raises(ShardError, match=r"no sample .*'image without json': 1"):
+    with pytest.raises(ShardError, match=r"no sample .*left out: 1 x image without json \(first: a\.jpg\)"):
         open_source(write_tar(tmp_path / "0.tar", [("a.jpg", b"")]))
 
 

@@ -1,12 +1,14 @@
 """Command line: `python -m flair_jax.data.prepare RELEASE …`; data/README.md has the commands of every release."""
 
 import argparse
+import codecs
 import os
 import pathlib
 import re
 import sys
 
-from flair_jax.data.prepare import atomic, inputs, job, releases, report, runner, shards
+from flair_jax.data.prepare import atomic, inputs, job, releases, report, rows, runner, shards
+from flair_jax.data.sources.base import ShardError
 from flair_jax.data.sources.open import expand
 from flair_jax.data.transforms.captions import SPLITTINGS
 
@@ -14,11 +16,11 @@ from flair_jax.data.transforms.captions import SPLITTINGS
 def main(arguments: list[str]) -> None:
     own, flags = arguments, []
     if "--" in arguments:
-        place = arguments.index("--")
-        own, flags = arguments[:place], arguments[place + 1 :]
+        separator = arguments.index("--")
+        own, flags = arguments[:separator], arguments[separator + 1 :]
     options = _parser().parse_args(own)
     if options.runner != runner.LOCAL and options.workers is not None:
-        raise atomic.PrepareError("--workers is for the local runner; tell others after `--`, in Beam's own flags")
+        raise atomic.PrepareError("--workers is for the local runner; configure others by Beam's own flags after `--`")
     if options.runner == runner.LOCAL and flags:
         raise atomic.PrepareError(f"flags for Beam ({' '.join(flags)}) need a --runner that they are for")
     workers = options.workers or os.cpu_count() or 1
@@ -46,21 +48,23 @@ def _job(options: argparse.Namespace) -> job.Job:
         shard_size=options.shard_size,
         resize=options.resize,
         quality=options.quality,
+        upright=options.upright,
+        text=rows.Text(options.encoding, getattr(options, "delimiter", None)),
         reader=_reader(options),
     )
 
 
 def _reader(options: argparse.Namespace) -> dict:
-    """What the release's reader of captions is told."""
+    """Arguments of the release's reader of captions."""
     if options.release == "pixelprose":
         return {"original": options.original_caption}
     reader = {"splitting": options.splitting}
     if options.release == "cc3m":
-        reader |= {"partner": options.partner}
+        reader |= {"partner": options.partner, "encoding": options.encoding}
     if options.release == "folder":
         reader |= {"image_column": options.image_column, "caption_columns": options.caption_columns}
     if options.release == "flickr30k":
-        names = pathlib.Path(options.images_list).read_text().split() if options.images_list else None
+        names = options.images_list and rows.read_lines(options.images_list, rows.Text(options.encoding))
         reader |= {"part": options.part, "names": names and sorted(name.removesuffix(".jpg") for name in names)}
     return reader
 
@@ -72,15 +76,31 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=release.help, description=release.help)
         add = command.add_argument
         if release.images == "tars":
-            add("--images", nargs="+", required=True, metavar="TARS", help="tars: patterns with braces or *, folders")
+            add(
+                "--images",
+                nargs="+",
+                required=True,
+                metavar="TARS",
+                help="tars: patterns with braces or *, folders, .txt lists",
+            )
         else:
-            add("--images", required=True, metavar="FOLDER", help="folder of the image files")
+            add("--images", required=True, type=path, metavar="FOLDER", help="folder of the image files")
         if name == "cc3m":
-            add("--partner", choices=("json", "txt"), default="json", help="where the caption of an image lies")
+            add(
+                "--partner", choices=("json", "txt"), default="json", help="file beside an image that holds its caption"
+            )
         else:
             own = release.own is not None
             what = "; without it the captions are taken from the tars' json" if own else ""
             add("--captions", nargs="+", required=not own, metavar="FILES", help="caption files" + what)
+        add("--encoding", type=encoding, default="utf-8", help="of caption files and txt; json in tars is always UTF-8")
+        if name in ("dreamlip", "pixelprose", "folder"):
+            add(
+                "--delimiter",
+                type=delimiter,
+                metavar="CHARACTER",
+                help="between the cells of .csv and .tsv, such as `;` or `tab`; default: a comma, in .tsv a tab",
+            )
         if name == "pixelprose":
             add("--original-caption", action="store_true", help="keep the original caption, too")
         if name == "folder":
@@ -88,10 +108,15 @@ def _parser() -> argparse.ArgumentParser:
             add("--caption-columns", nargs="+", default=["caption"], help="hold a caption or a list of captions")
         if name == "flickr30k":
             add("--part", default="train", choices=("train", "val", "test"), help="of dataset_flickr30k.json")
-            add("--images-list", metavar="FILE", help="the images to keep, one a line; needed for .token files")
+            add(
+                "--images-list",
+                type=path,
+                metavar="FILE",
+                help="the images to keep, one a line; needed for .token files",
+            )
         if name != "pixelprose":  # whose captions stay whole
             add("--splitting", choices=tuple(SPLITTINGS), default="every_stop", help="rule that splits captions")
-        add("--output", required=True, metavar="FOLDER", help="for the shards")
+        add("--output", required=True, type=path, metavar="FOLDER", help="for the shards")
         add("--prefix", type=file_name, help="of the shards' names; default: the release")
         add("--format", choices=tuple(shards.SUFFIXES), default="tar")
         add("--shard-size", type=positive_number, default=5000, metavar="SAMPLES")
@@ -101,11 +126,43 @@ def _parser() -> argparse.ArgumentParser:
             metavar="PIXELS",
             help="shorter side of larger images; default: as they are",
         )
-        add("--quality", type=percentage, default=95, help="of the JPEG of resized images")
-        add("--work", metavar="FOLDER", help="for intermediate files, on a fast disk; default: OUTPUT/.prepare")
+        add("--quality", type=percentage, default=95, help="of the JPEG of images that are resized or turned")
+        add(
+            "--upright",
+            action=argparse.BooleanOptionalAction,
+            default=name == "folder",
+            help="turn images as their EXIF orientation says, as viewers do; the published sets are by default stored "
+            "and trained on as their pixels are, as the reference does",
+        )
+        add(
+            "--work",
+            type=path,
+            metavar="FOLDER",
+            help="for intermediate files, on a fast disk; default: OUTPUT/.prepare",
+        )
         add("--workers", type=positive_number, help="processes of the local runner; default: one a core")
         add("--runner", default=runner.LOCAL, help="a runner of Apache Beam; its flags follow after `--`")
     return parser
+
+
+def path(text: str) -> str:
+    return os.path.expanduser(text)
+
+
+def encoding(text: str) -> str:
+    try:
+        "".encode(codecs.lookup(text).name)  # which refuses codecs of something else than text, such as hex
+    except LookupError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no encoding of text; try utf-8, latin-1, cp1252 …") from error
+    return text
+
+
+def delimiter(text: str) -> str:
+    names = {name: character for character, name in rows.DELIMITER_NAMES.items()}
+    text = names.get(text, text)
+    if len(text) != 1:
+        raise ValueError
+    return text
 
 
 def positive_number(text: str) -> int:
@@ -131,5 +188,5 @@ def file_name(text: str) -> str:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (atomic.PrepareError, FileNotFoundError) as error:
+    except (atomic.PrepareError, ShardError, OSError) as error:
         sys.exit(f"error: {error}")

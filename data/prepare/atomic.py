@@ -1,43 +1,38 @@
-"""Files that appear under their name whole or not at all, so that a killed run leaves nothing that looks finished."""
+"""The files of a preparation: each appears under its name whole or not at all, and what goes wrong names it."""
 
 import contextlib
 import json
 import os
 import pathlib
-import uuid
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-PARTIAL = ".partial"  # ending of a file that is being written
+from flair_jax.data.sources import files
 
 
 class PrepareError(RuntimeError):
     """The preparation cannot go on. The message says what to do."""
 
 
+class InputError(PrepareError):
+    """A file or an option has to change before the preparation can go on, so the work done so far is of no use."""
+
+
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary path beside `path`; what is written there takes the name `path` when the block ends well.
-
-    Two processes may write the same file at the same time (a Beam runner may do a piece of work twice): each has its
-    own temporary file, and the last one done replaces the other's equal one.
+    """`files.replacing`, for all files of a preparation. A Beam runner may do a piece of work twice at the same time.
 
     Raises:
       PrepareError: the file cannot be written, for instance because the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with files.replacing(path) as temporary:
+            yield temporary
     except OSError as error:
         raise PrepareError(
             f"{path} cannot be written: {error}. What is finished is kept: make room, and run the same command again."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, content, **options) -> None:
@@ -64,5 +59,5 @@ def reading(path: str | os.PathLike, parts: Iterable) -> Iterator:
 
 def remove_partial(folder: pathlib.Path) -> None:
     """Removes what killed runs left half-written in a folder and below."""
-    for path in folder.rglob(f".*{PARTIAL}"):
+    for path in folder.rglob(f".*{files.PARTIAL}"):
         path.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ Both are cut into units, each the work of one worker: a tar, or some thousand fi
 [weight, …], which changes when something in it is replaced.
 """
 
-import collections
 import dataclasses
 import hashlib
 import itertools
@@ -15,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flair_jax.data.prepare import atomic
+from flair_jax.data.prepare import atomic, report
 from flair_jax.data.sources import files, webdataset
 from flair_jax.data.sources.base import ShardError
 
@@ -51,14 +50,17 @@ class Tars:
         """[bytes, stamp, path]."""
         return [*files.state(self.paths[unit]), self.paths[unit]]
 
-    def scan(self, unit: int, state: list) -> tuple[list[Member], collections.Counter]:
+    def scan(self, unit: int, state: list) -> tuple[list[Member], report.Tally]:
         """The complete samples of a tar, and what was left out, by reason. Raises PrepareError."""
         try:
             index = webdataset.scan(self.paths[unit], self.partner)
         except (ShardError, OSError) as error:
             raise atomic.PrepareError(str(error)) from error
         _check(self.paths[unit], state, [*index.state, self.paths[unit]])
-        return [Member(key, *span) for key, span in zip(_keys(index), index.spans.tolist(), strict=True)], index.skipped
+        left_out = report.Tally()
+        for reason, count in index.skipped.items():
+            left_out.skip(reason, f"{self.name(unit)} {index.examples.get(reason, '')}".rstrip(), count)
+        return [Member(key, *span) for key, span in zip(_keys(index), index.spans.tolist(), strict=True)], left_out
 
     def image(self, unit: int, state: list, member: Member) -> bytes:
         return self._read(unit, state, member.offset, member.size)
@@ -93,11 +95,11 @@ class Folder:
         states = [(name, files.state(os.path.join(self.root, name))) for name in self._names(unit)]
         return [len(states), hashlib.sha256(repr(states).encode("utf-8", "surrogatepass")).hexdigest()]
 
-    def scan(self, unit: int, state: list) -> tuple[list[Member], collections.Counter]:
+    def scan(self, unit: int, state: list) -> tuple[list[Member], report.Tally]:
         """The images of a unit; nothing is left out. Raises PrepareError."""
         _check(f"{self.root}: a file", state, self.state(unit))
         sizes = [(name, files.state(os.path.join(self.root, name)).size) for name in self._names(unit)]
-        return [Member(name, 0, size) for name, size in sizes], collections.Counter()
+        return [Member(name, 0, size) for name, size in sizes], report.Tally()
 
     def image(self, unit: int, state: list, member: Member) -> bytes:
         path = os.path.join(self.root, member.name)

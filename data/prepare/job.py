@@ -1,4 +1,4 @@
-"""One preparation from start to end, or from where it was interrupted."""
+"""Runs a preparation from start to end, or from where it was interrupted."""
 
 import dataclasses
 import datetime
@@ -23,7 +23,7 @@ STAGES = ("captions", "images", "shards")
 
 
 def prepare(job: Job, options: runner.Options) -> dict:
-    """Does what is left to do of a job, and returns the contents of info.json.
+    """Runs the remaining work of a job, and returns the contents of info.json.
 
     Raises:
       PrepareError: the output folder holds something else, the inputs are not what they were, nothing matches, or a
@@ -36,35 +36,15 @@ def prepare(job: Job, options: runner.Options) -> dict:
         info = atomic.read_json(output / INFO)
         if info.get("fingerprint") != fingerprint:
             raise atomic.PrepareError(f"{output} holds other prepared data: choose an empty folder, or remove it")
-        shutil.rmtree(work, ignore_errors=True)  # killed while it was removed
+        _remove(work)  # killed while it was removed
         return info
     _open_folders(job, description)
 
-    folder = {stage: work / stage for stage in STAGES}
-    run = functools.partial(runner.run, options=options)
-    run(
-        functools.partial(stages.index_captions, job),
-        stages.caption_pieces(description["captions"]),
-        folder["captions"],
-        "captions",
-        "B",
-    )
-    run(
-        functools.partial(stages.match, job),
-        stages.image_pieces(description["images"]),
-        folder["images"],
-        "images",
-        "B",
-    )
-    tasks, images = stages.plan(job)
-    pieces = stages.shard_pieces(job, tasks)
-    for piece in pieces:
-        if not (
-            output / stages.shard_name(job, piece.value[0][0], len(tasks))
-        ).exists():  # removed after it was written
-            (folder["shards"] / f"{piece.name}.json").unlink(missing_ok=True)
-    run(functools.partial(stages.write_shard, job), pieces, folder["shards"], "shards", " samples")
-
+    try:
+        folder, images = _run_stages(job, description, options)
+    except atomic.InputError:
+        _remove(work)  # so that the corrected command may use the same folders
+        raise
     info = {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -79,15 +59,39 @@ def prepare(job: Job, options: runner.Options) -> dict:
         },
     }
     atomic.write_json(output / INFO, info, indent=1)
-    shutil.rmtree(work)
+    _remove(work)
     return info
 
 
+def _remove(work: pathlib.Path) -> None:
+    stages.open_store.cache_clear()
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _run_stages(job: Job, description: dict, options: runner.Options) -> tuple[dict[str, pathlib.Path], report.Tally]:
+    """(folder of each stage, counts of the images)."""
+    output = pathlib.Path(job.output)
+    folder = {stage: job.folder(stage) for stage in STAGES}
+    run = functools.partial(runner.run, options=options)
+    pieces = stages.caption_pieces(description["captions"])
+    run(functools.partial(stages.index_captions, job), pieces, folder["captions"], "captions", "B")
+    pieces = stages.image_pieces(description["images"])
+    run(functools.partial(stages.match, job), pieces, folder["images"], "images", "B")
+    tasks, images = stages.plan(job)
+    pieces = stages.shard_pieces(job, tasks)
+    for piece in pieces:
+        shard = output / stages.shard_name(job, piece.value[0][0], len(tasks))
+        if not shard.exists():  # removed after it was written
+            (folder["shards"] / f"{piece.name}.json").unlink(missing_ok=True)
+    run(functools.partial(stages.write_shard, job), pieces, folder["shards"], "shards", " samples")
+    return folder, images
+
+
 def _describe(job: Job) -> dict:
-    """All that the bytes of the shards follow from, with the state of every file that is read."""
+    """Everything that determines the bytes of the shards, with the state of every file that is read."""
     settings = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
-    for place in ("output", "work", "captions", "inputs"):
-        del settings[place]
+    for name in ("output", "work", "captions", "inputs"):
+        del settings[name]
     return {
         "settings": settings,
         "pillow": importlib.metadata.version("pillow"),  # which decodes and resizes
@@ -97,19 +101,19 @@ def _describe(job: Job) -> dict:
 
 
 def _open_folders(job: Job, description: dict) -> None:
-    """Makes the folders, or goes on in those of an interrupted run of the same job."""
+    """Makes the folders, or checks that they belong to an interrupted run of the same job."""
     output, work = pathlib.Path(job.output), pathlib.Path(job.work)
     started = work / "job.json"
     if started.exists():
-        before = atomic.read_json(started)
-        changed = [name for name in description if before.get(name) != json.loads(json.dumps(description[name]))]
+        earlier = atomic.read_json(started)
+        changed = [name for name in description if earlier.get(name) != json.loads(json.dumps(description[name]))]
         if changed:
             raise atomic.PrepareError(
                 f"{work} holds the work of another run, which differs in {', '.join(changed)}. Give the same options "
                 f"and files to go on with it; to start again remove {work} and the shards in {output}."
             )
         atomic.remove_partial(work)
-        for path in output.glob(f".*{atomic.PARTIAL}"):
+        for path in output.glob(f".*{files.PARTIAL}"):
             path.unlink(missing_ok=True)
         return
     found = [path for path in output.glob("*") if path != work] if output.exists() else []
@@ -151,7 +155,7 @@ def _counts(job: Job, folder: dict[str, pathlib.Path], images: report.Tally) -> 
 
 
 def pattern(job: Job, count: int) -> str:
-    """The shards as one word with braces."""
+    """The names of all shards as one pattern with braces."""
     first, last = (stages.shard_name(job, number, count) for number in (0, count - 1))
     digits = slice(len(job.prefix) + 1, -len(shards.SUFFIXES[job.format]))
     return f"{job.prefix}-{{{first[digits]}..{last[digits]}}}{shards.SUFFIXES[job.format]}"

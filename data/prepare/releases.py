@@ -1,4 +1,4 @@
-"""What each release is: how its captions are read, what images are found by, and what a record holds."""
+"""The releases: how their captions are read, by which key images are found, and what a record holds."""
 
 import dataclasses
 import json
@@ -10,6 +10,8 @@ from flair_jax.data.transforms.captions import CaptionError
 URL_FIELDS = ("url", "downloadurl")  # img2dataset's and pixparse's; YFCC's
 
 BAD_TEXT = "json that is no object"
+NOT_UTF8 = "json that is not UTF-8"
+NOT_IN_ENCODING = "txt that is not in the encoding (--encoding)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +42,19 @@ def _pixelprose(text: bytes, original: bool) -> dict:
     return rows.pixelprose_captions(_object(text), original)
 
 
-def _cc3m(text: bytes, partner: str, splitting: str) -> dict:
-    caption = text.decode("utf-8", "replace") if partner == "txt" else _object(text).get("caption")
-    return rows.raw_captions([caption], splitting)
+def _cc3m(text: bytes, partner: str, encoding: str, splitting: str) -> dict:
+    if partner != "txt":
+        return rows.raw_captions([_object(text).get("caption")], splitting)
+    try:
+        return rows.raw_captions([text.decode(encoding)], splitting)
+    except UnicodeDecodeError as error:
+        raise CaptionError(NOT_IN_ENCODING) from error
 
 
 RELEASES = {
     "dreamlip": Release("CC3M, CC12M or YFCC15M with DreamLIP's captions, joined by URL", "tars", own=_dreamlip),
     "pixelprose": Release("PixelProse's descriptions, joined by URL", "tars", own=_pixelprose),
-    "cc3m": Release("Conceptual Captions with its raw captions alone, as they lie in the tars", "tars", own=_cc3m),
+    "cc3m": Release("Conceptual Captions with its raw captions alone, which are in the tars", "tars", own=_cc3m),
     "folder": Release("your own images in a folder, and a file of captions", "folder", merged=True),
     "coco": Release("COCO's training images and their five captions each", "folder", merged=True),
     "flickr30k": Release("Flickr30k's training images and their five captions each", "folder", merged=True),
@@ -74,6 +80,8 @@ def combined(captions: list[dict], merged: bool) -> dict:
 def _object(text: bytes) -> Mapping:
     try:
         found = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise CaptionError(NOT_UTF8) from error
     except (ValueError, RecursionError) as error:
         raise CaptionError(BAD_TEXT) from error
     if not isinstance(found, dict):

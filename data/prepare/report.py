@@ -1,4 +1,4 @@
-"""What was read, matched, written and skipped, and why: counted by each worker, added up, printed as a table."""
+"""Counts of what was read, matched, written and skipped, by reason; each worker counts, the sums are printed."""
 
 import collections
 import dataclasses
@@ -31,22 +31,33 @@ class Tally:
         return total
 
 
+def reasons(tally: Tally) -> list[str]:
+    """Lines of the table: what was skipped, most frequent reason first."""
+    return [
+        _line(f"  skipped: {reason}", count, tally.examples.get(reason, ""))
+        for reason, count in tally.skipped.most_common()
+    ]
+
+
+def _line(name: str, count: int, example: str = "") -> str:
+    return f"{name:<58}{count:>14,}" + (f"   e.g. {example}" if example else "")
+
+
 def table(info: dict) -> str:
     """The closing table, from the contents of info.json."""
     lines = []
 
-    def line(name: str, count: int, example: str = "") -> None:
-        lines.append(f"{name:<58}{count:>14,}" + (f"   e.g. {example}" if example else ""))
+    def line(name: str, count: int) -> None:
+        lines.append(_line(name, count))
 
     def skipped(counts: dict) -> None:
-        for reason, count in sorted(counts["skipped"].items(), key=lambda item: -item[1]):
-            line(f"  skipped: {reason}", count, counts["examples"].get(reason, ""))
+        lines.extend(reasons(Tally.total([counts])))
 
     captions, images = info["captions"], info["images"]
     if captions is not None:
         line("captions: rows read", captions["read"])
         skipped(captions)
-        line(f"  rows of a key that came before ({captions['repeated_rule']})", captions["repeated"])
+        line(f"  rows of a key that an earlier row has ({captions['repeated_rule']})", captions["repeated"])
         line("  keys", captions["keys"])
         line("  keys without an image", captions["keys_without_image"])
     if info["left_out"]["skipped"]:

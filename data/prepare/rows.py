@@ -1,23 +1,27 @@
 """Caption files as rows of (join key, captions), read as a stream.
 
-A reader is given one file and yields a `Row`, or a text that says why a row is left out. Nothing is ever evaluated:
-lists that stand in a cell as text are read as JSON or as Python literals.
+A reader is given one file and yields a `Row`, or `LeftOut` with the reason. Nothing is ever evaluated: lists that are
+written in a cell as text are read as JSON or as Python literals.
 """
 
-import ast
+import codecs
 import collections
+import contextlib
 import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
-from flair_jax.data.prepare.atomic import PrepareError
-from flair_jax.data.transforms.captions import FIELDS, SPLITTINGS, CaptionError, split
+from flair_jax.data.prepare.atomic import InputError
+from flair_jax.data.transforms.captions import FIELDS, CaptionError, field_sentences, split
 
 MAX_CELL = 1 << 24  # characters; what is longer is a quotation mark that was never closed
-MAX_LIST = 1 << 20  # characters of a list written as text
 PARQUET_ROWS = 1024  # read at a time
+DELIMITERS = {"csv": ",", "tsv": "\t"}  # by the ending of the file
+DELIMITER_NAMES = {"\t": "tab"}  # for the command line
+
+_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no text, as surrogateescape decodes them
 
 NO_KEY = "no join key"
 NO_CAPTIONS = "no captions"
@@ -34,43 +38,34 @@ class Row(NamedTuple):
     captions: dict[str, list[str] | str]
 
 
-Rows = Iterator[Row | str]
-Progress = Callable[[int], None]  # is told how many bytes of the file have been read
+class LeftOut(NamedTuple):
+    """A row that cannot be used."""
+
+    reason: str  # which is counted
+    detail: str = ""  # of this row, for an example
+
+
+class Text(NamedTuple):
+    """How caption files are written."""
+
+    encoding: str = "utf-8"
+    delimiter: str | None = None  # between the cells of .csv and .tsv; None: a comma, or a tab in .tsv
+
+
+Rows = Iterator[Row | LeftOut]
+Progress = Callable[[int], None]  # called with the number of bytes of the file that have been read
 
 
 def sentences(value, splitting: str = "every_stop") -> list[str]:
-    """The sentences of one caption field, split already or not yet.
-
-    A list is taken as it stands, blank entries left out, be it a list or the text of one (`["a", "b"]`, `['a', 'b']`);
-    other text is split by the rule `splitting`, a key of `transforms.captions.SPLITTINGS`.
+    """The sentences of one caption field, stripped; see `captions.field_sentences`.
 
     Raises:
-      CaptionError: the value is something else.
+      CaptionError: the value is neither a text nor a list of texts.
     """
-    if value is None:
-        return []
-    if isinstance(value, str):
-        written = _written_list(value.strip())
-        if written is None:
-            return SPLITTINGS[splitting](value)
-        value = written
-    if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
-        raise CaptionError(BAD_CELL)
-    return [stripped for item in value if (stripped := item.strip())]
-
-
-def _written_list(text: str) -> list[str] | None:
-    """The list that a text spells; None where it is ordinary text, which may begin with a bracket, too."""
-    if not (text.startswith("[") and text.endswith("]")) or len(text) > MAX_LIST:
-        return None
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            found = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):  # MemoryError: nested too deep for the parser
-            continue
-        if isinstance(found, list) and all(isinstance(item, str) for item in found):
-            return found
-    return None
+    try:
+        return [sentence.strip() for sentence in field_sentences(value, splitting)]
+    except CaptionError as error:
+        raise CaptionError(BAD_CELL) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,60 +102,67 @@ def pixelprose_captions(cells: Mapping, original: bool = False) -> dict[str, str
     return captions
 
 
-def _row(key, captions_of: Callable[..., dict], *arguments) -> Row | str:
+def _row(key, captions_of: Callable[..., dict], *arguments, detail: str = "") -> Row | LeftOut:
     key = str(key).strip() if isinstance(key, str | int) else ""
     if not key:
-        return NO_KEY
+        return LeftOut(NO_KEY, detail)
     try:
         return Row(key, captions_of(*arguments))
     except CaptionError as error:
-        return str(error)
+        return LeftOut(str(error), detail)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Readers
 
 
-def dreamlip(path: str, progress: Progress, splitting: str) -> Rows:
+def dreamlip(path: str, progress: Progress, text: Text, splitting: str) -> Rows:
     """DreamLIP's CSV: the URL in "Image Path", and the seven caption columns; cells may hold newlines and lists."""
-    for cells in _table(path, progress, needed=("Image Path", *FIELDS)):
-        if isinstance(cells, str):
+    needed = ("Image Path", *FIELDS)
+    for cells in _table(path, progress, text, needed):
+        if isinstance(cells, LeftOut):
             yield cells
         else:
-            yield _row(cells["Image Path"], dreamlip_captions, cells, splitting)
+            yield _row(
+                cells.get("Image Path"), dreamlip_captions, cells, splitting, detail=_missing_keys(cells, needed)
+            )
 
 
-def pixelprose(path: str, progress: Progress, original: bool = False) -> Rows:
+def pixelprose(path: str, progress: Progress, text: Text, original: bool = False) -> Rows:
     """PixelProse's parquet or CSV: the URL in "url", the description in "vlm_caption"."""
     needed = ("url", "vlm_caption", *(["original_caption"] if original else []))
-    for cells in _table(path, progress, needed):
-        if isinstance(cells, str):
+    for cells in _table(path, progress, text, needed):
+        if isinstance(cells, LeftOut):
             yield cells
         else:
-            yield _row(cells["url"], pixelprose_captions, cells, original)
+            yield _row(cells.get("url"), pixelprose_captions, cells, original, detail=_missing_keys(cells, needed))
 
 
-def table(path: str, progress: Progress, image_column: str, caption_columns: Sequence[str], splitting: str) -> Rows:
-    """A user's own captions: CSV, parquet, JSON lines, or JSON (a list of objects, or {image: caption or captions}).
+def table(
+    path: str, progress: Progress, text: Text, image_column: str, caption_columns: Sequence[str], splitting: str
+) -> Rows:
+    """A user's own captions: CSV, TSV, parquet, JSON lines, or JSON (a list of objects, or {image: caption(s)}).
 
     The file of an image may have several rows and several columns; all captions are gathered as `raw_caption`.
     """
-    for cells in _table(path, progress, (image_column, *caption_columns)):
-        if isinstance(cells, str):
+    needed = (image_column, *caption_columns)
+    for cells in _table(path, progress, text, needed):
+        if isinstance(cells, LeftOut):
             yield cells
         else:
-            texts = _each(cells.get(column) for column in caption_columns)
-            yield _row(_relative(cells.get(image_column)), raw_captions, texts, splitting)
+            captions = _each(cells.get(column) for column in caption_columns)
+            key = _relative(cells.get(image_column))
+            yield _row(key, raw_captions, captions, splitting, detail=_missing_keys(cells, needed))
 
 
-def coco(path: str, progress: Progress, splitting: str) -> Rows:
+def coco(path: str, progress: Progress, text: Text, splitting: str) -> Rows:
     """COCO's captions_*.json, which is read as a whole (train2017: 92 MB)."""
-    content = _json(path)
+    content = _json(path, text)
     try:
         names = {image["id"]: image["file_name"] for image in content["images"]}
         pairs = [(names.get(item["image_id"]), item["caption"]) for item in content["annotations"]]
     except (KeyError, TypeError) as error:
-        raise PrepareError(
+        raise InputError(
             f"{path} is no caption file of COCO: expected {{images: [{{id, file_name}}], annotations: [{{image_id, "
             f"caption}}]}}, found no {error}"
         ) from error
@@ -168,52 +170,61 @@ def coco(path: str, progress: Progress, splitting: str) -> Rows:
         yield _row(name, raw_captions, [caption], splitting)
 
 
-def flickr30k(path: str, progress: Progress, part: str, names: Sequence[str] | None, splitting: str) -> Rows:
+def flickr30k(
+    path: str, progress: Progress, text: Text, part: str, names: Sequence[str] | None, splitting: str
+) -> Rows:
     """Karpathy's dataset_flickr30k.json, or results_20130124.token, whose split a list of `names` must give.
 
     Args:
       path: the file.
-      progress: not told: both are small.
+      progress: not used: both are small.
+      text: how the file is written.
       part: "train", "val" or "test" of the JSON, which states it for each image.
       names: the images to keep, as file names without `.jpg`; None keeps the whole part.
       splitting: of the captions.
     """
     if path.endswith(".json"):
-        content = _json(path)
+        content = _json(path, text)
         try:
             items = [
                 (item["filename"], item["split"], [sentence["raw"] for sentence in item["sentences"]])
                 for item in content["images"]
             ]
         except (KeyError, TypeError) as error:
-            raise PrepareError(
+            raise InputError(
                 f"{path} is not Karpathy's file: expected {{images: [{{filename, split, sentences: [{{raw}}]}}]}}, "
                 f"found no {error}"
             ) from error
     else:
         if names is None:
-            raise PrepareError(
+            raise InputError(
                 f"{path} does not say which images are for training and which for evaluation: name the training "
                 "images with --images-list FILE (one a line), or use dataset_flickr30k.json"
             )
-        items = _tokens(path, part)
+        items = _tokens(path, text, part)
     wanted = None if names is None else frozenset(names)
-    for name, found, texts in items:
+    for name, found, captions in items:
         if found != part or (wanted is not None and name.removesuffix(".jpg") not in wanted):
-            yield NOT_WANTED
+            yield LeftOut(NOT_WANTED)
         else:
-            yield _row(name, raw_captions, texts, splitting)
+            yield _row(name, raw_captions, captions, splitting)
 
 
-def _tokens(path: str, part: str) -> Iterator[tuple[str, str, list[str]]]:
+def _tokens(path: str, text: Text, part: str) -> Iterator[tuple[str, str, list[str]]]:
     """Lines of `IMAGE.jpg#NUMBER<tab>caption`; the lines of one image follow each other."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with _open_text(path, text, _lines) as file:
         for number, line in enumerate(file, 1):
-            match = re.fullmatch(r"([^#\t]+)#\d+\t(.*)\n?", line)
+            match = re.fullmatch(r"([^#\t]+)#\d+\t(.*?)[\r\n]*", line)
             if match:
                 yield match[1], part, [match[2]]
             elif line.strip():
-                raise PrepareError(f"{path}, line {number}: expected IMAGE.jpg#NUMBER<tab>caption, found {line[:80]!r}")
+                raise InputError(f"{path}, line {number}: expected IMAGE.jpg#NUMBER<tab>caption, found {line[:80]!r}")
+
+
+def read_lines(path: str, text: Text) -> list[str]:
+    """The lines of a text file without empty ones. Raises InputError, and OSError if it cannot be read."""
+    with _open_text(path, text, _lines) as file:
+        return [stripped for line in file if (stripped := line.strip())]
 
 
 READERS = {
@@ -229,23 +240,24 @@ READERS = {
 # File formats
 
 
-def _table(path: str, progress: Progress, needed: Sequence[str]) -> Iterator[Mapping | str]:
+def _table(path: str, progress: Progress, text: Text, needed: Sequence[str]) -> Iterator[Mapping | LeftOut]:
     """The rows of a file by the names of their columns, or why a row is left out."""
-    if path.endswith(".parquet"):
+    ending = path.lower().rpartition(".")[2]
+    if ending == "parquet":
         return _parquet(path, progress, needed)
-    if path.endswith(".jsonl"):
-        return _json_lines(path, progress)
-    if path.endswith(".json"):
-        return _json_table(path, needed)
-    if path.endswith(".csv"):
-        return _csv(path, progress, needed)
-    raise PrepareError(f"{path}: captions are read from .csv, .parquet, .jsonl and .json files")
+    if ending == "jsonl":
+        return _json_lines(path, progress, text)
+    if ending == "json":
+        return _json_table(path, text, needed)
+    if ending in ("csv", "tsv"):
+        return _csv(path, progress, text._replace(delimiter=text.delimiter or DELIMITERS[ending]), needed)
+    raise InputError(f"{path}: captions are read from .csv, .tsv, .parquet, .jsonl and .json files")
 
 
-def _csv(path: str, progress: Progress, needed: Sequence[str]) -> Iterator[Mapping | str]:
+def _csv(path: str, progress: Progress, text: Text, needed: Sequence[str]) -> Iterator[Mapping | LeftOut]:
     csv.field_size_limit(MAX_CELL)
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.reader(file)
+    with _open_text(path, text, _csv_rows) as file:
+        reader = csv.reader(file, delimiter=text.delimiter)
         try:
             header = next(reader, [])
             _check_columns(path, header, needed)
@@ -255,9 +267,9 @@ def _csv(path: str, progress: Progress, needed: Sequence[str]) -> Iterator[Mappi
                 if len(cells) == len(header):
                     yield dict(zip(header, cells, strict=True))
                 elif cells:  # a blank line is no row
-                    yield BAD_ROW
+                    yield LeftOut(BAD_ROW, f"{len(cells)} instead of {len(header)}")
         except csv.Error as error:
-            raise PrepareError(
+            raise InputError(
                 f"{path}, before line {reader.line_num}: {error}. Most likely a quotation mark is never closed: "
                 "repair the file, or fetch it again if it was cut."
             ) from error
@@ -269,7 +281,7 @@ def _parquet(path: str, progress: Progress, needed: Sequence[str]) -> Iterator[M
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise PrepareError(f"{path} is no parquet file: {error}") from error
+        raise InputError(f"{path} is no parquet file: {error}") from error
     with file:
         _check_columns(path, file.schema_arrow.names, needed)
         rows = 0
@@ -279,36 +291,94 @@ def _parquet(path: str, progress: Progress, needed: Sequence[str]) -> Iterator[M
             yield from batch.to_pylist()
 
 
-def _json_lines(path: str, progress: Progress) -> Iterator[Mapping | str]:
-    with open(path, "rb") as file:
-        for line in file:
+def _json_lines(path: str, progress: Progress, text: Text) -> Iterator[Mapping | LeftOut]:
+    with _open_text(path, text, _lines) as file:
+        for number, line in enumerate(file):
+            if number % 1024 == 0:
+                progress(file.buffer.tell())
             if not line.strip():
                 continue
-            progress(file.tell())
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):
                 value = None
-            yield value if isinstance(value, dict) else BAD_OBJECT
+            yield value if isinstance(value, dict) else LeftOut(BAD_OBJECT)
 
 
-def _json_table(path: str, needed: Sequence[str]) -> Iterator[Mapping | str]:
-    content = _json(path)
+def _json_table(path: str, text: Text, needed: Sequence[str]) -> Iterator[Mapping | LeftOut]:
+    content = _json(path, text)
     if isinstance(content, dict):
         image_column, caption_column, *_ = needed
         content = [{image_column: image, caption_column: value} for image, value in content.items()]
     if not isinstance(content, list):
-        raise PrepareError(f"{path}: expected a list of objects, or an object {{image: caption}}")
+        raise InputError(f"{path}: expected a list of objects, or an object {{image: caption}}")
     for value in content:
-        yield value if isinstance(value, dict) else BAD_OBJECT
+        yield value if isinstance(value, dict) else LeftOut(BAD_OBJECT)
 
 
-def _json(path: str):
-    try:
-        with open(path, "rb") as file:
+def _json(path: str, text: Text):
+    with _open_text(path, text, _lines) as file:
+        try:
             return json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise PrepareError(f"{path} is not JSON: {error}") from error
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} is not JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def _open_text(path: str, text: Text, rows_of: Callable[[TextIO, Text], Iterator[tuple[str, str]]]) -> Iterator[TextIO]:
+    """A text file. `rows_of` names the parts of the file, for the message about a byte that is no text.
+
+    Raises:
+      InputError: a part of the file is not in the encoding. Nothing is replaced: captions would change in silence.
+    """
+    encoding = "utf-8-sig" if codecs.lookup(text.encoding).name == "utf-8" else text.encoding
+    try:
+        with open(path, newline="", encoding=encoding) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        offset, found = _undecodable(path, encoding)
+        where = None
+        # UTF-16 has no surrogateescape for some faults, and a table may be damaged too: then only the byte is named.
+        with (
+            contextlib.suppress(UnicodeDecodeError, csv.Error),
+            open(path, newline="", encoding=encoding, errors="surrogateescape") as file,
+        ):
+            where = next((name for name, content in rows_of(file, text) if _ESCAPED.search(content)), None)
+        raise InputError(
+            f"{path}, {f'{where}, ' if where else ''}byte {offset}: {found!r} is not text in {text.encoding}. Give the "
+            "encoding of the file (--encoding latin-1, cp1252, utf-16, …), or convert the file to UTF-8."
+        ) from error
+
+
+def _undecodable(path: str, encoding: str) -> tuple[int, bytes]:
+    """Where the first bytes of a file are that are no text: (offset, the bytes around it)."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    stop = 0
+    with open(path, "rb") as file:
+        while True:
+            block = file.read(1 << 20)
+            stop += len(block)
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                content = (
+                    error.object
+                )  # ends where this block does, and may begin with the last bytes of the one before
+                return stop - len(content) + error.start, content[max(0, error.start - 10) : error.end + 10]
+            if not block:  # the file was replaced by a good one since it failed
+                return stop, b""
+
+
+def _lines(file: TextIO, text: Text) -> Iterator[tuple[str, str]]:
+    return ((f"line {number}", line) for number, line in enumerate(file, 1))
+
+
+def _csv_rows(file: TextIO, text: Text) -> Iterator[tuple[str, str]]:
+    """Rows are counted as in the table of reasons: without the header."""
+    rows = enumerate(filter(None, csv.reader(file, delimiter=text.delimiter)))
+    return ((f"row {number}" if number else "header", "\n".join(cells)) for number, cells in rows)
 
 
 def _size(path: str) -> int:
@@ -319,10 +389,18 @@ def _size(path: str) -> int:
 def _check_columns(path: str, found: Sequence[str], needed: Sequence[str]) -> None:
     missing = [name for name in needed if name not in found]
     if missing:
-        raise PrepareError(f"{path} has no column {missing}; its columns are {list(found)}")
+        other = next((delimiter for delimiter in ";\t|," if len(found) == 1 and delimiter in found[0]), None)
+        advice = f". Give the delimiter: --delimiter {DELIMITER_NAMES.get(other, repr(other))}" if other else ""
+        raise InputError(f"{path} has no column {missing}; its columns are {list(found)}{advice}")
     twice = [name for name, count in collections.Counter(found).items() if count > 1 and name in needed]
     if twice:
-        raise PrepareError(f"{path} has the column {twice} twice")
+        raise InputError(f"{path} has the column {twice} twice")
+
+
+def _missing_keys(cells: Mapping, needed: Sequence[str]) -> str:
+    """What a JSON object lacks; tables have all columns."""
+    missing = [name for name in needed if name not in cells]
+    return f"no {', '.join(missing)}; its keys are {', '.join(map(str, list(cells)[:10])) or 'none'}" if missing else ""
 
 
 def _each(values: Iterable) -> Iterator:

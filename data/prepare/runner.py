@@ -1,6 +1,6 @@
 """One stage of the work on Apache Beam: a function called once for each piece, on any runner.
 
-Beam only hands out the pieces. What a piece produces lies in files, whose last one is its report; so a piece with a
+Beam only hands out the pieces. A piece writes its results to files, the last of which is its report; so a piece with a
 report is done, whoever did it and whenever, and the progress bar is drawn by looking which reports there are. All
 workers must see the same files: one machine, or a file system that the machines share.
 """
@@ -16,19 +16,23 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from apache_beam.transforms.environments import SubprocessSDKEnvironment
 from tqdm import tqdm
 
-from flair_jax.data.prepare.atomic import PrepareError
+from flair_jax.data.prepare.atomic import InputError, PrepareError
+
+logging.disable(logging.WARNING)  # Beam warns of parts for Google's cloud that are not installed and not needed
+import apache_beam as beam  # noqa: E402
+from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner  # noqa: E402
+from apache_beam.transforms.environments import SubprocessSDKEnvironment  # noqa: E402
+
+logging.disable(logging.NOTSET)
 
 LOCAL = "local"
 PROGRESS = ".progress"  # ending of a file that says how much of a piece is done
 FAILED = ".failed"  # ending of a file that says why a piece could not be done
 WORKER = "flair_jax.data.prepare.worker"
-POLL = 0.5  # seconds between two looks at the reports
+POLL = 0.5  # seconds between checks of the reports
 
 
 class Options(NamedTuple):
@@ -48,7 +52,7 @@ class Piece(NamedTuple):
 
 
 def advance(folder: pathlib.Path, name: str, done: int) -> None:
-    """Tells the progress bar how much of a long piece's weight is done. Raises PrepareError if the disk is full."""
+    """Reports how much of a piece's weight is done, for the progress bar. Raises PrepareError if the disk is full."""
     path = folder / f"{name}{PROGRESS}"
     try:
         path.write_text(str(done))
@@ -71,9 +75,9 @@ def run(
     """Calls `function(piece.value)` for all pieces without a report.
 
     Raises:
-      PrepareError: the function raised it for some piece. The pieces that were finished stay so.
+      PrepareError, InputError: the function raised it for some piece. The pieces that were finished stay so.
     """
-    # Its own name for each run: workers of a killed one may still be at work.
+    # A unique name per run: workers of a killed run may still be running.
     failed = f".{uuid.uuid4().hex}{FAILED}"
     pending = [piece for piece in pieces if not is_done(folder, piece.name)]
     if not pending:
@@ -82,17 +86,19 @@ def run(
     with _progress(pieces, folder, title, unit), _pipeline(options) as pipeline:
         _ = pipeline | beam.Create(pending) | beam.Reshuffle() | title >> beam.Map(_do, function, folder, failed)
     for path in sorted(folder.glob(f"*{failed}")):
-        raise PrepareError(path.read_text(encoding="utf-8"))
+        kind, _, message = path.read_text(encoding="utf-8").partition("\n")
+        raise (InputError if kind == InputError.__name__ else PrepareError)(message)
 
 
 def _do(piece: Piece, function: Callable[[Any], None], folder: pathlib.Path, failed: str) -> None:
-    """A fault that we foresaw is told through a file: Beam would repeat the piece, and print tracebacks by the page."""
+    """Expected errors are passed on through a file: Beam would repeat the piece, and print pages of tracebacks."""
     if any(folder.glob(f"*{failed}")):
         return
     try:
         function(piece.value)
     except PrepareError as error:
-        (folder / f"{piece.name}{failed}").write_text(str(error), encoding="utf-8", errors="backslashreplace")
+        text = f"{type(error).__name__}\n{error}"
+        (folder / f"{piece.name}{failed}").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _pipeline(options: Options) -> beam.Pipeline:

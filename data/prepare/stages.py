@@ -5,6 +5,7 @@ the third the matched samples are numbered through, so that every shard but the 
 whoever writes it, and so that the shards' bytes depend neither on the number of workers nor on interruptions.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -25,11 +26,12 @@ NO_CAPTION = "no captions for this image in the caption files"
 NO_IMAGE = "image that training cannot use"
 HUGE_IMAGE = f"image file of more than {inputs.MAX_IMAGE_BYTES:,} bytes"
 REPEATED = "image whose captions went to an earlier one"
+SHOWN_KEYS = 3  # of each side, where no image has captions
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All that decides the output, and where the work lies."""
+    """Everything that determines the output, and the folders."""
 
     release: str
     captions: tuple[str, ...]  # caption files; none if the tars hold the captions
@@ -41,6 +43,8 @@ class Job:
     shard_size: int
     resize: int | None = None
     quality: int = 95
+    upright: bool = False  # whether images are turned as their EXIF orientation says
+    text: rows.Text = dataclasses.field(default_factory=rows.Text)  # how caption files are written
     reader: dict = dataclasses.field(default_factory=dict)  # the release's own options
 
     def folder(self, stage: str) -> pathlib.Path:
@@ -66,12 +70,12 @@ def index_captions(job: Job, piece: tuple[int, list]) -> None:
     folder, name, path = job.folder("captions"), f"{number:05d}", job.captions[number]
     tally = report.Tally()
     advance = functools.partial(runner.advance, folder, name)
-    read = rows.READERS[job.release](path, advance, **job.reader)
+    read = rows.READERS[job.release](path, advance, job.text, **job.reader)
     with atomic.replacing(folder / f"{name}.rows") as temporary, Writer(folder, name, temporary) as writer:
         for row in atomic.reading(path, read):
             tally.read += 1
-            if isinstance(row, str):
-                tally.skip(row, f"{path}, row {tally.read}")
+            if isinstance(row, rows.LeftOut):
+                tally.skip(row.reason, f"{path}, row {tally.read}" + (f": {row.detail}" if row.detail else ""))
             else:
                 writer.add(*row)
     try:
@@ -101,14 +105,12 @@ def match(job: Job, piece: tuple[int, list]) -> None:
     """Finds the images of one unit that have captions and that training can read."""
     unit, state = piece
     folder, name, source = job.folder("images"), f"{unit:05d}", job.inputs.name(unit)
-    members, faults = job.inputs.scan(unit, state)
-    tally, left_out = report.Tally(read=len(members)), report.Tally()
-    for reason, count in faults.items():
-        left_out.skip(reason, source, count)
+    members, left_out = job.inputs.scan(unit, state)
+    tally = report.Tally(read=len(members))
     matched, numbers = [], []
     for member, key, number in _with_captions(job, unit, state, members, tally):
         try:
-            found = pictures.inspect(job.inputs.image(unit, state, member))
+            found = pictures.inspect(job.inputs.image(unit, state, member), job.upright)
         except ImageError as error:
             tally.skip(NO_IMAGE, f"{source} {member.name}: {error}")
             continue
@@ -121,7 +123,7 @@ def match(job: Job, piece: tuple[int, list]) -> None:
 
 
 def _with_captions(job: Job, unit: int, state: list, members: list, tally: report.Tally) -> Iterator[tuple]:
-    """(member, join key, number of its captions) of the members that have captions; -1 stands for the tar's own."""
+    """(member, join key, number of its captions, -1 if they are in the tar itself) of the members with captions."""
     source = job.inputs.name(unit)
     for batch in _batched(members, LOOKUP):
         keyed = []
@@ -145,7 +147,7 @@ def _with_captions(job: Job, unit: int, state: list, members: list, tally: repor
 
 
 def _key_of(job: Job, unit: int, state: list, member: inputs.Member) -> str:
-    """What the member's captions are found by. A tar's own are only checked, and the URL is "" if it does not tell it.
+    """The join key of a member. Captions from the tar itself are only checked; without a URL the key is "".
 
     Raises:
       CaptionError: there is no such key, or the tar's own captions cannot be used.
@@ -172,7 +174,7 @@ def plan(job: Job) -> tuple[list[tuple[int, list]], report.Tally]:
     Of several images with the same captions the first one is kept.
 
     Raises:
-      PrepareError: nothing matches.
+      InputError: nothing matches.
     """
     folder, names = job.folder("images"), [f"{unit:05d}" for unit in range(len(job.inputs))]
     used = np.zeros(len(open_store(job.folder("captions"))) if job.captions else 0, bool)
@@ -195,12 +197,12 @@ def plan(job: Job) -> tuple[list[tuple[int, list]], report.Tally]:
             tasks[shard][1].append((unit, start - count, stop - count))
         count += int(kept.sum())
     if not count:
-        raise atomic.PrepareError(_nothing_matches(job, tally))
+        raise atomic.InputError(_nothing_matches(job, tally))
     return tasks, tally
 
 
 def _cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """The range from start to stop in pieces that lie in one shard each: (start, stop, shard)."""
+    """The range from start to stop in pieces that belong to one shard each: (start, stop, shard)."""
     while start < stop:
         end = min(stop, (start // size + 1) * size)
         yield start, end, start // size
@@ -208,13 +210,38 @@ def _cut(start: int, stop: int, size: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _nothing_matches(job: Job, tally: report.Tally) -> str:
-    reasons = "; ".join(
-        f"{count} x {reason} (e.g. {tally.examples[reason]})" for reason, count in tally.skipped.items()
+    """The message: what was skipped on both sides, and some join keys of both."""
+    folder = job.folder("images")
+    state = atomic.read_json(folder / f"{0:05d}.json")
+    left_out = report.Tally.total(
+        atomic.read_json(folder / f"{unit:05d}.json")["left_out"] for unit in range(len(job.inputs))
     )
-    message = f"no image has captions: {tally.read} images read; {reasons or 'no samples in the tars'}"
-    if job.captions and len(open_store(job.folder("captions"))):
-        message += f". The caption files have keys like {open_store(job.folder('captions')).any_key()!r}"
-    return message + ". Are these the captions of these images?"
+    lines = [f"no image has captions: {tally.read} images read", *report.reasons(tally)]
+    if left_out.skipped:
+        lines += ["tars: members that make no sample", *report.reasons(left_out)]
+    if job.captions:
+        reports = sorted(job.folder("captions").glob("*.json"))
+        rows_read = report.Tally.total(map(atomic.read_json, reports))
+        lines += [f"captions: {rows_read.read} rows read", *report.reasons(rows_read)]
+        lines += [f"captions are for {_some(open_store(job.folder('captions')).some_keys(SHOWN_KEYS))}"]
+        lines += [f"images are found by {_some(_image_keys(job, state['state']))}"]
+        lines += ["Are these the captions of these images, and are the columns the right ones?"]
+    return "\n".join(lines)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join([*map(repr, keys), "…"]) if keys else "nothing"
+
+
+def _image_keys(job: Job, state: list) -> list[str]:
+    """The join keys of some images of the first unit."""
+    found = []
+    for member in job.inputs.scan(0, state)[0]:
+        if len(found) == SHOWN_KEYS:
+            break
+        with contextlib.suppress(CaptionError):
+            found.append(_key_of(job, 0, state, member))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,12 +279,12 @@ def _samples(job: Job, shard: int, slices: list, written: list) -> Iterator[shar
         state = atomic.read_json(folder / f"{name}.json")["state"]
         matched = atomic.read_json(folder / f"{name}.samples")
         kept = np.load(folder / f"{name}.kept.npy", allow_pickle=False)[start:stop].tolist()
-        for batch in _batched([matched[place] for place in kept], LOOKUP):
+        for batch in _batched([matched[number] for number in kept], LOOKUP):
             members = [inputs.Member(*member) for member, _, _ in batch]
             captions = _captions(job, unit, state, members, [key for _, key, _ in batch])
             for member, (_, key, found), fields in zip(members, batch, captions, strict=True):
                 data = job.inputs.image(unit, state, member)
-                picture = pictures.fit(data, pictures.Picture(b"", *found), job.resize, job.quality)
+                picture = pictures.fit(data, pictures.Picture(b"", *found), job.resize, job.quality, job.upright)
                 content = {
                     **fields,
                     **({job.rules.key_field: key} if key else {}),

@@ -1,7 +1,7 @@
 """Captions on disk, found by their join key in memory that does not grow with their number.
 
-The rows of a caption file lie one after the other in a file of their own. Beside it lie runs: tables of at most
-`RUN_ROWS` rows, sorted by a 64-bit hash of the join key, with the place of each row. A lookup is a binary search in
+The rows of a caption file are concatenated in one file. Beside it are runs: tables of at most
+`RUN_ROWS` rows, sorted by a 64-bit hash of the join key, with the offset of each row. A lookup is a binary search in
 the memory-mapped tables and a short read; the join key itself is compared, so equal hashes do no harm.
 """
 
@@ -22,7 +22,7 @@ CHUNK_ROWS = 1 << 18  # rows compared at a time where duplicates are counted
 
 
 class Found(NamedTuple):
-    """The captions of one join key. `number` tells it from every other key of the store."""
+    """The captions of one join key. `number` is unique to it in the store."""
 
     number: int
     captions: list[dict]  # of each row with this key, in the order of the files
@@ -40,7 +40,10 @@ class Writer:
         self._folder, self._name = folder, name
         self._file = open(rows, "wb")  # noqa: SIM115  (closed by __exit__)
         self._offset = 0
-        self._hashes, self._spans = array.array("Q"), array.array("q")  # flat: Python's numbers take ten times the room
+        self._hashes, self._spans = (
+            array.array("Q"),
+            array.array("q"),
+        )  # flat arrays: lists of Python integers take ten times the memory
         self.runs: list[int] = []  # rows of each
 
     def add(self, key: str, captions: dict) -> None:
@@ -95,35 +98,36 @@ class Store:
         for run, hashes in enumerate(self._hashes):
             starts = np.searchsorted(hashes, wanted, side="left")
             stops = np.searchsorted(hashes, wanted, side="right")
-            for place in np.flatnonzero(stops > starts):
-                for row in range(starts[place], stops[place]):
+            for number in np.flatnonzero(stops > starts):
+                for row in range(starts[number], stops[number]):
                     key, found = self._read(run, row)
-                    if key != keys[place]:
+                    if key != keys[number]:
                         continue  # another key of the same hash
-                    if numbers[place] is None:
-                        numbers[place] = self._starts[run] + row
-                    captions[place].append(found)
+                    if numbers[number] is None:
+                        numbers[number] = self._starts[run] + row
+                    captions[number].append(found)
         return [
             None if number is None else Found(number, found) for number, found in zip(numbers, captions, strict=True)
         ]
 
-    def any_key(self) -> str:
-        """The key of some row, for messages."""
-        return self._read(0, 0)[0]
+    def some_keys(self, count: int) -> list[str]:
+        """The keys of at most `count` rows, for messages."""
+        first = len(self._hashes[0]) if self._hashes else 0
+        return [self._read(0, row)[0] for row in range(min(count, first))]
 
     def count_repeated(self) -> int:
-        """The rows whose key stands in an earlier row, too. Told by the hash, so nearly exact."""
+        """The number of rows whose key an earlier row has too. Keys are compared by hash, so it is nearly exact."""
         repeated = 0
         for run, hashes in enumerate(self._hashes):
             for start in range(0, len(hashes), CHUNK_ROWS):
                 chunk = np.asarray(hashes[start : start + CHUNK_ROWS])
-                before = np.zeros(len(chunk), bool)
-                before[1:] = chunk[1:] == chunk[:-1]
-                before[:1] = start > 0 and hashes[start - 1] == chunk[0]
+                seen = np.zeros(len(chunk), bool)
+                seen[1:] = chunk[1:] == chunk[:-1]
+                seen[:1] = start > 0 and hashes[start - 1] == chunk[0]
                 for earlier in self._hashes[:run]:
-                    places = np.minimum(np.searchsorted(earlier, chunk), len(earlier) - 1)
-                    before |= earlier[places] == chunk
-                repeated += int(before.sum())
+                    nearest = np.minimum(np.searchsorted(earlier, chunk), len(earlier) - 1)
+                    seen |= earlier[nearest] == chunk
+                repeated += int(seen.sum())
         return repeated
 
     def _read(self, run: int, row: int) -> tuple[str, dict]:

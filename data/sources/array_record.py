@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flair_jax.data.sources import files, tf_example
+from flair_jax.data.sources import files, index, tf_example
 from flair_jax.data.sources.base import Record, RecordError, ShardError
 
 TFDS_PREFIX = "tfds:"
@@ -26,7 +26,7 @@ READERS = 256  # ArrayRecord files that a process keeps open; systems often allo
 
 
 class Part(NamedTuple):
-    """Some neighbouring records of an ArrayRecord file."""
+    """Consecutive records of an ArrayRecord file."""
 
     path: str
     state: files.State
@@ -38,7 +38,7 @@ class Part(NamedTuple):
 class ArrayRecord:
     """Records of ArrayRecord files; see `base.Source`.
 
-    The files have an index of their own. What the array_record package opens: local paths and gs://.
+    The files contain an index. The array_record package opens local paths and gs://.
     """
 
     def __init__(self, parts: Sequence[Part], skipped: collections.Counter):
@@ -51,7 +51,7 @@ class ArrayRecord:
         self.skipped = skipped
         self._ends = np.cumsum([part.count for part in parts])  # (parts,)
         if not len(self):
-            raise ShardError(f"no record in {len(parts)} shard(s); left out: {dict(skipped) or 'nothing'}")
+            raise ShardError(f"no record in {len(parts)} shard(s); left out: {index.describe(skipped, {})}")
         self.checksum = zlib.crc32(repr([part[2:] for part in parts]).encode())
         self._readers = _Readers()
 
@@ -79,13 +79,13 @@ class ArrayRecord:
         """(part, number of the record in its file)."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        place = int(np.searchsorted(self._ends, index, side="right"))
-        part = self._parts[place]
-        return part, part.start + index - (int(self._ends[place]) - part.count)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        part = self._parts[number]
+        return part, part.start + index - (int(self._ends[number]) - part.count)
 
 
 class _Readers:
-    """The readers that were used last, for all threads of a process. To open one takes as long as 20 reads."""
+    """The most recently used readers, for all threads of a process. Opening a reader takes as long as 20 reads."""
 
     def __init__(self):
         self._readers = collections.OrderedDict()
@@ -100,7 +100,7 @@ class _Readers:
         with self._lock:
             self._readers[part] = reader
             if len(self._readers) > READERS:
-                self._readers.popitem(last=False)  # it is closed when the last thread lets go of it
+                self._readers.popitem(last=False)  # closed when no thread refers to it any more
         return reader
 
     def __reduce__(self):
@@ -124,7 +124,7 @@ def _open_reader(path: str):
         reader.close()  # says what is wrong
     except RuntimeError as error:
         raise ShardError(
-            f"{path} is not a complete ArrayRecord file ({error}). The index lies at its end, so nothing can be read "
+            f"{path} is not a complete ArrayRecord file ({error}). The index is at its end, so nothing can be read "
             "of a file that was cut or whose writer was not closed: fetch or write it again, or leave it out."
         ) from error
     raise ShardError(f"{path} cannot be opened as an ArrayRecord file")
@@ -135,7 +135,7 @@ def open_files(paths: Sequence[str]) -> ArrayRecord:
 
     Raises:
       FileNotFoundError: a file does not exist.
-      ShardError: a file is not complete, or lies where array_record cannot read; or there is no record at all.
+      ShardError: a file is incomplete or in a store that array_record cannot read, or there is no record at all.
     """
     return _open_parts([(path, 0, None) for path in paths])
 

@@ -10,16 +10,16 @@ from typing import Protocol
 
 
 class ShardError(RuntimeError):
-    """A shard that cannot be used, or that is not the one that was opened."""
+    """A shard that cannot be used, or that changed since it was opened."""
 
 
 class RecordError(ValueError):
-    """One record that holds no image-caption pair; the others of its shard may be good."""
+    """A record that holds no image-caption pair. The other records of its shard may be good."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One sample as it lies in its shard."""
+    """One sample as its shard stores it."""
 
     key: str
     shard: str
@@ -35,7 +35,7 @@ class Source(Protocol):
     Attributes:
       shards: what it was opened from.
       skipped: what was left out when it was opened, by reason.
-      checksum: the same data gives the same number on every machine, other data another.
+      checksum: of the keys and sizes of the records; equal on every machine that has the same data.
     """
 
     shards: list[str]
@@ -57,12 +57,12 @@ class Source(Protocol):
 
 
 def join(sources: Sequence[Source]) -> Source:
-    """Sources one after the other, as one."""
+    """The concatenation of some sources, in their order."""
     return sources[0] if len(sources) == 1 else Concatenation(sources)
 
 
 class Concatenation:
-    """Sources one after the other; see `Source`."""
+    """The concatenation of some sources; see `Source`."""
 
     def __init__(self, sources: Sequence[Source]):
         self.shards = [shard for source in sources for shard in source.shards]

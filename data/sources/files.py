@@ -1,4 +1,4 @@
-"""Files on this machine and in stores (gs://, s3://, https:// …): which there are, their state, ranges of their bytes.
+"""Files on this machine and in stores (gs://, s3://, https:// …): names, states, ranges of bytes, atomic writes.
 
 Stores are reached through fsspec, whose packages for each kind of store are installed apart: gcsfs, s3fs, aiohttp.
 """
@@ -9,8 +9,10 @@ import hashlib
 import io
 import logging
 import os
+import pathlib
 import re
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
@@ -18,23 +20,25 @@ logger = logging.getLogger(__name__)
 
 THREADS = 16  # to hide the latency of network file systems and stores
 READ_AHEAD = 1 << 23  # bytes that are fetched at once where a file of a store is streamed
-GAP = 1 << 16  # ranges of a file with less between them, in bytes, are fetched as one
-WAITS = (1, 4, 16)  # seconds before another try to read from a store
-RECHECK = 600.0  # seconds between two looks at the state of a file of a store, which cost a request each
-# What stores tell about a file's content or age; each knows other ones.
+GAP = 1 << 16  # ranges of a file with smaller gaps between them, in bytes, are fetched as one
+WAITS = (1, 4, 16)  # seconds between attempts to read from a store
+RECHECK = 600.0  # seconds between checks of the state of a file of a store; each costs a request
+# Metadata of stores that changes with a file's content; each store has some of them.
 MARKS = (
     *("ETag", "etag", "md5Hash", "crc32c", "generation", "Content-MD5", "Digest"),
     *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "created"),
 )
 
-_seen: dict[tuple[str, "State"], float] = {}  # when a file of a store was last seen to be in a state
+PARTIAL = ".partial"  # ending of a file that is being written
+
+_seen: dict[tuple[str, "State"], float] = {}  # when a file of a store was last checked to have a state
 
 
 class State(NamedTuple):
-    """Which content a file has: another state means another content."""
+    """Identifies the content of a file: a changed file has another state."""
 
     size: int  # bytes
-    stamp: int  # time of the last change in ns; in a store a hash of what it tells instead
+    stamp: int  # time of the last change in ns; in a store a hash of its `MARKS` instead
 
 
 class ChangedError(OSError):
@@ -53,9 +57,9 @@ def state(path: str) -> State:
     if not is_remote(path):
         return _local_state(os.stat(path))
     system, name = _store(path)
-    info = _patiently(lambda: system.info(name), path)
+    info = _with_retries(lambda: system.info(name), path)
     if info.get("size") is None:
-        raise OSError(f"{path}: the store does not tell the size, so no part of the file can be read by itself")
+        raise OSError(f"{path}: the store does not report the size, so parts of the file cannot be read")
     marks = repr([(mark, str(info[mark])) for mark in MARKS if info.get(mark)])
     stamp = int.from_bytes(hashlib.sha256(marks.encode()).digest()[:8], "little", signed=True)
     return State(int(info["size"]), stamp)
@@ -64,7 +68,7 @@ def state(path: str) -> State:
 def check(path: str, expected: State) -> None:
     """
     Raises:
-      ChangedError: the file has another state. A file of a store is looked at every ten minutes only.
+      ChangedError: the file has another state. A file of a store is checked every ten minutes at most.
       OSError: there is no such file any more, or its store cannot be asked.
     """
     if not is_remote(path):
@@ -77,7 +81,7 @@ def check(path: str, expected: State) -> None:
 
 
 def read(path: str, spans: Sequence[tuple[int, int]], expected: State) -> list[bytes]:
-    """The bytes of each (offset, size); spans that lie close together are one access.
+    """The bytes of each (offset, size); spans that are close together are read in one access.
 
     Raises:
       ChangedError: the file's state is not the expected one, see `check`, or it has fewer bytes.
@@ -98,7 +102,7 @@ def read(path: str, spans: Sequence[tuple[int, int]], expected: State) -> list[b
 
 
 def _neighbours(spans: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Numbers of the spans that hold anything, in the order of the file, grouped into what is fetched at once."""
+    """Numbers of the spans that are not empty, in file order, grouped into what is fetched at once."""
     groups, stop = [], -GAP - 1
     for number in sorted((number for number, span in enumerate(spans) if span[1]), key=lambda number: spans[number][0]):
         offset, size = spans[number]
@@ -116,7 +120,7 @@ def _ranges(path: str, expected: State) -> Iterator:
     if is_remote(path):
         check(path, expected)
         system, name = _store(path)
-        yield lambda start, stop: _patiently(lambda: system.cat_file(name, start=start, end=stop), path)
+        yield lambda start, stop: _with_retries(lambda: system.cat_file(name, start=start, end=stop), path)
         return
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -146,7 +150,7 @@ class _StoreFile(io.RawIOBase):
     """A file of a store; each read is a request."""
 
     def __init__(self, path: str, size: int):
-        self._path, self._size, self._place = path, size, 0
+        self._path, self._size, self._position = path, size, 0
         self._system, self._name = _store(path)
 
     def readable(self) -> bool:
@@ -156,22 +160,47 @@ class _StoreFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        return self._place
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        return self._position
 
     def readinto(self, target) -> int:
-        start, stop = self._place, min(self._place + len(target), self._size)
+        start, stop = self._position, min(self._position + len(target), self._size)
         if start >= stop:
             return 0
-        content = _patiently(lambda: self._system.cat_file(self._name, start=start, end=stop), self._path)
+        content = _with_retries(lambda: self._system.cat_file(self._name, start=start, end=stop), self._path)
         if len(content) != stop - start:
             raise ChangedError(f"{self._path}: {len(content)} bytes at {start} instead of {stop - start}")
         target[: len(content)] = content
-        self._place = stop
+        self._position = stop
         return len(content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A temporary path beside a local `path`. What is written there is renamed to `path` if the block succeeds.
+
+    A killed process leaves no half-written file under the final name. Processes may write the same file at the same
+    time: each has a temporary file of its own, and the last one to finish replaces the others' files. The mode of the
+    file follows the umask, whatever the code that writes it would choose.
+
+    Raises:
+      OSError: the file cannot be written, for instance because the disk is full. `path` stays as it was.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        os.chmod(temporary, mode)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # before the rename: after a power cut the file would hold zeros
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def find(pattern: str) -> list[str]:
@@ -182,18 +211,18 @@ def find(pattern: str) -> list[str]:
         return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else []
     system, name = _store(pattern)
     if glob.has_magic(name):
-        return sorted(system.unstrip_protocol(path) for path in _patiently(lambda: system.glob(name), pattern))
-    return [pattern] if _patiently(lambda: system.exists(name), pattern) else []
+        return sorted(system.unstrip_protocol(path) for path in _with_retries(lambda: system.glob(name), pattern))
+    return [pattern] if _with_retries(lambda: system.exists(name), pattern) else []
 
 
 def folder(path: str) -> list[str] | None:
-    """The paths of what lies in a folder, sorted; None for what is no folder."""
+    """The paths of the entries of a folder, sorted; None if the path is not a folder."""
     if not is_remote(path):
         return sorted(os.path.join(path, name) for name in os.listdir(path)) if os.path.isdir(path) else None
     system, name = _store(path)
-    if not _patiently(lambda: system.isdir(name), path):
+    if not _with_retries(lambda: system.isdir(name), path):
         return None
-    listed = _patiently(lambda: system.ls(name, detail=False), path)
+    listed = _with_retries(lambda: system.ls(name, detail=False), path)
     return sorted(system.unstrip_protocol(entry) for entry in listed)
 
 
@@ -221,14 +250,14 @@ def _store(path: str):
     try:
         return fsspec.core.url_to_fs(path, use_listings_cache=False)
     except ValueError as error:
-        raise FileNotFoundError(f"{path}: no kind of store is known by this name: {error}") from error
+        raise FileNotFoundError(f"{path}: there is no kind of store of this name: {error}") from error
 
 
-def _patiently(action, path: str):
-    """Does something with a store, several times if need be.
+def _with_retries(action, path: str):
+    """Calls `action`, with retries.
 
     Raises:
-      OSError: nothing helped. Each store has exceptions of its own; here they all become this one.
+      OSError: every attempt failed. Each store raises exceptions of its own; all of them become this one.
     """
     for wait in (*WAITS, None):
         try:
@@ -240,11 +269,11 @@ def _patiently(action, path: str):
                 raise
             if wait is None:
                 raise OSError(f"{path} cannot be read from its store: {type(error).__name__}: {error}") from error
-            logger.warning("%s: %s: %s; again in %d s", path, type(error).__name__, error, wait)
+            logger.warning("%s: %s: %s; retrying in %d s", path, type(error).__name__, error, wait)
             time.sleep(wait)
 
 
 def _is_missing(error: FileNotFoundError) -> bool:
-    """fsspec's HTTP says "not found" of a server that does not answer, too; the cause tells the two apart."""
+    """fsspec raises FileNotFoundError also for an HTTP server that does not answer; the cause distinguishes the two."""
     cause = error.__cause__
     return cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410)

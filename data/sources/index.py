@@ -1,4 +1,4 @@
-"""Where the samples of shards lie: an index of each shard, and one table over all of them.
+"""Offsets of the samples in shards: an index per shard, and one table over all shards.
 
 A shard is scanned once; what was found is kept in an index file beside the shard (or in a cache folder). An index is
 trusted only while the shard has the state it was built from. The table of a large data set is kept too, as files in the
@@ -20,10 +20,10 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 import time
+import uuid
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -32,13 +32,13 @@ from flair_jax.data.sources.base import ShardError
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 2  # of the index files and tables; another number makes them be built again
+SCHEMA = 3  # of the index files and tables; another number makes them be built again
 CACHE = "~/.cache/flair_jax"
 INDEX_ENDING = ".index.npz"  # of the files beside shards
 PROCESS_BYTES = 1 << 30  # shards of more bytes than this are scanned by several processes
 CHUNK = 8  # shards that such a process scans, at most: to start it takes about half a second
-MAPPED_BYTES = 1 << 24  # tables of more bytes than this are mapped; smaller ones each process may have for itself
-KEPT_DAYS = 30  # that a table stays which nobody opens
+MAPPED_BYTES = 1 << 24  # tables of more bytes than this are mapped; each process keeps its own copy of smaller ones
+KEPT_DAYS = 30  # after which a table that was not opened is removed
 LOGGED_SHARDS = 20  # shards whose faults are logged one by one
 
 IndexDir = str | os.PathLike | None
@@ -46,16 +46,17 @@ IndexDir = str | os.PathLike | None
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """Where the samples of one shard lie. A sample has P parts, such as an image and a json."""
+    """Offsets of the samples of one shard. A sample has P parts, such as an image and a json."""
 
     state: files.State  # of the shard
     spans: np.ndarray  # (N, 2 P) int64: offset and size of each part, in bytes
     keys: np.ndarray  # uint8, the keys one after the other in UTF-8
     key_lengths: np.ndarray  # (N,) int64, bytes
     skipped: collections.Counter  # what was left out, by reason
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)  # reason -> name of the first one, if it has one
 
 
-Scan = Callable[[str], Index]  # a function of a module, so that other processes can be told of it
+Scan = Callable[[str], Index]  # a module-level function, which can be pickled for other processes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ Scan = Callable[[str], Index]  # a function of a module, so that other processes
 
 
 def _cache(index_dir: IndexDir) -> pathlib.Path:
-    return pathlib.Path(index_dir if index_dir is not None else CACHE).expanduser()
+    return pathlib.Path(os.path.expanduser(index_dir if index_dir is not None else CACHE))
 
 
 def _absolute(shard: str) -> str:
@@ -75,15 +76,24 @@ def _digest(text: str) -> str:
 
 
 def _index_files(shard: str, index_dir: IndexDir) -> list[pathlib.Path]:
-    """Where the index of a shard may lie, best place first."""
+    """Paths where the index of a shard may be, in order of preference."""
     path = _absolute(shard)
     cached = _cache(index_dir) / f"{pathlib.Path(path.partition('?')[0]).stem}-{_digest(path)}{INDEX_ENDING}"
     return [cached] if index_dir is not None or files.is_remote(shard) else [pathlib.Path(path + INDEX_ENDING), cached]
 
 
 def _is_writable(folder: pathlib.Path) -> bool:
-    # For root access() is always granted; a folder without any write bit is meant to stay as it is all the same.
+    # access() always succeeds for root; a folder without any write bit is left alone all the same.
     return os.access(folder, os.W_OK) and bool(stat.S_IMODE(folder.stat().st_mode) & 0o222)
+
+
+def describe(skipped: collections.Counter, examples: Mapping[str, str]) -> str:
+    """What was left out, for messages: `2 x link (first: a.jpg), 1 x empty file`."""
+    parts = [
+        f"{count} x {reason}" + (f" (first: {examples[reason]})" if reason in examples else "")
+        for reason, count in skipped.items()
+    ]
+    return ", ".join(parts) or "nothing"
 
 
 def _load(shard: str, state: files.State, index_dir: IndexDir) -> Index | None:
@@ -101,6 +111,16 @@ def _load(shard: str, state: files.State, index_dir: IndexDir) -> Index | None:
     return None
 
 
+def _to_json(skipped: collections.Counter, examples: Mapping[str, str], **more) -> bytes:
+    return json.dumps({"skipped": skipped, "examples": examples, **more}).encode()
+
+
+def _from_json(content: bytes) -> dict:
+    """`skipped` and `examples` of an index or a table."""
+    stored = json.loads(content)
+    return {"skipped": collections.Counter(stored["skipped"]), "examples": dict(stored["examples"])}
+
+
 def _read(file: pathlib.Path) -> Index | None:
     """None for a file of another schema. numpy checks the checksums of the zip; objects are not unpickled."""
     with np.load(file, allow_pickle=False) as stored:
@@ -111,9 +131,7 @@ def _read(file: pathlib.Path) -> Index | None:
             spans=stored["spans"],
             keys=stored["keys"],
             key_lengths=stored["key_lengths"],
-            skipped=collections.Counter(
-                dict(zip(stored["skipped_reasons"].tolist(), stored["skipped_counts"].tolist(), strict=True))
-            ),
+            **_from_json(stored["skipped"].tobytes()),
         )
     count = len(index.key_lengths)
     if len(index.spans) != count or index.key_lengths.sum() != len(index.keys):
@@ -122,7 +140,7 @@ def _read(file: pathlib.Path) -> Index | None:
 
 
 def _save(index: Index, shard: str, index_dir: IndexDir) -> None:
-    """Writes the index to the first place that takes it. Without one the run goes on and the next one scans again."""
+    """Writes the index to the first writable path. If there is none, the run continues and the next one scans again."""
     failures = []
     for file in _index_files(shard, index_dir):
         try:
@@ -141,24 +159,16 @@ def _save(index: Index, shard: str, index_dir: IndexDir) -> None:
 
 
 def _write(index: Index, file: pathlib.Path) -> None:
-    """All or nothing: readers, and writers of other processes, never see half a file."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-    try:
-        with open(handle, "wb") as target:
-            np.savez(
-                target,
-                schema=SCHEMA,
-                state=np.array(index.state, np.int64),
-                spans=index.spans,
-                keys=index.keys,
-                key_lengths=index.key_lengths,
-                skipped_reasons=np.array(list(index.skipped), np.str_),
-                skipped_counts=np.array(list(index.skipped.values()), np.int64),
-            )
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with files.replacing(file) as temporary, open(temporary, "wb") as target:
+        np.savez(
+            target,
+            schema=SCHEMA,
+            state=np.array(index.state, np.int64),
+            spans=index.spans,
+            keys=index.keys,
+            key_lengths=index.key_lengths,
+            skipped=np.frombuffer(_to_json(index.skipped, index.examples), np.uint8),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,7 +186,7 @@ def _indexes(shards: Sequence[str], states: Sequence[files.State], scan: Scan, i
         found.update(_scan_all(sizes, scan, index_dir))
     faulty = [shard for shard, index in found.items() if index.skipped]
     for shard in faulty[:LOGGED_SHARDS]:
-        logger.warning("%s: left out %s", shard, dict(found[shard].skipped))
+        logger.warning("%s: left out %s", shard, describe(found[shard].skipped, found[shard].examples))
     if len(faulty) > LOGGED_SHARDS:
         logger.warning("%d more shards leave something out; see the counts in `skipped`", len(faulty) - LOGGED_SHARDS)
     return [found[shard] for shard in shards]
@@ -185,8 +195,8 @@ def _indexes(shards: Sequence[str], states: Sequence[files.State], scan: Scan, i
 def _scan_all(sizes: dict[str, int], scan: Scan, index_dir: IndexDir) -> Iterator[tuple[str, Index]]:
     """(shard, index) for each of some shards with their sizes in bytes.
 
-    To scan is Python's work: little of it is done in threads, much of it in processes. Other processes and other
-    machines that start on the same shards at the same time take them in other orders, and find what is done already.
+    Scanning is pure Python, which holds the GIL: few bytes are scanned in threads, many in processes. The order is
+    random, so that processes and machines that start at the same time share the work through the index files.
     """
     from tqdm import tqdm  # of the process that opens the data set alone
 
@@ -226,10 +236,10 @@ def _scan_here(shards: Sequence[str], scan: Scan, index_dir: IndexDir) -> list[I
 def _scan_elsewhere(shards: Sequence[str], scan: Scan, index_dir: IndexDir) -> list[Index]:
     """`_scan_here` in a process of its own.
 
-    It is a plain child: those of multiprocessing would import the main module, which scripts must be made for.
+    Not through multiprocessing, whose children import the main module, which scripts have to be written for.
     """
     result = subprocess.run(
-        [sys.executable, "-c", "from data import index; index.serve()"],
+        [sys.executable, "-c", f"from {__name__} import serve; serve()"],
         input=pickle.dumps((shards, scan, index_dir)),
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
@@ -242,7 +252,7 @@ def _scan_elsewhere(shards: Sequence[str], scan: Scan, index_dir: IndexDir) -> l
 
 
 def serve() -> None:
-    """What a child of `_scan_elsewhere` does: work from the standard input, the answer to the standard output."""
+    """Runs in the child of `_scan_elsewhere`: reads the work from stdin and writes the answer to stdout."""
     shards, scan, index_dir = pickle.load(sys.stdin.buffer)
     try:
         answer = _scan_here(shards, scan, index_dir)
@@ -257,7 +267,7 @@ def serve() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Where all samples lie.
+    """Offsets of all samples.
 
     It is pickled by the name of its folder if it has one, and by value otherwise.
     """
@@ -268,6 +278,7 @@ class Table:
     keys: np.ndarray  # uint8
     key_ends: np.ndarray  # (N,) int64
     skipped: collections.Counter
+    examples: dict[str, str]  # see Index; over all shards the first one of each reason
     checksum: int
     folder: str | None = None
 
@@ -290,7 +301,8 @@ def _merge(indexes: Sequence[Index]) -> Table:
         keys=keys,
         key_ends=np.cumsum(np.concatenate([index.key_lengths for index in indexes])),
         skipped=sum((index.skipped for index in indexes), collections.Counter()),
-        # Folders and the places inside of the shards do not matter: a moved or repacked data set stays the same.
+        examples={reason: name for index in reversed(indexes) for reason, name in index.examples.items()},
+        # Folders and offsets are left out, so that a moved or repacked data set keeps its checksum.
         checksum=zlib.crc32(keys, zlib.crc32(np.ascontiguousarray(spans[:, 1::2]))),
     )
 
@@ -352,8 +364,8 @@ def _open_table(folder: str) -> Table:
         for name in ARRAYS:
             # As plain arrays: those of class memmap take several times as long to index.
             arrays[name] = np.asarray(np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r", allow_pickle=False))
-        with open(os.path.join(folder, "table.json"), encoding="utf-8") as file:
-            rest = json.load(file)
+        with open(os.path.join(folder, "table.json"), "rb") as file:
+            rest = file.read()
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error.filename} is gone: the shards changed and another run has indexed them anew. Start again."
@@ -361,24 +373,22 @@ def _open_table(folder: str) -> Table:
     count = int(arrays["starts"][-1])
     if len(arrays["spans"]) != count or len(arrays["key_ends"]) != count:
         raise ValueError(f"{count} samples, but {len(arrays['spans'])} spans and {len(arrays['key_ends'])} keys")
-    return Table(
-        **arrays, skipped=collections.Counter(rest["skipped"]), checksum=int(rest["checksum"]), folder=str(folder)
-    )
+    return Table(**arrays, **_from_json(rest), checksum=int(json.loads(rest)["checksum"]), folder=str(folder))
 
 
 def _save_table(table: Table, folder: pathlib.Path) -> None:
-    """All or nothing; if another process was faster its files stay."""
+    """Atomic. If another process was faster, its folder is kept."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=".", suffix=".tmp"))
+    temporary = folder.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
     try:
         for name in ARRAYS:
             with open(temporary / f"{name}.npy", "wb") as file:
                 np.save(file, getattr(table, name))
                 _flush(file)
-        with open(temporary / "table.json", "w", encoding="utf-8") as file:
-            json.dump({"skipped": table.skipped, "checksum": table.checksum}, file)
+        with open(temporary / "table.json", "wb") as file:
+            file.write(_to_json(table.skipped, table.examples, checksum=table.checksum))
             _flush(file)
-        temporary.chmod(0o755)  # temporary folders are closed to others
         temporary.rename(folder)
     except OSError:
         shutil.rmtree(temporary)
@@ -387,13 +397,13 @@ def _save_table(table: Table, folder: pathlib.Path) -> None:
 
 
 def _flush(file) -> None:
-    """To the disk, before a renamed folder says that all is there: after a power cut it would hold zeros."""
+    """Writes to the disk before the folder is renamed: after a power cut the files would hold zeros."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def _clean(home: pathlib.Path, folder: pathlib.Path) -> None:
-    """Removes the tables of the same shards as they were before, and all tables that nobody opened for long."""
+    """Removes tables of earlier states of the same shards, and all tables not opened for `KEPT_DAYS`."""
     now = time.time()
     old = [path for path in home.iterdir() if path != folder and not path.name.startswith(".")]
     # A temporary folder may be another process's, at work right now.
@@ -408,10 +418,10 @@ def _clean(home: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 class IndexedShards:
-    """What sources that read through a table have in common; see `base.Source`.
+    """Base class of the sources that read through a table; see `base.Source`.
 
-    Cheap to send to worker processes, and without open files: a shard is opened for each read. Under a global shuffle
-    over more shards than a process may hold open, a cache of files would seldom hit.
+    Cheap to pickle, and without open files: a shard is opened for each read. Under a global shuffle over more shards
+    than a process may have open, a cache of open files would rarely hit.
     """
 
     def __init__(self, shards: Sequence[str], scan: Scan, index_dir: IndexDir):
@@ -426,6 +436,9 @@ class IndexedShards:
     def skipped(self) -> collections.Counter:
         return self._table.skipped
 
+    def _left_out(self) -> str:
+        return describe(self._table.skipped, self._table.examples)
+
     @property
     def checksum(self) -> int:
         return self._table.checksum
@@ -434,7 +447,7 @@ class IndexedShards:
         return len(self._table.spans)
 
     def _number(self, index: int) -> int:
-        """Of the shard that a sample lies in."""
+        """Number of the shard that holds a sample."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         return int(np.searchsorted(self._table.starts, index, side="right")) - 1

@@ -3,8 +3,10 @@
 Features of an Example:
   the image: the first of `IMAGE_FEATURES`, encoded (JPEG, PNG, WebP).
   json: an object with the caption fields, as text. Where there is none, one is made of the other features: a text, a
-    number, or a list where a feature has not exactly one value. Bytes that are no text are left out.
-  key: names the record in messages. Where there is none, file and number do.
+    number, or a list where a feature has not exactly one value. Bytes that are not UTF-8, such as a mask or a text of
+    another encoding, become {"not UTF-8": number of bytes}: a record whose captions they are is then refused by name,
+    instead of losing them.
+  key: names the record in messages. Where there is none, the file and the number of the record do.
 
 TensorFlow is not needed, and not loaded: the messages are parsed by protobuf alone.
 """
@@ -77,11 +79,10 @@ def parse(content: bytes, shard: str, key: str) -> Record:
         raise RecordError(f"the Example has no image ({'|'.join(IMAGE_FEATURES)}); its features: {found}")
     image = _single_bytes(features, name)
     if "key" in features and features["key"].WhichOneof("kind") == "bytes_list":
-        key = _single_bytes(features, "key").decode("utf-8", "replace")
+        key = _single_bytes(features, "key").decode("utf-8", "backslashreplace")
     if "json" in features:
         return Record(key, shard, image, _single_bytes(features, "json"))
-    values = {name: _value(feature) for name, feature in sorted(features.items()) if name not in IMAGE_FEATURES}
-    fields = {name: value for name, value in values.items() if value is not None}
+    fields = {name: _value(feature) for name, feature in sorted(features.items()) if name not in IMAGE_FEATURES}
     return Record(key, shard, image, json.dumps(fields).encode())
 
 
@@ -94,15 +95,19 @@ def _single_bytes(features, name: str) -> bytes:
 
 
 def _value(feature) -> Any:
-    """What a feature is in a JSON object; None for bytes that are no text."""
+    """What a feature is in a JSON object."""
     kind = feature.WhichOneof("kind")
     values = list(getattr(feature, kind).value) if kind else []
     if kind == "bytes_list":
-        try:
-            values = [value.decode() for value in values]
-        except UnicodeDecodeError:
-            return None
+        values = [_text(value) for value in values]
     return values[0] if len(values) == 1 else values
+
+
+def _text(value: bytes) -> str | dict[str, int]:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return {"not UTF-8": len(value)}
 
 
 def numbered_key(path: str, number: int) -> str:

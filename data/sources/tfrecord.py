@@ -1,4 +1,4 @@
-"""TFRecord files, read in place: where each record begins is indexed once, then any record is near."""
+"""TFRecord files, read in place: the offsets of the records are indexed once, for random access."""
 
 import collections
 import os
@@ -13,7 +13,7 @@ from flair_jax.data.sources.base import Record, ShardError
 class TFRecord(index.IndexedShards):
     """All records of some uncompressed TFRecord files; see `base.Source`.
 
-    The format has no index; one scan over the lengths of the records makes it, which is kept like a tar's.
+    The format has no index; a scan over the lengths of the records makes one, which is kept like that of a tar.
     """
 
     def __init__(self, shards: Sequence[str], index_dir: str | os.PathLike | None = None):
@@ -25,8 +25,7 @@ class TFRecord(index.IndexedShards):
         super().__init__(shards, scan, index_dir)
         if not len(self):
             raise ShardError(
-                f"no record in {len(self.shards)} shard(s), the first is {self.shards[0]}; left out: "
-                f"{dict(self.skipped) or 'nothing'}"
+                f"no record in {len(self.shards)} shard(s), the first is {self.shards[0]}; left out: {self._left_out()}"
             )
 
     def __getitem__(self, index: int) -> Record:
@@ -46,10 +45,10 @@ def scan(path: str) -> index.Index:
       OSError: it cannot be read.
     """
     # A record is: length (8 bytes), checksum of the length (4), the bytes, their checksum (4).
-    skipped, spans, place = collections.Counter(), [], 0
+    skipped, spans, offset = collections.Counter(), [], 0
     with files.stream(path) as (file, state):
-        while place < state.size:
-            file.seek(place)
+        while offset < state.size:
+            file.seek(offset)
             header = file.read(12)
             length = int.from_bytes(header[:8], "little")
             if len(header) == 12 and _masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
@@ -61,11 +60,11 @@ def scan(path: str) -> index.Index:
                     )
                 skipped["damaged length, rest of the shard not read"] += 1
                 break
-            if len(header) < 12 or place + 16 + length > state.size:
+            if len(header) < 12 or offset + 16 + length > state.size:
                 skipped["shard cut short"] += 1
                 break
-            spans.append((place + 12, length))
-            place += 16 + length
+            spans.append((offset + 12, length))
+            offset += 16 + length
     if state.size == 0:
         skipped["empty file"] += 1
     return index.Index(
@@ -90,7 +89,7 @@ _CRC32C = _crc32c_table()
 
 
 def _masked_crc32c(content: bytes) -> int:
-    """The checksum of TFRecord. For a few bytes only: it is Python."""
+    """The checksum of TFRecord, in pure Python: for a few bytes only."""
     crc = 0xFFFFFFFF
     for byte in content:
         crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]

@@ -4,12 +4,17 @@ Source: FLAIR's diverse caption sampling (Xiao et al. 2024, arXiv:2412.03561) ov
 (Zheng et al. 2024, arXiv:2403.17007).
 """
 
+import ast
 import dataclasses
+import json
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import sentencex
+
+from flair_jax.data.transforms.base import SampleError
 
 # IB: InstructBLIP, SV: ShareGPT4V, LLA: LLaVA-1.5. The order matters: consecutive sentences may cross from one field
 # into the next.
@@ -23,11 +28,13 @@ FIELDS = (
     "longLLA_captions",
 )
 
+MAX_LIST = 1 << 20  # characters of a list written as text
+
 _LINE_ENDS = re.compile(r"\n|</s>")
 _SENTENCE_ENDS = re.compile(rf"{_LINE_ENDS.pattern}|\.")
 
 
-class CaptionError(ValueError):
+class CaptionError(SampleError):
     """A record whose captions cannot be used. The message says why, without naming the record."""
 
 
@@ -83,7 +90,7 @@ def split_sentences(text: str) -> list[str]:
     """The sentences of an English text, for new training: abbreviations, decimals, initials and addresses stay whole.
 
     Cut at every newline and `</s>` too, without the full stops at their ends, and without pieces that have no letter,
-    such as the numbers of a list. Question and exclamation marks end a sentence and stay. In doubt, as behind a single
+    such as the numbers of a list. Question and exclamation marks end a sentence and stay. In doubt, as after a single
     letter, two sentences stay together.
     """
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # sentencex takes no lone surrogates
@@ -98,9 +105,7 @@ MERGINGS = ("mixed", "consecutive", "scattered")
 def sentences(record: Mapping, fields: Sequence[str] = FIELDS, splitting: str = "every_stop") -> list[str]:
     """All sentences of a record, in the order of the fields.
 
-    A field is a list of strings, of which each is a sentence as it stands, or one string, which is split; so a text
-    that was never split cannot be sampled letter by letter. A field that is missing, null or empty adds nothing, nor
-    does a blank string.
+    Each field is read by `field_sentences`; one that is missing, null or empty adds nothing.
 
     Args:
       record: the decoded JSON of one image.
@@ -115,8 +120,7 @@ def sentences(record: Mapping, fields: Sequence[str] = FIELDS, splitting: str = 
     """
     if not isinstance(record, Mapping):
         raise CaptionError(f"the record must be a JSON object, not {type(record).__name__}")
-    splitter = SPLITTINGS[splitting]
-    found = [sentence for field in fields for sentence in _field_sentences(field, record.get(field), splitter)]
+    found = [sentence for field in fields for sentence in field_sentences(record.get(field), splitting, field)]
     if not found:
         raise CaptionError("no captions")
     return found
@@ -159,17 +163,49 @@ def join(sentences: Sequence[str]) -> str:
     return ". ".join(sentences)
 
 
-def _field_sentences(field: str, value, splitter: Callable[[str], list[str]]) -> list[str]:
+def field_sentences(value: Any, splitting: str = "every_stop", name: str = "a caption field") -> list[str]:
+    """The sentences of one caption field, in shards read in place and in the files that `prepare` reads.
+
+    A list of strings, or the text of one ('["a dog", "a cat"]', "['a dog', 'a cat']"), holds sentences as they stand;
+    any other text is split. So a text that was never split cannot be sampled letter by letter, and brackets and quotes
+    are not trained. Blank strings are left out.
+
+    Args:
+      value: the field, as JSON or a table's cell gives it; None adds nothing.
+      splitting: of texts, a key of `SPLITTINGS`.
+      name: of the field, for the error.
+
+    Raises:
+      CaptionError: the value is something else.
+    """
     if value is None:
         return []
     if isinstance(value, str):
-        return splitter(value)
+        written = written_list(value)
+        if written is None:
+            return SPLITTINGS[splitting](value)
+        value = written
     if not isinstance(value, list):
-        raise CaptionError(f"{field} must be a string or a list of strings, not {type(value).__name__}")
+        raise CaptionError(f"{name} must be a string or a list of strings, not {type(value).__name__}")
     for position, item in enumerate(value):
         if not isinstance(item, str):
-            raise CaptionError(f"{field}[{position}] must be a string, not {type(item).__name__}")
+            raise CaptionError(f"{name}[{position}] must be a string, not {type(item).__name__}")
     return [item for item in value if item.strip()]
+
+
+def written_list(text: str) -> list[str] | None:
+    """The list of strings that a text spells in JSON or Python; None for other text, which may begin with [, too."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")) or len(text) > MAX_LIST:
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            found = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # MemoryError: nested too deep for the parser
+            continue
+        if isinstance(found, list) and all(isinstance(item, str) for item in found):
+            return found
+    return None
 
 
 def _sample_one(sentences: Sequence[str], rng: random.Random, options: CaptionOptions) -> str:

@@ -6,6 +6,7 @@ plain JPEG is decoded by Pillow, under the same limits and with the same errors.
 reference's: the README's data chapter says by how much.
 """
 
+import io
 import math
 import random
 import threading
@@ -49,12 +50,14 @@ def random_resized_crop(
     rng: random.Random,
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    upright: bool = False,
 ) -> np.ndarray:
     """As `images.random_resized_crop`, from the file.
 
     Args:
       data: the bytes of a file of one of `images.FORMATS`.
       size, rng, scale, ratio: see there.
+      upright: see `images.decode`; photographs that have to be turned are decoded by Pillow.
 
     Returns:
       uint8 (H, W, 3), not writable.
@@ -63,7 +66,7 @@ def random_resized_crop(
       images.ImageError: see `images.decode` and `images.to_rgb`.
     """
     size = images.pair(size)
-    return _resize(_random_part(data, size, rng, scale, ratio), size)
+    return _resize(_random_part(data, size, rng, scale, ratio, upright), size)
 
 
 def canvas_side(size: int | tuple[int, int]) -> int:
@@ -77,8 +80,9 @@ def canvas(
     rng: random.Random,
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    upright: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The random part of an image before its resize, in the corner of a canvas that is as large for every image.
+    """The random part of an image before its resize, in the upper left corner of a canvas of one size for all images.
 
     A part that does not fit is resized to `size` here: the accelerator's resize then changes nothing.
 
@@ -92,7 +96,7 @@ def canvas(
     """
     size = images.pair(size)
     side = canvas_side(size)
-    part = _random_part(data, size, rng, scale, ratio)
+    part = _random_part(data, size, rng, scale, ratio, upright)
     if max(part.pixels.shape) > side:
         part = Part(_resize(part, size), 0, 0, *size)
     pixels = np.zeros((side, side, 3), np.uint8)  # (C, C, 3)
@@ -107,10 +111,11 @@ def _random_part(
     rng: random.Random,
     scale: tuple[float, float],
     ratio: tuple[float, float],
+    upright: bool,
 ) -> Part:
     """A random box of an image, of its full or, where `size` does not need that, of a fraction of its resolution."""
-    jpeg_size = _jpeg_size(data)
-    pixels = _decode(data) if jpeg_size is None else None
+    jpeg_size = None if upright and _is_turned(data) else _jpeg_size(data)
+    pixels = _decode(data, upright) if jpeg_size is None else None
     height, width = jpeg_size or pixels.shape[:2]
     left, top, right, bottom = images.random_box(width, height, rng, scale, ratio)
     shrink = 1
@@ -147,8 +152,17 @@ def _decode_jpeg(data: bytes, height: int, width: int, shrink: int) -> np.ndarra
     return simplejpeg.decode_jpeg(data, min_height=math.ceil(height / shrink), min_width=math.ceil(width / shrink))
 
 
-def _decode(data: bytes) -> np.ndarray:
-    return np.asarray(images.to_rgb(images.decode(data)))  # (H, W, 3)
+def _is_turned(data: bytes) -> bool:
+    """Whether a file has an EXIF orientation by which it has to be turned; the pixels are not decoded."""
+    try:
+        with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
+            return images.orientation(image) != 1
+    except Exception:  # of which the decoder says more
+        return False
+
+
+def _decode(data: bytes, upright: bool = False) -> np.ndarray:
+    return np.asarray(images.to_rgb(images.decode(data, upright)))  # (H, W, 3)
 
 
 def _resizer() -> "cykooz_resizer.Resizer":

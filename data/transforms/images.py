@@ -7,10 +7,14 @@ that of torchvision's transforms of PIL images, which the reference uses.
 import dataclasses
 import io
 import math
+import numbers
 import random
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from flair_jax.data.transforms.base import SampleError
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of CLIP's training images, RGB in [0, 1]
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -22,7 +26,7 @@ MAX_PIXELS = 89_478_485
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
-class ImageError(ValueError):
+class ImageError(SampleError):
     """An image that cannot be used. The message says why, without naming the image."""
 
 
@@ -34,13 +38,15 @@ class AugmentationOptions:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, upright: bool = False) -> Image.Image:
     """Decodes an image file, in the mode that it is stored in.
 
-    Of an animation the first frame is taken. The EXIF orientation is not applied: neither does the reference.
+    Of an animation the first frame is taken.
 
     Args:
       data: the bytes of a file of one of `FORMATS`.
+      upright: whether to turn the image as its EXIF orientation says, see `turn_upright`. The reference does not, so
+        the published data sets are trained and evaluated as they are stored. (TIFF files are turned by Pillow always.)
 
     Returns:
       The decoded image, of any mode; `to_rgb` makes it RGB.
@@ -62,7 +68,29 @@ def decode(data: bytes) -> Image.Image:
         image.load()
     except Exception as error:
         raise ImageError(f"cannot decode the image: {error}") from error
-    return image
+    return turn_upright(image) if upright else image
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 to 8; 1 (as it is stored) where there is none or it cannot be read.
+
+    Reading it does not decode the image.
+    """
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged tags raise a dozen types of exception, and say nothing of the pixels
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """An image turned and mirrored as its EXIF orientation says, so that it is seen as the camera was held.
+
+    The result has no orientation left, so turning it again changes nothing. Images without one come back as they are.
+    """
+    if orientation(image) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -123,7 +151,7 @@ def random_resized_crop(
 ) -> np.ndarray:
     """A random part of an image, resized to `size`: the training augmentation.
 
-    Cropped first and resized then, so that no pixel from outside the part shines in.
+    Cropped first and resized then: pixels outside the part are ignored.
 
     Args:
       image: of any mode; it is converted to RGB last.
@@ -189,8 +217,17 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.array(to_rgb(image))  # (H, W, 3)
 
 
-def pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """A size as (height, width): of a square's side, or of a pair, which JSON gives back as a list.
+
+    Raises:
+      ValueError: the size is neither a positive integer nor a pair of them.
+    """
+    sides = (size, size) if isinstance(size, numbers.Integral) else size
+    sound = isinstance(sides, Sequence) and len(sides) == 2 and not isinstance(sides, str)
+    if not sound or not all(isinstance(side, numbers.Integral) and side > 0 for side in sides):
+        raise ValueError(f"an image size is a positive integer or a pair (height, width) of them, not {size!r}")
+    return int(sides[0]), int(sides[1])
 
 
 def check_pixels(size: tuple[int, int], subject: str) -> None:

@@ -1,17 +1,20 @@
-"""One record -> the arrays of one sample, or the reason why it cannot be used."""
+"""FLAIR's transforms, captions and crop, and what applies transforms to the records of a source."""
 
+import collections
 import dataclasses
-import json
-import random
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from flair_jax.data.sources.base import Record, RecordError, Source
+from flair_jax.data.sources.base import RecordError, Source
 from flair_jax.data.transforms import captions, fast_images, images, tokenizer
+from flair_jax.data.transforms.base import TEXTS, VALID, Sample, SampleError, Transform, parse
 
 Pixels = Literal["reference", "fast", "device"]
+
+RUN = 32  # samples that are loaded step by step; their encoded images are held meanwhile
+UNUSABLE = (RecordError, SampleError)
 
 
 class Skipped(NamedTuple):
@@ -20,119 +23,174 @@ class Skipped(NamedTuple):
     shard: str
     key: str
     reason: str
-    place: int  # in the endless order
-
-
-class JSONError(ValueError):
-    """A json that does not parse."""
-
-
-RUN = 32  # samples that are loaded step by step; their encoded images are held meanwhile
-UNUSABLE = (RecordError, JSONError, captions.CaptionError, images.ImageError)
+    index: int  # in the endless order
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadTraining:
-    """Of each (place in the endless order, (epoch, sample number)) the arrays of the sample, or Skipped.
-
-    The arrays are `images`, uint8 (H, W, 3), and `tokens`, int32 (K, T); with pixels "device" `images` is a canvas,
-    uint8 (C, C, 3), and `boxes`, float32 (4,), says which part of it the device has to crop.
+class Captions:
+    """The transform that draws K captions: `texts/captions`, int32 (K, T).
 
     Attributes:
-      source: of the records.
-      image_size: of the crops, side in pixels or (height, width).
-      tokenize: turns K captions into ids.
-      seed: of all draws, which follow from it, the epoch and the number alone.
-      captions, augmentation: how captions and crops are drawn.
+      options: how they are drawn, K among them.
+      tokenize: texts to ids, of T a text.
+    """
+
+    options: captions.CaptionOptions
+    tokenize: tokenizer.Tokenizer
+
+    names = (f"{TEXTS}captions",)
+
+    def __call__(self, sample: Sample) -> dict[str, np.ndarray]:
+        return {self.names[0]: self.tokenize(self.draw(sample))}
+
+    def draw(self, sample: Sample) -> list[str]:
+        """The captions as texts; always the same for one sample. Raises SampleError."""
+        return captions.draw(sample.fields, sample.rng("captions"), self.options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """The transform that makes the random resized crop: `images`, uint8 (H, W, 3) RGB.
+
+    With pixels "device" `images` is a canvas, uint8 (C, C, 3), and `crop_boxes`, float32 (4,), says which part of it
+    the training step has to crop: top, left, height and width in pixels; see `flair_jax.augmentation`.
+
+    Attributes:
+      size: of the crop, side in pixels or (height, width).
+      options: how it is drawn.
       pixels: "reference" crops and resizes as the reference does, bit for bit; "fast" in a third of the time, with
-        nearly the same pixels; "device" leaves the crop to the step, see `flair_jax.augmentation`.
+        nearly the same pixels; "device" leaves the crop to the step.
+      upright: whether to turn photographs as their EXIF orientation says. The reference does not.
 
     Raises:
       ValueError: `pixels` is none of these.
     """
 
-    source: Source
-    image_size: int | tuple[int, int]
-    tokenize: tokenizer.Tokenizer
-    seed: int
-    captions: captions.CaptionOptions
-    augmentation: images.AugmentationOptions
-    pixels: Pixels
+    size: int | tuple[int, int]
+    options: images.AugmentationOptions
+    pixels: Pixels = "reference"
+    upright: bool = False
 
     def __post_init__(self):
         if self.pixels not in get_args(Pixels):
             raise ValueError(f"pixels is {self.pixels!r}; expected one of {', '.join(get_args(Pixels))}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("images", "crop_boxes") if self.pixels == "device" else ("images",)
+
+    def __call__(self, sample: Sample) -> dict[str, np.ndarray]:
+        data = sample.record.image
+        box = self.size, sample.rng("crop"), self.options.scale, self.options.ratio
+        if self.pixels == "reference":
+            image = images.to_rgb(images.decode(data, self.upright))
+            return {"images": images.random_resized_crop(image, *box)}
+        if self.pixels == "fast":
+            return {"images": fast_images.random_resized_crop(data, *box, upright=self.upright)}
+        canvas, crop_box = fast_images.canvas(data, *box, upright=self.upright)
+        return {"images": canvas, "crop_boxes": crop_box}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadTraining:
+    """Of each (index in the endless order, (epoch, sample number)) the arrays of the sample by name, or Skipped.
+
+    Attributes:
+      source: of the records.
+      transforms: make the arrays. They run in this order, so the cheap ones that may refuse a sample come first.
+      seed: of all draws, which follow from it, the epoch and the number alone.
+
+    Raises:
+      ValueError: two transforms make arrays of one name.
+    """
+
+    source: Source
+    transforms: Sequence[Transform]
+    seed: int
+
+    def __post_init__(self):
+        counts = collections.Counter(name for transform in self.transforms for name in transform.names)
+        if twice := sorted(name for name, count in counts.items() if count > 1):
+            raise ValueError(f"several transforms make arrays named {', '.join(twice)}; a name may come once")
+        if lonely := sorted(name for name in counts if name.startswith(VALID) and _texts_of(name) not in counts):
+            raise ValueError(f"{', '.join(lonely)}: there are no {', '.join(map(_texts_of, lonely))}")
+        if not any(name.startswith(TEXTS) for name in counts):
+            raise ValueError(f"no transform makes texts; the arrays are {', '.join(sorted(counts))}")
 
     def __call__(self, group: Sequence[tuple[int, tuple[int, int]]]) -> list[dict[str, np.ndarray] | Skipped]:
         return [sample for first in range(0, len(group), RUN) for sample in self._run(group[first : first + RUN])]
 
     def _run(self, run: Sequence[tuple[int, tuple[int, int]]]) -> list[dict[str, np.ndarray] | Skipped]:
         """Step by step for all, not sample by sample: what a step uses stays in the caches of the core."""
-        loaded = [{} for _ in run]
-        for step in (self._read, self._add_tokens, self._add_crop):  # the cheap ones first
-            for position, (place, which) in enumerate(run):
-                if isinstance(loaded[position], Skipped):
+        samples: list[Sample | None] = [None] * len(run)
+        made: list[dict[str, np.ndarray] | Skipped] = [{} for _ in run]
+        for transform in (None, *self.transforms):  # None: the record is read
+            for i, (index, (epoch, number)) in enumerate(run):
+                if isinstance(made[i], Skipped):
                     continue
                 try:
-                    step(loaded[position], which)
+                    if transform is None:
+                        samples[i] = Sample(self.source[number], self.seed, epoch, number)
+                    else:
+                        made[i] |= transform(samples[i])
                 except UNUSABLE as error:
-                    loaded[position] = Skipped(*self.source.where(which[1]), str(error), place)
-        return loaded
+                    made[i], samples[i] = Skipped(*self.source.where(number), str(error), index), None
+        return made
 
-    def _read(self, sample: dict[str, Any], which: tuple[int, int]) -> None:
-        sample["record"] = self.source[which[1]]
-
-    def _add_tokens(self, sample: dict[str, Any], which: tuple[int, int]) -> None:
-        sample["tokens"] = self._tokens(sample["record"], which)
-
-    def _add_crop(self, sample: dict[str, Any], which: tuple[int, int]) -> None:
-        sample |= self._crop(sample.pop("record"), which)
-
-    def tokens(self, which: tuple[int, int]) -> np.ndarray | None:
-        """The tokens alone, int32 (K, T), without looking at the picture; None where there are no captions."""
-        try:
-            return self._tokens(self.source[which[1]], which)
-        except UNUSABLE:
+    def texts(self, which: tuple[int, int]) -> np.ndarray | None:
+        """The tokens of a sample alone, int32 (C, T), without its picture; None where it cannot be used."""
+        only = [transform for transform in self.transforms if any(name.startswith(TEXTS) for name in transform.names)]
+        (made,) = LoadTraining(self.source, only, self.seed)([(0, which)])
+        if isinstance(made, Skipped):
             return None
+        return np.concatenate([array for name, array in made.items() if name.startswith(TEXTS)])
 
-    def _tokens(self, record: Record, which: tuple[int, int]) -> np.ndarray:
-        return self.tokenize(captions.draw(_parse(record), self._rng("captions", which), self.captions))
 
-    def _rng(self, purpose: str, which: tuple[int, int]) -> random.Random:
-        # One for each purpose, so that a change of the crop leaves the captions as they are. Text goes through SHA-512.
-        return random.Random(f"{purpose}/{self.seed}/{which[0]}/{which[1]}")
+def _texts_of(name: str) -> str:
+    """valid/NAME -> texts/NAME."""
+    return TEXTS + name.removeprefix(VALID)
 
-    def _crop(self, record: Record, which: tuple[int, int]) -> dict[str, np.ndarray]:
-        data, rng = record.image, self._rng("crop", which)
-        law = self.image_size, rng, self.augmentation.scale, self.augmentation.ratio
-        if self.pixels == "reference":
-            return {"images": images.random_resized_crop(images.to_rgb(images.decode(data)), *law)}
-        if self.pixels == "fast":
-            return {"images": fast_images.random_resized_crop(data, *law)}
-        canvas, box = fast_images.canvas(data, *law)
-        return {"images": canvas, "boxes": box}
+
+def join_texts(batch: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray | None]:
+    """Takes the slots of texts out of a batch and joins them.
+
+    Args:
+      batch: arrays by name, (B, …) each, among them `texts/NAME` (B, C_NAME, T) and perhaps `valid/NAME` (B, C_NAME).
+
+    Returns:
+      The other arrays; the tokens, int32 (B, C, T), whose C slots are those of the names, in the order of the
+      transforms; and which of them are valid, bool (B, C), or None where no name says so.
+    """
+    others, tokens, valid = {}, {}, {}
+    for name, array in batch.items():
+        if name.startswith(TEXTS):
+            tokens[name.removeprefix(TEXTS)] = array
+        elif name.startswith(VALID):
+            valid[name.removeprefix(VALID)] = array
+        else:
+            others[name] = array
+    joined = np.concatenate(list(tokens.values()), axis=1)  # (B, C, T)
+    if not valid:
+        return others, joined, None
+    everywhere = [valid.get(name, np.ones(array.shape[:2], bool)) for name, array in tokens.items()]
+    return others, joined, np.concatenate(everywhere, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadEvaluation:
-    """(place, sample number) -> (key, uint8 (H, W, 3), sentences) or Skipped."""
+    """(index, sample number) -> (key, uint8 (H, W, 3), sentences) or Skipped."""
 
     source: Source
     image_size: int | tuple[int, int]
     fields: Sequence[str]
+    upright: bool = False
 
-    def __call__(self, place: int, number: int) -> tuple[str, np.ndarray, list[str]] | Skipped:
+    def __call__(self, index: int, number: int) -> tuple[str, np.ndarray, list[str]] | Skipped:
         try:
             record = self.source[number]
-            sentences = captions.sentences(_parse(record), self.fields)
-            image = images.evaluation_crop(images.to_rgb(images.decode(record.image)), self.image_size)
+            sentences = captions.sentences(parse(record), self.fields)
+            image = images.to_rgb(images.decode(record.image, self.upright))
+            image = images.evaluation_crop(image, self.image_size)
         except UNUSABLE as error:
-            return Skipped(*self.source.where(number), str(error), place)
+            return Skipped(*self.source.where(number), str(error), index)
         return record.key, image, sentences
-
-
-def _parse(record: Record) -> Any:
-    try:
-        return json.loads(record.json)
-    except (ValueError, RecursionError) as error:
-        raise JSONError(f"the json does not parse: {error}") from error

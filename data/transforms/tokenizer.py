@@ -38,7 +38,7 @@ _SOUND = re.compile(r"(?:[\t\n\f\r -%'-~]++|& )*+")
 
 
 class Tokenizer:
-    """Texts to rows of ids, padded with 0 behind the end-of-text id.
+    """Texts to rows of ids, padded with 0 after the end-of-text id.
 
     It holds no more than the context length, so it is cheap to pickle; the vocabulary is read once a process, on
     first use. Calls from several threads are safe.
@@ -57,9 +57,9 @@ class Tokenizer:
     def __call__(self, texts: str | Sequence[str]) -> np.ndarray:
         """Ids of one text or of several.
 
-        A text that is too long keeps its first ids, and the last place holds the end of text. Lone surrogates, which
+        A text that is too long keeps its first ids, and its last id is the end of text. Lone surrogates, which
         have no UTF-8 form, are read as U+FFFD. A literal `<start_of_text>` or `<end_of_text>` is read as the id of
-        that name, as CLIP does, where a word can begin: at the start, behind a space, a letter or a digit.
+        that name, as CLIP does, where a word can begin: at the start, after a space, a letter or a digit.
 
         Args:
           texts: N texts, or one (then N = 1).
@@ -78,19 +78,6 @@ class Tokenizer:
             row[1 : len(ids) + 1] = ids
             row[len(ids) + 1] = EOT
         return tokens
-
-
-def ends(tokens: np.ndarray) -> np.ndarray:
-    """Where each row's text is pooled: `row * T + position` of the first end-of-text id, the largest of the row.
-
-    Args:
-      tokens: integers (N, T).
-
-    Returns:
-      int32 (N,), indices into the flattened tokens.
-    """
-    rows, length = tokens.shape
-    return (np.arange(rows) * length + tokens.argmax(axis=1)).astype(np.int32)  # (N,)
 
 
 def encode(text: str) -> list[int]:

@@ -1,7 +1,7 @@
-"""Evaluators: each is built from a model and its data, and its `run(params)` yields (name, value) pairs.
+"""Evaluators: each is built from a model and its data, and its `run(params)` yields `report.Result`s.
 
-They know a model by its contract alone: `encode_image`, `encode_text`, `score`, `context_length`, and the methods that
-they name. They take their data as plain arrays and sequences: reading files is not their business.
+They know a model by its contract alone: `encode_image`, `encode_text`, `score`, `context_length`, `has_pooling`, and
+the methods that they name. They take their data as plain arrays and sequences: reading files is not their business.
 """
 
 from flair_jax.evaluators.pointing import Pointing, PointingSet

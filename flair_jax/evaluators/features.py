@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flair_jax import sharding
+from flair_jax.data.transforms import packing
 from flair_jax.models.text import Text
 
 Item = TypeVar("Item")
@@ -39,6 +41,18 @@ def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     return np.concatenate([x, np.repeat(x[-1:], rows - len(x), axis=0)])
 
 
+def patch_grid(height: int, width: int, patches: int) -> tuple[int, int]:
+    """Rows and columns of `patches` square patches that cover an image of that many pixels.
+
+    Raises:
+      ValueError: no square patch fits.
+    """
+    side = math.isqrt(height * width // patches)
+    if side == 0 or height % side or width % side or (height // side) * (width // side) != patches:
+        raise ValueError(f"{patches} square patches cannot cover an image of {height} x {width} pixels")
+    return height // side, width // side
+
+
 def check_texts(name: str, tokens: np.ndarray, owner: np.ndarray, owners: int) -> None:
     """Raises ValueError unless N > 0 texts, (N, T), belong to one of `owners` images or classes each, (N,)."""
     if tokens.ndim != 2 or not len(tokens) or owner.shape != tokens.shape[:1]:
@@ -49,41 +63,6 @@ def check_texts(name: str, tokens: np.ndarray, owner: np.ndarray, owners: int) -
         )
 
 
-def share_rows(lengths: np.ndarray, row_length: int) -> list[list[int]]:
-    """Numbers of the texts in each row, as few rows as best-fit decreasing finds.
-
-    The longest come first, each into the fullest row that has room for it and fewer than `ROW_TEXTS` others.
-    """
-    rows, by_room = [], [[] for _ in range(row_length + 1)]  # rows that take more, by the tokens that they have left
-    for number in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[number])
-        room = next((room for room in range(length, row_length) if by_room[room]), row_length)
-        if room < row_length:
-            row = by_room[room].pop()
-        else:
-            row = []
-            rows.append(row)
-        row.append(number)
-        if len(row) < ROW_TEXTS:
-            by_room[room - length].append(row)
-    return rows
-
-
-def lay(tokens: np.ndarray, lengths: np.ndarray, rows: Sequence[Sequence[int]], count: int, row_length: int) -> Text:
-    """Texts (N, T) side by side in `count` rows; text s of row r ends at `ends[r * ROW_TEXTS + s]`, others anywhere."""
-    laid, positions, segments = np.zeros((3, count, row_length), np.int32)
-    ends = np.repeat(np.arange(count, dtype=np.int32) * row_length, ROW_TEXTS)  # a row's ends stand in that row
-    for r, row in enumerate(rows):
-        start = 0
-        for s, number in enumerate(row):
-            length = lengths[number]
-            place = slice(start, start + length)
-            laid[r, place], positions[r, place], segments[r, place] = tokens[number, :length], np.arange(length), s + 1
-            start += length
-            ends[r * ROW_TEXTS + s] += start - 1
-    return Text(laid, ends, positions, segments)
-
-
 @functools.lru_cache(maxsize=8)
 def _towers(
     model: nn.Module, preprocess: Callable, split: NamedSharding, whole: NamedSharding
@@ -91,7 +70,7 @@ def _towers(
     """The jitted towers; evaluators of one model share them, and their compilation."""
 
     def encode_image(params, images):
-        return model.apply({"params": params}, preprocess(images), method="encode_image")
+        return call(model, "encode_image", params, preprocess(images))
 
     def encode_text(params, text):
         # Texts are compared by their pooled features; those of all tokens would be T times as large.
@@ -99,6 +78,24 @@ def _towers(
         return features.replace(mask=None)
 
     return jax.jit(encode_image, out_shardings=split), jax.jit(encode_text, out_shardings=whole)
+
+
+def call(model: nn.Module, method: str, params: Any, *args: Any) -> Any:
+    """A method of the model on its parameters, a nested dict."""
+    return model.apply({"params": params}, *args, method=method)
+
+
+@functools.lru_cache(maxsize=32)
+def _jit_method(model: nn.Module, method: str, out_shardings: NamedSharding) -> Callable:
+    return jax.jit(functools.partial(call, model, method), out_shardings=out_shardings)
+
+
+@functools.lru_cache(maxsize=8)
+def _jit_take(out_shardings: NamedSharding) -> Callable:
+    def take(blocks, index):
+        return jax.tree.map(lambda *x: jnp.concatenate(x)[index], *blocks)
+
+    return jax.jit(take, out_shardings=out_shardings)
 
 
 class Encoder:
@@ -109,6 +106,7 @@ class Encoder:
 
     Attributes:
       mesh: devices to run on.
+      whole: sharding of an array that every device holds as a whole.
 
     Args:
       model: a module with the methods `encode_image` and `encode_text` and a `context_length`.
@@ -132,19 +130,15 @@ class Encoder:
         self.mesh = evaluation_mesh() if mesh is None else mesh
         self._model, self._image_batch, self._text_batch = model, image_batch, text_batch
         axes = tuple(axis for axis in sharding.BATCH_AXES if axis in self.mesh.axis_names)
-        self._split, self._whole = (NamedSharding(self.mesh, PartitionSpec(*spec)) for spec in ((axes,), ()))
+        self._split, self.whole = (NamedSharding(self.mesh, PartitionSpec(*spec)) for spec in ((axes,), ()))
         self._shards = int(np.prod([self.mesh.shape[axis] for axis in axes], dtype=int))
 
-        self._encode_image, self._encode_text = _towers(model, preprocess, self._split, self._whole)
-        self._take = self.jit(lambda blocks, index: jax.tree.map(lambda *x: jnp.concatenate(x)[index], *blocks))
+        self._encode_image, self._encode_text = _towers(model, preprocess, self._split, self.whole)
 
-    def jit(self, function: Callable) -> Callable:
-        """Jits `function(params, …)`; its results are whole on every device, ready for `np.asarray`."""
-        return jax.jit(function, out_shardings=self._whole)
-
-    def method(self, name: str) -> Callable:
-        """The model's method `name` as a function of the parameters and the method's arguments."""
-        return lambda params, *args: self._model.apply({"params": params}, *args, method=name)
+    def apply(self, method: str, params: Any, *args: Any) -> Any:
+        """A method of the model, jitted; its results are whole on every device, ready for `np.asarray`."""
+        with jax.set_mesh(self.mesh):
+            return _jit_method(self._model, method, self.whole)(params, *args)
 
     def place(self, params: Any) -> Any:
         """Parameters on the devices of the mesh; those that are there already keep their sharding."""
@@ -152,7 +146,7 @@ class Encoder:
 
         def put(x):
             there = isinstance(x, jax.Array) and x.sharding.device_set == devices
-            return x if there else jax.device_put(x, self._whole)
+            return x if there else jax.device_put(x, self.whole)
 
         return jax.tree.map(put, params)
 
@@ -203,23 +197,27 @@ class Encoder:
           ValueError: a text is longer than the model's context.
         """
         tokens, inverse = np.unique(tokens, axis=0, return_inverse=True)
-        lengths = np.argmax(tokens, axis=1) + 1  # nothing is read behind the end of a text
+        lengths = packing.lengths(tokens)
         if lengths.max() > self._model.context_length:
             raise ValueError(
                 f"texts have {lengths.max()} tokens; model.text.context_length is {self._model.context_length}"
             )
         row_length = tokens.shape[1] + tokens.shape[1] % 2  # cuDNN wants it even
-        rows = share_rows(lengths, row_length)
-        count = self._rows(self._text_batch, len(rows))
+        placement = packing.place(lengths, row_length, row_captions=ROW_TEXTS)
+        count = self._rows(self._text_batch, placement.rows)
+        rows = -(-placement.rows // count) * count
+        texts = packing.lay_out(tokens, lengths, placement, row_length=row_length, rows=rows)
+        # Each row has as many ends as there may be: those of its texts, and the row's first token for the others.
+        number = placement.row * ROW_TEXTS + placement.segment - 1  # (N,) of each text among the ends
+        ends = np.repeat(np.arange(rows, dtype=np.int32) * row_length, ROW_TEXTS)
+        ends[number] = texts["ends"]
         blocks = []
-        for start in range(0, len(rows), count):
-            batch = lay(tokens, lengths, rows[start : start + count], count, row_length)
-            blocks.append(self._run(self._encode_text, params, batch))
-        place = np.empty(len(tokens), int)  # of each text among the blocks
-        for number, row in enumerate(rows):
-            place[row] = number * ROW_TEXTS + np.arange(len(row))
-        return self.take(blocks, place[inverse.reshape(-1)])
+        for start in range(0, rows, count):
+            part = {name: texts[name][start : start + count] for name in ("tokens", "positions", "segments")}
+            part["ends"] = ends[start * ROW_TEXTS : (start + count) * ROW_TEXTS] - np.int32(start * row_length)
+            blocks.append(self._run(self._encode_text, params, Text(**part)))
+        return self.take(blocks, number[inverse.reshape(-1)])
 
     def take(self, blocks: Sequence[Any], index: np.ndarray) -> Any:
         """Rows by number out of features that stand one behind the other in `blocks`, whole on every device."""
-        return self._take(blocks, jax.device_put(index, self._whole))
+        return _jit_take(self.whole)(blocks, jax.device_put(index, self.whole))

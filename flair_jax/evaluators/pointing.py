@@ -1,16 +1,17 @@
 """Pointing game: does the attention of a phrase peak inside the box of what it names (Zhang et al., ECCV 2016)?"""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from flair_jax.attention_maps import patch_grid
-from flair_jax.evaluators.features import Encoder, check_texts, one_behind
+from flair_jax.evaluators.features import Encoder, call, check_texts, one_behind, patch_grid
+from flair_jax.report import Result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,21 @@ def texts_by_image(images: int, image_of_text: np.ndarray) -> np.ndarray:
     return table
 
 
+@functools.lru_cache(maxsize=8)
+def _attend(model: nn.Module, whole: NamedSharding) -> Callable:
+    """Each image with texts of its own, numbers (B, M) among all texts -> attention over the patches (B, M, L)."""
+
+    def attend(params, image, text, texts):
+        def one(image, texts):
+            image, own = jax.tree.map(lambda x: x[None], image), jax.tree.map(lambda x: x[texts], text)
+            weights, _ = call(model, "attention_maps", params, image, own)
+            return weights[0].mean(1)  # over the heads
+
+        return jax.vmap(one)(image, texts)
+
+    return jax.jit(attend, out_shardings=whole)
+
+
 class Pointing:
     """Yields `pointing/<set>/accuracy`, `…/chance` and `…/chance_object`, fractions.
 
@@ -84,7 +100,7 @@ class Pointing:
       data: what to point at.
       preprocess: the set's images (B, H, W, 3) -> the model's input of the same height and width; runs inside jit.
       image_batch, text_batch: sizes of batches. Results depend on neither, nor on the devices.
-      mesh: see `encoder.Encoder`.
+      mesh: see `features.Encoder`.
     """
 
     def __init__(
@@ -99,17 +115,7 @@ class Pointing:
     ):
         self._data = data
         self._encoder = Encoder(model, preprocess, image_batch=image_batch, text_batch=text_batch, mesh=mesh)
-        attention_maps = self._encoder.method("attention_maps")
-
-        def attend(params, image, text, texts):  # each image with texts of its own, (B, M) -> (B, M, L)
-            def one(image, texts):
-                image, own = jax.tree.map(lambda x: x[None], image), jax.tree.map(lambda x: x[texts], text)
-                weights, _ = attention_maps(params, image, own)
-                return weights[0].mean(1)  # over the heads
-
-            return jax.vmap(one)(image, texts)
-
-        self._attend = self._encoder.jit(attend)
+        self._attend = _attend(model, self._encoder.whole)
 
     def attention(self, params: Any) -> np.ndarray:
         """Attention of each phrase over the patches of its image, mean of the heads, float32 (N, L)."""
@@ -130,8 +136,8 @@ class Pointing:
         result[table[table >= 0]] = weights[table >= 0]
         return result
 
-    def run(self, params: Any) -> Iterator[tuple[str, float]]:
-        """Evaluates parameters (a nested dict) and yields the metrics by name.
+    def run(self, params: Any) -> Iterator[Result]:
+        """Evaluates parameters, a nested dict.
 
         Raises:
           ValueError: an attention weight is not finite.
@@ -143,6 +149,6 @@ class Pointing:
         size = np.shape(data.images[0])[:2]
         inside = patches_in_boxes(data.boxes, patch_grid(*size, weights.shape[1]), size)
         hit = np.take_along_axis(inside, weights.argmax(1)[:, None], axis=1)
-        yield f"pointing/{data.name}/accuracy", float(hit.mean())
-        yield f"pointing/{data.name}/chance", float(inside.mean())
-        yield f"pointing/{data.name}/chance_object", float((1 / data.objects).mean())
+        yield Result("pointing", data.name, "accuracy", float(hit.mean()))
+        yield Result("pointing", data.name, "chance", float(inside.mean()))
+        yield Result("pointing", data.name, "chance_object", float((1 / data.objects).mean()))

@@ -6,6 +6,7 @@ left out is a miss instead of a tie that may win.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from flair_jax.evaluators.features import Encoder, check_texts, one_behind
+from flair_jax.evaluators.features import Encoder, call, check_texts, one_behind
+from flair_jax.report import Result
 
 RECALLS = (1, 5, 10)
 MODES = ("flair", "topk", "global")
@@ -126,6 +128,35 @@ def retrieval_chance(images: int, image_of_text: np.ndarray) -> dict[str, float]
     return chance
 
 
+@functools.lru_cache(maxsize=8)
+def _programs(model: nn.Module, whole: NamedSharding, texts: int, topk: int) -> tuple[Callable, ...]:
+    """The jitted score, global score, selection of the `topk` best of `texts` texts, and score of what was selected."""
+
+    def scores(method):
+        def apply(params, image, text):
+            result = call(model, method, params, image, text)
+            if result.dtype != jnp.float32:  # bfloat16 has about 3 digits: most of the top ranks would be ties
+                raise TypeError(f"{type(model).__name__}.{method} gives {result.dtype}; expected float32")
+            return result
+
+        return apply
+
+    score, global_score = scores("score"), scores("global_score")
+
+    def select(blocks):  # -> scores and numbers of the best texts, (B, k) each
+        return jax.lax.top_k(jnp.concatenate(blocks, axis=1)[:, :texts], topk)
+
+    def rescore(params, image, text, coarse, columns):  # each image with texts of its own, (B, k) -> (B, k)
+        def one(image, columns):
+            image, own = jax.tree.map(lambda x: x[None], image), jax.tree.map(lambda x: x[columns], text)
+            return score(params, image, own)[0]
+
+        # What is broken in the coarse scores must not vanish in the fine ones.
+        return jnp.where(jnp.isfinite(coarse), jax.vmap(one)(image, columns), jnp.nan)
+
+    return tuple(jax.jit(function, out_shardings=whole) for function in (score, global_score, select, rescore))
+
+
 class Retrieval:
     """Yields `retrieval/<set>/<mode>/<metric>` and `retrieval/<set>/chance/<metric>`.
 
@@ -144,10 +175,10 @@ class Retrieval:
       model: a module with `encode_image`, `encode_text`, `score` and, for topk and global, `global_score`.
       data: what to rank.
       preprocess: the set's images (B, H, W, 3) -> the model's input; runs inside jit.
-      modes: some of `MODES`.
+      modes: some of `MODES`, of which a model without text-conditioned pooling has "global" alone; None: all.
       topk: texts an image keeps; more than there are means all.
       image_batch, text_batch: sizes of batches. Results depend on neither, nor on the devices.
-      mesh: see `encoder.Encoder`.
+      mesh: see `features.Encoder`.
 
     Raises:
       ValueError: an unknown mode, or a size below 1.
@@ -159,56 +190,33 @@ class Retrieval:
         data: RetrievalSet,
         *,
         preprocess: Callable[[jax.Array], jax.Array],
-        modes: Sequence[str] = MODES,
+        modes: Sequence[str] | None = None,
         topk: int = 128,
         image_batch: int = 64,
         text_batch: int = 512,
         mesh: Mesh | None = None,
     ):
-        if unknown := set(modes) - set(MODES):
-            raise ValueError(f"unknown retrieval modes {sorted(unknown)}; there are {MODES}")
+        available = MODES if model.has_pooling else ("global",)
+        modes = available if modes is None else modes
+        if unknown := set(modes) - set(available):
+            raise ValueError(f"unknown retrieval modes {sorted(unknown)}; for this model there are {available}")
         if topk < 1:
             raise ValueError(f"topk is {topk}; expected at least 1")
         self._data, self._modes = data, tuple(modes)
         self._topk = min(topk, len(data.tokens))
         self._encoder = Encoder(model, preprocess, image_batch=image_batch, text_batch=text_batch, mesh=mesh)
-        texts = len(data.tokens)
+        self._score, self._global_score, self._select, self._rescore = _programs(
+            model, self._encoder.whole, len(data.tokens), self._topk
+        )
 
-        def scores(name):
-            method = self._encoder.method(name)
-
-            def apply(params, image, text):
-                result = method(params, image, text)
-                if result.dtype != jnp.float32:  # bfloat16 has about 3 digits: most of the top ranks would be ties
-                    raise TypeError(f"{type(model).__name__}.{name} gives {result.dtype}; expected float32")
-                return result
-
-            return apply
-
-        score, global_score = scores("score"), scores("global_score")
-
-        def select(blocks):  # -> scores and numbers of the best texts, (B, k) each
-            return jax.lax.top_k(jnp.concatenate(blocks, axis=1)[:, :texts], self._topk)
-
-        def rescore(params, image, text, coarse, columns):  # each image with texts of its own, (B, k) -> (B, k)
-            def one(image, columns):
-                image, own = jax.tree.map(lambda x: x[None], image), jax.tree.map(lambda x: x[columns], text)
-                return score(params, image, own)[0]
-
-            # What is broken in the coarse scores must not vanish in the fine ones.
-            return jnp.where(jnp.isfinite(coarse), jax.vmap(one)(image, columns), jnp.nan)
-
-        self._score, self._global_score = self._encoder.jit(score), self._encoder.jit(global_score)
-        self._select, self._rescore = self._encoder.jit(select), self._encoder.jit(rescore)
-
-    def run(self, params: Any) -> Iterator[tuple[str, float]]:
-        """Evaluates parameters (a nested dict) and yields the metrics by name."""
+    def run(self, params: Any) -> Iterator[Result]:
+        """Evaluates parameters, a nested dict."""
         data = self._data
         for mode, (scores, valid) in self.scores(params).items():
             for metric, value in retrieval_metrics(scores, data.image_of_text, valid).items():
-                yield f"retrieval/{data.name}/{mode}/{metric}", value
+                yield Result("retrieval", data.name, metric, value, mode)
         for metric, value in retrieval_chance(len(data.images), data.image_of_text).items():
-            yield f"retrieval/{data.name}/chance/{metric}", value
+            yield Result("retrieval", data.name, metric, value, "chance")
 
     def scores(self, params: Any) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
         """The score matrix of every mode, float32 (I, N), and which pairs were scored, bool (I, N) or None for all."""

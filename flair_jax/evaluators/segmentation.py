@@ -5,6 +5,7 @@ cosine with the class vectors, bilinear to the size of the labels, the best clas
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,11 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from flair_jax.attention_maps import patch_grid
-from flair_jax.evaluators.features import Encoder, check_texts, one_behind
+from flair_jax.evaluators.features import Encoder, call, check_texts, one_behind, patch_grid
 from flair_jax.models.layers import normalize
+from flair_jax.report import Result
 
 IGNORE = 255
 WAYS = ("value", "projected")
@@ -104,6 +105,24 @@ class ConfusionMatrix:
         return float(np.mean(pixels / (len(self.counts) * pixels + pixels.sum() - pixels)))
 
 
+@functools.lru_cache(maxsize=8)
+def _predict(
+    model: nn.Module, whole: NamedSharding, way: str, image_size: tuple[int, int], label_size: tuple[int, int]
+) -> Callable:
+    """Features of images and class vectors (C, D) -> the best class of every pixel, int32 (B, h, w)."""
+
+    def predict(params, image, vectors):
+        local = call(model, "dense_features", params, image) if way == "value" else image.local
+        similarity = normalize(local) @ vectors.T  # (B, L, C)
+        similarity = similarity.reshape(-1, *patch_grid(*image_size, similarity.shape[1]), len(vectors))
+        shape = similarity.shape[0], *label_size, len(vectors)
+        similarity = jax.image.resize(similarity, shape, "bilinear")  # (B, h, w, C)
+        best = jnp.argmax(similarity, axis=-1)
+        return jnp.where(jnp.isfinite(similarity).all(-1), best, -1)  # -1 is refused when pixels are counted
+
+    return jax.jit(predict, out_shardings=whole)
+
+
 class Segmentation:
     """Yields `segmentation/<set>/miou` and `…/iou/<class>` of the first way, `…/<way>/miou` of others, `…/chance`.
 
@@ -120,9 +139,9 @@ class Segmentation:
       model: a module with `encode_image`, `encode_text` and, for value, `dense_features`.
       data: what to segment.
       preprocess: the set's images (B, H, W, 3) -> the model's input of the same height and width; runs inside jit.
-      ways: some of `WAYS`.
+      ways: some of `WAYS`, of which a model without text-conditioned pooling has "projected" alone; None: all.
       image_batch, text_batch: sizes of batches. Results depend on neither, nor on the devices.
-      mesh: see `encoder.Encoder`.
+      mesh: see `features.Encoder`.
 
     Raises:
       ValueError: an unknown way, or none.
@@ -134,42 +153,26 @@ class Segmentation:
         data: SegmentationSet,
         *,
         preprocess: Callable[[jax.Array], jax.Array],
-        ways: Sequence[str] = WAYS,
+        ways: Sequence[str] | None = None,
         image_batch: int = 64,
         text_batch: int = 512,
         mesh: Mesh | None = None,
     ):
-        if not ways or set(ways) - set(WAYS):
-            raise ValueError(f"segmentation ways are {tuple(ways)}; expected one or more of {WAYS}")
+        available = WAYS if model.has_pooling else ("projected",)
+        ways = available if ways is None else ways
+        if not ways or set(ways) - set(available):
+            raise ValueError(f"segmentation ways are {tuple(ways)}; expected one or more of {available}")
         self._data, self._ways = data, tuple(ways)
         self._encoder = Encoder(model, preprocess, image_batch=image_batch, text_batch=text_batch, mesh=mesh)
-        dense_features = self._encoder.method("dense_features")
+        self._membership = (np.arange(len(data.classes))[:, None] == data.class_of_prompt).astype(np.float32)  # (C, P)
         grid_size, label_size = np.shape(data.images[0])[:2], np.shape(data.labels[0])
-        membership = np.arange(len(data.classes))[:, None] == data.class_of_prompt  # (C, P)
-
-        def class_vectors(text):
-            return normalize(membership.astype(np.float32) @ normalize(text.pooled))  # (C, D)
-
-        def predict(params, image, vectors, way):
-            local = dense_features(params, image) if way == "value" else image.local
-            similarity = normalize(local) @ vectors.T  # (B, L, C)
-            grid = patch_grid(*grid_size, similarity.shape[1])
-            similarity = similarity.reshape(-1, *grid, len(data.classes))
-            shape = similarity.shape[0], *label_size, len(data.classes)
-            similarity = jax.image.resize(similarity, shape, "bilinear")  # (B, h, w, C)
-            best = jnp.argmax(similarity, axis=-1)
-            return jnp.where(jnp.isfinite(similarity).all(-1), best, -1)  # -1 is refused when pixels are counted
-
-        self._class_vectors = self._encoder.jit(class_vectors)
-        self._predict = {
-            way: self._encoder.jit(lambda params, image, vectors, way=way: predict(params, image, vectors, way))
-            for way in self._ways
-        }
+        self._predict = {way: _predict(model, self._encoder.whole, way, grid_size, label_size) for way in self._ways}
 
     def confusion(self, params: Any) -> dict[str, ConfusionMatrix]:
         """Counts over the whole set, by way."""
         params = self._encoder.place(params)
-        vectors = self._class_vectors(self._encoder.texts(params, self._data.tokens))
+        text = self._encoder.texts(params, self._data.tokens)
+        vectors = normalize(self._membership @ normalize(text.pooled))  # (C, D)
 
         def batches():
             for images, image in self._encoder.images(params, self._data.images):
@@ -182,22 +185,22 @@ class Segmentation:
                 matrices[way].add(labels, np.asarray(prediction)[: len(images)])
         return matrices
 
-    def run(self, params: Any) -> Iterator[tuple[str, float]]:
-        """Evaluates parameters (a nested dict) and yields the metrics by name.
+    def run(self, params: Any) -> Iterator[Result]:
+        """Evaluates parameters, a nested dict.
 
         Raises:
           ValueError: no pixel is labelled, a label is no class, or a similarity is not finite.
         """
-        prefix = f"segmentation/{self._data.name}"
+        data = self._data
         matrices = self.confusion(params)
         first, *others = self._ways
         if not matrices[first].present().any():
-            raise ValueError(f"{prefix}: no pixel has a label other than {IGNORE}")
+            raise ValueError(f"segmentation/{data.name}: no pixel has a label other than {IGNORE}")
         iou = matrices[first].iou()
-        yield f"{prefix}/miou", float(np.nanmean(iou))
+        yield Result("segmentation", data.name, "miou", float(np.nanmean(iou)))
         for way in others:
-            yield f"{prefix}/{way}/miou", float(np.nanmean(matrices[way].iou()))
-        yield f"{prefix}/chance", matrices[first].chance()
-        for name, value, present in zip(self._data.classes, iou, matrices[first].present(), strict=True):
+            yield Result("segmentation", data.name, "miou", float(np.nanmean(matrices[way].iou())), way)
+        yield Result("segmentation", data.name, "chance", matrices[first].chance())
+        for name, value, present in zip(data.classes, iou, matrices[first].present(), strict=True):
             if present:
-                yield f"{prefix}/iou/{name}", float(value)
+                yield Result("segmentation", data.name, name, float(value), "iou")

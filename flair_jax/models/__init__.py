@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from flair_jax.data.transforms.images import pair
 from flair_jax.models.dual_encoder import DualEncoder
 from flair_jax.models.layers import ComputeOptions
 
@@ -28,8 +29,9 @@ def create(model: Mapping[str, Any]) -> DualEncoder:
     options.pop("name", None)
     dtype = jnp.dtype(options.pop("dtype", "float32"))
     compute = ComputeOptions(dtype, **{key: options.pop(key) for key in COMPUTE if key in options})
-    parts = {key: options.pop(key) for key in ("vision", "text", "pooling") if options.get(key) is not None}
+    parts = {key: dict(options.pop(key)) for key in ("vision", "text", "pooling") if options.get(key) is not None}
     options.pop("pooling", None)
+    parts["vision"]["image_size"] = pair(parts["vision"]["image_size"])  # JSON gives back a list
     frozen = {f"{key}_options": FrozenDict(value) for key, value in parts.items()}  # a model can be hashed
     return DualEncoder(**options, **frozen, compute=compute)
 

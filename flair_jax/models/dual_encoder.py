@@ -9,10 +9,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from flair_jax.data.transforms.images import pair
 from flair_jax.models import layers
 from flair_jax.models.pooling import TextConditionedPooling
 from flair_jax.models.text import Text, TextTower
-from flair_jax.models.vision import VisionTower, pair
+from flair_jax.models.vision import VisionTower
 
 
 @flax.struct.dataclass

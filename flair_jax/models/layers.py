@@ -166,7 +166,7 @@ def _all(x: jax.Array) -> jax.Array:
 class Block(nn.Module):
     """Pre-normalised transformer block, (B, T, W) -> (B, T, W); or (N, W), the states of some tokens.
 
-    Those are taken as soon as the attention has seen all tokens: what comes behind it, most of the work, is theirs
+    Those are taken as soon as the attention has seen all tokens: what follows, most of the work, is done for them
     alone. `pick` chooses them, (B, T, W) -> (N, W).
     """
 

@@ -28,10 +28,10 @@ class InputProjection(nn.Module):
 
 
 class TextConditionedPooling(nn.Module):
-    """Pools the local tokens of an image once for every text.
+    """Attention pooling of the local tokens of each image, conditioned on each text.
 
     The work is split by what it depends on, so that each part is done once: `queries` once a text, `keys_values` once
-    an image, `attend` once a pair. Behind the projected keys and values stands a row of zeros: a text that finds
+    an image, `attend` once a pair. After the projected keys and values comes a row of zeros: a text that finds
     nothing in the image can look there (`add_zero_attn` of the reference), and no mask is needed.
     """
 

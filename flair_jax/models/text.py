@@ -21,9 +21,9 @@ class Text:
     Attributes:
       tokens: int32 (R, T).
       ends: int32 (N,), flat index `row * T + column` of each caption's end-of-text token.
-      positions: int32 (R, T), place of each token within its caption; None: one caption a row.
+      positions: int32 (R, T), index of each token within its caption; None: one caption a row.
       segments: int32 (R, T), 1, 2, … for the captions of a row and 0 for padding; None: one caption a row. The padding
-        behind a single caption needs no mask: attention is causal and nothing reads behind the end.
+        after a single caption needs no mask: attention is causal and nothing reads past the end.
     """
 
     tokens: jax.Array
@@ -107,7 +107,7 @@ class TextTower(nn.Module):
         length = text.tokens.shape[1]
         if text.positions is None and length > self.context_length:
             raise ValueError(f"texts have {length} tokens; model.text.context_length is {self.context_length}")
-        # `take` answers NaN, not a neighbour, for an id behind the vocabulary or a place behind the context.
+        # `take` answers NaN, not a neighbour, for an id outside the vocabulary or a position outside the context.
         x = jnp.take(self.token_embedding, text.tokens, axis=0)  # (R, T, W)
         if text.positions is None:
             x = x + self.position_embedding[:length]

@@ -7,13 +7,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flair_jax.data.transforms.images import pair
 from flair_jax.models import layers
 
 
-def pair(size) -> tuple[int, int]:
-    """(height, width) of a size that is one number or two."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+def grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches in an image.
+
+    Raises:
+      ValueError: patches do not divide the image.
+    """
+    height, width = pair(image_size)
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"model.vision.image_size {image_size} is no multiple of patch_size {patch_size}")
+    return height // patch_size, width // patch_size
 
 
 def kept_patches(patches: int, dropout: float) -> int:
@@ -66,16 +73,6 @@ class VisionTower(nn.Module):
     position_std: float | None = None
     patch_dropout: float = 0.0
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches in a column and in a row."""
-        height, width = pair(self.image_size)
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"model.vision.image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
-            )
-        return height // self.patch_size, width // self.patch_size
-
     def setup(self):
         # PyTorch's defaults: the reference re-initialises only the text tower (golden/flair/full/init_stats.json).
         init = layers.BlockInit(
@@ -85,7 +82,7 @@ class VisionTower(nn.Module):
             proj=layers.torch_linear(4 * self.width),
         )
         normal = nn.initializers.normal(self.width**-0.5)
-        rows, columns = self.grid
+        rows, columns = grid(self.image_size, self.patch_size)
         self.kept = kept_patches(rows * columns, self.patch_dropout)
         self.patch_embedding = PatchEmbedding(self.patch_size, self.width, self.compute.dtype)
         self.class_embedding = self.param("class_embedding", normal, (self.width,))
@@ -124,6 +121,6 @@ class VisionTower(nn.Module):
         (B, 1 + L, W) -> (B, 1 + kept, W).
         """
         order = jnp.argsort(jax.random.uniform(rng, (x.shape[0], x.shape[1] - 1)), axis=1)  # (B, L)
-        patches = 1 + jnp.sort(order[:, : self.kept], axis=1)  # (B, kept) places behind the class token
-        places = jnp.pad(patches, ((0, 0), (1, 0)))  # (B, 1 + kept)
-        return jnp.take_along_axis(x, places[:, :, None], axis=1)
+        patches = 1 + jnp.sort(order[:, : self.kept], axis=1)  # (B, kept) indices after the class token
+        tokens = jnp.pad(patches, ((0, 0), (1, 0)))  # (B, 1 + kept)
+        return jnp.take_along_axis(x, tokens[:, :, None], axis=1)

@@ -148,8 +148,9 @@ def _sum_on_device(
 
     Called inside `jax.shard_map` over `axes`, or, without axes, on one device. The shards of one batch are passed from
     device to device: each works on the shard that it holds, one chunk of its own rows at a time, while the next shard
-    arrives. The backward pass sends them round again, each followed by its gradient, and recomputes all work. The memory is that of one chunk's work, of two shards and of the gradients, however many devices there are.
-    One chunk on one device is done only once.
+    arrives. The backward pass sends them round again, each followed by its gradient, and recomputes all work. The
+    memory is that of one chunk's work, of two shards and of the gradients, however many devices there are. One chunk
+    on one device is done only once.
 
     Args:
       work: gives a tree of sums for a chunk of `own`, whose first row is row `first` of the whole batch, and the shard

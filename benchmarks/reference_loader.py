@@ -7,12 +7,14 @@ the workers. torch and webdataset are imported inside the functions: nothing els
 
 import importlib.util
 import math
+import pathlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from benchmarks.python_tokenizer import PythonTokenizer
 from flair_jax.data.transforms import captions, images
 
 # Of the reference's training scripts: shards and samples in the shuffle buffers, and how many before the first leaves.
@@ -112,3 +114,18 @@ def _random_box(
     part_width = min(width, round(height * ratio[1]))
     part_height = min(height, round(width / ratio[0]))
     return (width - part_width) // 2, (height - part_height) // 2, part_width, part_height
+
+
+def tokenizer() -> tuple[str, Callable[[Sequence[str]], Any]]:
+    """The reference's tokenizer: ("open_clip", its `SimpleTokenizer`), or ("python", ours of the same kind).
+
+    open_clip's file is loaded by path: importing the package would need torchvision, which the tokenizer does not.
+    """
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
+        return "python", PythonTokenizer()
+    path = pathlib.Path(package.origin).with_name("tokenizer.py")
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return "open_clip", module.SimpleTokenizer()

@@ -1,13 +1,13 @@
 """Images and captions per second of the training stream, beside the reference's kind of loader on the same shards.
 
-Each loader lives in a process of its own with its own workers. They run in turns, so that whatever else the machine
-does meets all of them, and the medians of the turns count. Between turns a loader's buffers fill and its workers
-sleep; the batches of these buffers are not counted.
+Each loader has a process of its own with its own workers, see `sides`. Between turns a loader's buffers fill and its
+workers sleep; the batches of these buffers are not counted.
 """
 
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import random
@@ -18,12 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from flair_jax.benchmark import processes, reference_loader
-from flair_jax.benchmark.contender import Contender, Turn, median
-from flair_jax.benchmark.python_tokenizer import PythonTokenizer
-from flair_jax.benchmark.tokenizer import open_clip_tokenizer
+from benchmarks import command, processes, reference_loader
+from benchmarks.sides import Side, Turn, compare, median
 from flair_jax.data import loader
-from flair_jax.data.sources.open import open_source
+from flair_jax.data.sources.open import expand, open_source
 from flair_jax.data.transforms import captions, fast_images, images, packing, tokenizer
 
 WAYS = ("reference", "fast", "device")  # to the pixels: `data.pixels` of the config
@@ -66,6 +64,7 @@ def measure(
         images_per_second, captions_per_second.
         cpu_ms_per_image: of all processes of the loader together.
         memory_mb: MiB of all its processes at the end of a turn, the most of all turns; shared pages count once.
+        growth_mb: from the end of the first turn to that of the last: with many small batches, what leaks.
         share_X: of that CPU time, the share of reading, of json and drawing captions, of decoding, resizing, tokenising
           and packing; `share_rest` is batching, the way between the processes, and the order.
       The same with `fast_` and `device_` before it, where decoding and resizing are one; with `reference_loader_` for
@@ -78,15 +77,10 @@ def measure(
     """
     if reference:
         reference_loader.require()
-    with contextlib.ExitStack() as stack:
-        contenders = {way: stack.enter_context(Contender(_turns, settings, _stream, way)) for way in pixels}
-        if reference:
-            contenders["loader"] = stack.enter_context(Contender(_turns, settings, _reference))
-        results = {name: [] for name in contenders}
-        for _ in range(turns):
-            for name, contender in contenders.items():
-                results[name].append(contender.turn(batches))
-                contender.rest()
+    sides = {way: functools.partial(Side, _turns, settings, _stream, way) for way in pixels}
+    if reference:
+        sides["loader"] = functools.partial(Side, _turns, settings, _reference)
+    results = compare(sides, batches, turns, warm_up=0, rest=True)
     stages = _stages(settings, pixels)
     medians = {name: {key: median(turns, key) for key in turns[0]} for name, turns in results.items()}
     prefixes = {"reference": "", "fast": "fast_", "device": "device_", "loader": "reference_loader_"}
@@ -96,13 +90,14 @@ def measure(
         figures[f"{prefix}images_per_second"] = speed["images_per_second"]
         figures[f"{prefix}captions_per_second"] = speed["images_per_second"] * settings.captions
         figures[f"{prefix}cpu_ms_per_image"] = speed["cpu_ms_per_image"]
-        figures[f"{prefix}memory_mb"] = max(turn["memory_mb"] for turn in results[name])
+        memory = [turn["memory_mb"] for turn in results[name]]
+        figures[f"{prefix}memory_mb"], figures[f"{prefix}growth_mb"] = max(memory), memory[-1] - memory[0]
         if name != "loader":
             shares = {f"share_{stage}": ms / speed["cpu_ms_per_image"] for stage, ms in stages[name].items()}
             shares["share_rest"] = 1 - sum(shares.values())
             figures |= {prefix + stage: share for stage, share in shares.items()}
     if reference:
-        figures["reference_loader_tokenizer"] = "open_clip" if open_clip_tokenizer() else "python"
+        figures["reference_loader_tokenizer"] = reference_loader.tokenizer()[0]
         for way in pixels:
             label = "reference_pixels" if way == "reference" else way
             ours, theirs = medians[way], medians["loader"]
@@ -138,7 +133,7 @@ def _reference(settings: Settings) -> Iterator[Any]:
         image_size=settings.image_size,
         captions_per_image=settings.captions,
         workers=settings.workers,
-        tokenize=open_clip_tokenizer() or PythonTokenizer(CONTEXT_LENGTH),
+        tokenize=reference_loader.tokenizer()[1],
     )
 
 
@@ -212,10 +207,12 @@ def _stages_here(settings: Settings, pixels: str) -> dict[str, float]:
         with clock("tokenise"):
             tokens.append(tokenize(drawn))
     rows = packing.measure_rows(tokens, batch_size=settings.batch_size, row_length=ROW_LENGTH)
+    texts = settings.batch_size * settings.captions
+    pack = packing.Packer(ROW_LENGTH, packing.row_counts(rows, texts, row_length=ROW_LENGTH, longest=CONTEXT_LENGTH))
     for first in range(0, len(tokens), settings.batch_size):
         batch = np.concatenate(tokens[first : first + settings.batch_size])
         with clock("pack"):
-            packing.pack(batch, row_length=ROW_LENGTH, rows=rows)
+            pack(batch)
     return {stage: 1000 * seconds / len(numbers) for stage, seconds in clock.seconds.items()}
 
 
@@ -230,3 +227,31 @@ class _Clock:
         start = time.thread_time()
         yield
         self.seconds[stage] += time.thread_time() - start
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command.parser("data", "Images per second of the training stream.")
+    parser.add_argument("--shards", required=True, help="webdataset tars: a folder, a pattern, or several with ::")
+    parser.add_argument("--workers", type=int, required=True, metavar="W", help="processes of each loader")
+    sizes = dict(
+        batch_size=(64, "images"),
+        image_size=(224, "side in pixels"),
+        captions=(8, "per image"),
+        batches=(30, "counted in a turn"),
+        turns=(5, "of each loader"),
+    )
+    command.add_sizes(parser, **sizes)
+    words = "ways of data.pixels (%(default)s)"
+    parser.add_argument("--pixels", nargs="+", choices=WAYS, default=["reference", "fast"], help=words)
+    words = "without the reference's kind of loader"
+    parser.add_argument("--no-reference", dest="reference", action="store_false", help=words)
+    parsed = parser.parse_args(arguments)
+    if parsed.workers < 1:
+        raise SystemExit("--workers: at least 1; without workers the two loaders do not do the same")
+    options = command.pick(parsed, ("workers", "batch_size", "image_size", "captions"))
+    settings = Settings(shards=expand(parsed.shards), **options)
+    command.report(measure(settings, **command.pick(parsed, ("pixels", "reference", "batches", "turns"))), parsed.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from flair_jax.benchmark import inputs, torch_twin
-from flair_jax.benchmark.contender import median
+from benchmarks import command, inputs, torch_twin
+from benchmarks.sides import beside_twin, median
 
 
 def measure(
@@ -42,7 +42,7 @@ def measure(
     figures = {"dtype": config["model"]["dtype"], **sizes}
     count = {"images": images, "texts": texts, "pairs": images * texts}
     for kind in kinds:
-        all_ours, pairs = torch_twin.in_turns(ours, twin, (config, kind, *sizes.values()), beside, 1, turns)
+        all_ours, pairs = beside_twin(ours, twin, (config, kind, *sizes.values()), beside, 1, turns)
         figures[f"{kind}_per_second"] = count[kind] / median(all_ours, "seconds")
         for side, (beside_it, theirs) in pairs.items():
             seconds = median(theirs, "seconds")
@@ -60,7 +60,7 @@ def host_inputs(config: Mapping[str, Any], images: int, texts: int) -> tuple[np.
     height, width = (size, size) if isinstance(size, int) else size
     pixels = rng.integers(0, 256, (images, height, width, 3), dtype=np.uint8)
     if not config["data"]["shards"]:
-        return pixels, inputs.captions(rng, texts, context)
+        return pixels, inputs.captions(rng, texts, context, config["model"]["text"]["vocab_size"])
     count = config["data"]["captions"]["count"]
     with loader.make_stream(
         config["data"]["shards"],
@@ -104,8 +104,7 @@ def ours(
 
     if kind == "pairs":
         image_features, text_features = jax.tree.map(lambda *x: jnp.concatenate(x), *encode_images()), encode_texts()
-        score = encoder.jit(encoder.method("score"))
-        run = lambda: score(params, image_features, text_features)  # noqa: E731
+        run = lambda: encoder.apply("score", params, image_features, text_features)  # noqa: E731
     else:
         run = {"images": encode_images, "texts": encode_texts}[kind]
 
@@ -126,3 +125,24 @@ def twin(
     arrays = host_inputs(config, images, texts)
     with torch_twin.encoding(config, kind, *arrays, image_batch, text_batch, compiled) as turn:
         yield turn
+
+
+def main(arguments: Sequence[str] | None = None, name: str = "encode") -> None:
+    kinds, images = (("pairs",), 16) if name == "score" else (("images", "texts"), 64)
+    parser = command.parser(name, "Images and texts encoded, or text-conditioned scores, per second.")
+    command.add_model(parser)
+    sizes = dict(
+        images=(images, "in a turn"),
+        texts=(256, "in a turn"),
+        image_batch=(16, "encoded at a time"),
+        text_batch=(64, "encoded at a time"),
+    )
+    command.add_sizes(parser, **sizes)
+    parsed = parser.parse_args(arguments)
+    options = command.pick(parsed, (*sizes, "turns"))
+    beside = command.BESIDE[parsed.beside]
+    command.report(measure(command.config(parsed), kinds=kinds, beside=beside, **options), parsed.json)
+
+
+if __name__ == "__main__":
+    main()

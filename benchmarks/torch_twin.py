@@ -6,47 +6,15 @@ as the reference trains.
 """
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from benchmarks import inputs, processes
 from flair_jax import cpu
-from flair_jax.benchmark import contender, inputs, processes
 from flair_jax.data.transforms.images import MEAN, STD
-
-SIDES = ("eager", "compiled")
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}  # its process has our input code, and leaves the accelerator to PyTorch
-
-
-def in_turns(
-    ours: Callable, twin: Callable, arguments: Sequence[Any], beside: Sequence[str], count: int, turns: int
-) -> tuple[list[contender.Figures], dict[str, tuple[list[contender.Figures], list[contender.Figures]]]]:
-    """Turns of ours and of sides of the twin, from the same arguments.
-
-    One side of the twin at a time: three processes that train at full size are more than 24 GB of memory bear.
-
-    Args:
-      ours, twin: see `contender.Contender`; the twin is told last whether to compile.
-      beside: of `SIDES`.
-      count, turns: see `contender.in_turns`.
-
-    Returns:
-      All turns of ours, and for each side those of ours that ran beside it, and its own.
-    """
-    all_ours, pairs = [], {}
-    for side in beside or [None]:
-        sides = {"ours": functools.partial(contender.Contender, ours, *arguments)}
-        if side is not None:
-            rival = twin, *arguments, side == "compiled"
-            sides["twin"] = functools.partial(contender.Contender, *rival, environment=ENVIRONMENT)
-        results = contender.in_turns(sides, count, turns)
-        all_ours += results["ours"]
-        if side is not None:
-            pairs[side] = results["ours"], results["twin"]
-    return all_ours, pairs
 
 
 def _start(config: Mapping[str, Any]):
@@ -98,7 +66,7 @@ def training(config: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], co
     import torch
 
     twin, device, autocast = _start(config)
-    settings = config["optimizer"]
+    settings, mps = config["optimizer"], config["objectives"]["sigmoid"]["weight"] > 0
     decayed = [p for p in twin.parameters() if p.ndim >= 2]
     others = [p for p in twin.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -121,7 +89,7 @@ def training(config: Mapping[str, Any], batches: Sequence[Mapping[str, Any]], co
         tokens = torch.from_numpy(tokens.astype(np.int64)).view(size, -1, context).to(device, non_blocking=True)
         rows = torch.from_numpy(_rows(rng, size, tokens.shape[1])).to(device, non_blocking=True)
         with autocast:
-            loss = loss_of(_images(pixels, device), tokens, rows, config["loss"]["mps"])
+            loss = loss_of(_images(pixels, device), tokens, rows, mps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -1,6 +1,11 @@
-"""Two sides of a comparison, each in a process of its own: neither takes memory, threads or caches of the other."""
+"""Two or more sides of a comparison: processes of their own, in turns, of which medians count.
+
+In processes of their own, neither side takes memory, threads or caches of another; in turns, whatever else the machine
+does meets all of them.
+"""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -10,14 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from flair_jax.benchmark import processes
+from benchmarks import processes
 
 IDLE_SECONDS, IDLE_SHARE = 0.3, 0.1  # a side rests when its processes use less than this share of a core for so long
 Figures = Mapping[str, Any]
 Turn = Callable[[int], Figures]
 
 
-class Contender:
+class Side:
     """One side, in a process that lives as long as the context.
 
     Args:
@@ -63,7 +68,7 @@ class Contender:
             if seconds - before < IDLE_SHARE * IDLE_SECONDS:
                 return
 
-    def __enter__(self) -> "Contender":
+    def __enter__(self) -> "Side":
         return self
 
     def __exit__(self, *_) -> None:
@@ -83,20 +88,63 @@ def median(turns: Sequence[Figures], name: str) -> float:
     return statistics.median(turn[name] for turn in turns)
 
 
-def in_turns(sides: Mapping[str, Callable[[], Contender]], count: int, turns: int) -> dict[str, list[Figures]]:
-    """One after the other, `turns` times, so that whatever else the machine does meets all of them.
+def compare(
+    sides: Mapping[str, Callable[[], Side]], count: int, turns: int, *, warm_up: int = 1, rest: bool = False
+) -> dict[str, list[Figures]]:
+    """Takes turns, one side after the other.
 
-    Each begins a turn with one that is not counted: it compiles, fills caches, and gets back the memory that the
-    system took from it while it waited. On an accelerator, whose memory either side takes for itself, a side has all
-    of its turns before the next one starts.
+    On an accelerator, whose memory either side takes for itself, a side has all its turns before the next one starts.
+
+    Args:
+      sides: what makes each side, by name.
+      count: how often a side does in one turn what is measured.
+      turns: of each side.
+      warm_up: done before each turn without being counted: it compiles, fills caches, and gets back the memory that the
+        system took from a side while it waited. 0: none.
+      rest: whether to wait after each turn until the side's processes are idle.
+
+    Returns:
+      The figures of all turns, by side.
     """
     results = {name: [] for name in sides}
     together = processes.default_backend() == "cpu"
     for group in [list(sides)] if together else [[name] for name in sides]:
         with contextlib.ExitStack() as stack:
-            contenders = {name: stack.enter_context(sides[name]()) for name in group}
+            made = {name: stack.enter_context(sides[name]()) for name in group}
             for _ in range(turns):
-                for name, contender in contenders.items():
-                    contender.turn(1)
-                    results[name].append(contender.turn(count))
+                for name, side in made.items():
+                    if warm_up:
+                        side.turn(warm_up)
+                    results[name].append(side.turn(count))
+                    if rest:
+                        side.rest()
     return results
+
+
+def beside_twin(
+    ours: Callable, twin: Callable, arguments: Sequence[Any], beside: Sequence[str], count: int, turns: int
+) -> tuple[list[Figures], dict[str, tuple[list[Figures], list[Figures]]]]:
+    """Turns of ours and of sides of the PyTorch twin, from the same arguments.
+
+    One side of the twin at a time: three processes that train at full size need more than 24 GB of memory.
+
+    Args:
+      ours, twin: see `Side`; the last argument tells the twin whether to compile.
+      beside: "eager", "compiled" or both.
+      count, turns: see `compare`.
+
+    Returns:
+      All turns of ours, and for each side those of ours that ran beside it, and its own.
+    """
+    all_ours, pairs = [], {}
+    for side in beside or [None]:
+        made = {"ours": functools.partial(Side, ours, *arguments)}
+        if side is not None:
+            # Its process has our input code, and leaves the accelerator to PyTorch.
+            rival = functools.partial(Side, twin, *arguments, side == "compiled")
+            made["twin"] = functools.partial(rival, environment={"JAX_PLATFORMS": "cpu"})
+        results = compare(made, count, turns)
+        all_ours += results["ours"]
+        if side is not None:
+            pairs[side] = results["ours"], results["twin"]
+    return all_ours, pairs

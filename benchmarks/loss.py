@@ -1,12 +1,16 @@
 """Temporary memory of FLAIR's loss and its gradient in chunks, beside the same all at once."""
 
+import functools
 import os
+from collections.abc import Sequence
+
+from benchmarks import command
 
 
 def measure(
     images: int = 2048, captions: int = 8, block_size: int = 128, chunk_size: int = 8, devices: int = 1
 ) -> dict[str, float]:
-    """Temporary memory of `sigmoid.flair_loss` and its gradient, from the features of FLAIR B/16 on, in float32.
+    """Temporary memory of FLAIR's objectives and their gradient, from the features of FLAIR B/16 on, in float32.
 
     The compiler's own account of a program that is never run, so sizes that no device here could hold are fine. It is
     made for the CPU, over several fake devices if asked; JAX_PLATFORMS set to another platform asks that compiler.
@@ -49,42 +53,54 @@ def _temporary_bytes(mesh, images: int, captions: int, block_size: int, chunk_si
     import jax
     import jax.numpy as jnp
 
-    from flair_jax import sharding
+    from flair_jax import models, objectives, sharding
     from flair_jax.configs import variants
-    from flair_jax.models.pooling import TextConditionedPooling
-    from flair_jax.objectives import sigmoid
+    from flair_jax.models.text import Text
 
-    config = variants.flair("B/16")
-    width, heads = config.embed_dim, config.pooling.heads
-    keys = (config.vision.image_size // config.vision.patch_size) ** 2 + 1  # L + 1, with the zero row
-    pooling = TextConditionedPooling(width, heads)
+    model = models.create(variants.flair("B/16").to_dict())
+    losses = variants.flair_objectives().to_dict()
+    losses["text_conditioned"] |= {"block_size": block_size, "chunk_size": chunk_size}
+    losses["sigmoid"]["chunk_size"] = chunk_size
 
-    def split(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(mesh))
+    def features(rng, pixels, tokens):
+        variables = model.init(rng, pixels[:1], tokens[:1])
+        found = model.apply(variables, pixels, Text.padded(tokens), method="features")
+        # What the loss does not read is none of its arguments.
+        return found.replace(image=found.image.replace(local=None), text=found.text.replace(mask=None))
 
-    def whole(leaf) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh))
+    def placed(place, tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
-    def value(image, text, params, logit_scale, logit_bias, rng):
-        return sigmoid.flair_loss(
-            image,
-            text,
-            lambda params, *args: pooling.apply({"params": params}, *args, method="attend"),
-            params,
-            logit_scale,
-            logit_bias,
-            rng=rng,
-            block_size=block_size,
-            chunk_size=chunk_size,
-        )[0]
+    split = functools.partial(placed, sharding.batch_sharding(mesh))  # what each image or text has
+    whole = functools.partial(placed, sharding.replicated(mesh))
 
-    cells = split(images, keys, heads, width // heads)
-    image = sigmoid.ImageSide(split(images, width), cells, cells)
-    text = sigmoid.TextSide(split(images * captions, width), split(images * captions, heads, width // heads))
+    def value(given, rng):
+        return objectives.weighted_sum(losses, given, {}, rng)[0]
+
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    params = jax.eval_shape(pooling.init, rng, jnp.zeros((1, width)), jnp.zeros((1, keys - 1, width)))["params"]
-    params, scalar, rng = jax.tree.map(whole, (params, jax.ShapeDtypeStruct((), jnp.float32), rng))
+    pixels = jax.ShapeDtypeStruct((images, *model.image_size, 3), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((images * captions, model.context_length), jnp.int32)
+    given = jax.eval_shape(features, rng, pixels, tokens)
+    pooling = split(given.pooling).replace(params=whole(given.pooling.params))
+    given = whole(given).replace(image=split(given.image), text=split(given.text), pooling=pooling)
     with jax.set_mesh(mesh):
-        step = jax.jit(jax.value_and_grad(value, range(5)))
-        compiled = step.lower(image, text, params, scalar, scalar, rng).compile()
+        compiled = jax.jit(jax.value_and_grad(value)).lower(given, whole(rng)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = command.parser("loss", "Temporary memory of the loss and its gradient, all at once and in chunks.")
+    sizes = dict(
+        images=(2048, "of the global batch"),
+        captions=(8, "per image"),
+        block_size=(128, "images per block"),
+        chunk_size=(8, "images at a time"),
+        devices=(1, "that share the batch"),
+    )
+    command.add_sizes(parser, **sizes)
+    parsed = parser.parse_args(arguments)
+    command.report(measure(**command.pick(parsed, tuple(sizes))), parsed.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,25 +1,20 @@
-"""What a process and its workers use."""
+"""Memory and CPU time of a process and its workers."""
 
 import os
 import resource
 import subprocess
 import sys
 
-import psutil
-
 MIB = 2**20
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds; CPU time is counted in these
 
 
-def tree(pid: int | None = None) -> list[psutil.Process]:
-    """A process, by default this one, and behind it all that it started."""
+def tree(pid: int | None = None) -> list:
+    """A process (`psutil.Process`), by default this one, followed by all that it started."""
+    import psutil  # an extra, which those who do not ask for this do without
+
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]
-
-
-def resident_mib(pid: int | None = None) -> list[float]:
-    """Resident memory of each process of `tree`, with all that it shares."""
-    return [process.memory_info().rss / MIB for process in tree(pid)]
 
 
 def peak_mib() -> float:
