@@ -25,4 +25,3 @@ class Optional:
 torch = Optional("torch", "PyTorch")
 torch_flair = Optional("flair_jax.convert.torch_flair", "PyTorch")
 safetensors_torch = Optional("safetensors.torch", "PyTorch")
-torch_twin = Optional("flair_jax.benchmark.torch_twin", "PyTorch")
