@@ -61,6 +61,7 @@ EXTRAS["test"] = [
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff>=0.17",
+    "setuptools>=77",  # a test builds the wheel without network
     "tensorboard>=2.21",
     "transformers>=5.23",
     *(requirement for requirement in EXTRAS["bench"] if requirement not in EXTRAS["torch"]),

@@ -1,8 +1,6 @@
 """What several tests share: the tiny FLAIR whose numbers the original code computed."""
 
-import json
 import os
-import pathlib
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,14 +14,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+import golden_files
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from flair_jax import models
 from flair_jax.convert import names
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+GOLDEN = golden_files.COPIES
 
 
 def model_section(reference: dict, **overrides) -> dict:
@@ -53,13 +51,18 @@ def model_section(reference: dict, **overrides) -> dict:
     return {**section, **overrides}
 
 
-def load_golden(name: str):
-    path = GOLDEN / name
-    if path.suffix == ".json":
-        return json.loads(path.read_text())
-    if path.suffix == ".npz":
-        return dict(np.load(path))
-    return safetensors.numpy.load_file(path)
+def pytest_addoption(parser):
+    parser.addoption("--golden", metavar="ROOT", help="numbers of the reference to compare with; see golden_files.py")
+
+
+def pytest_configure(config):
+    """Runs before any test module is imported, so that `TINY` and `load_golden` follow `--golden`."""
+    golden_files.use(config.getoption("--golden"))
+    if golden_files.exists("tiny.json"):
+        TINY.update(model_section(golden_files.sections("tiny")))
+
+
+load_golden = golden_files.load
 
 
 def losses(mps: bool = True, **options) -> dict:
@@ -71,14 +74,7 @@ def losses(mps: bool = True, **options) -> dict:
     )
 
 
-TINY = model_section(
-    dict(
-        embed_dim=64,
-        init_logit_bias=-10,
-        vision_cfg=dict(image_size=64, layers=3, width=96, head_width=32, patch_size=16),
-        text_cfg=dict(context_length=77, vocab_size=512, width=64, heads=4, layers=3),
-    )
-)
+TINY = model_section(golden_files.sections("tiny"))  # the tiny FLAIR; of `--golden ROOT` where it is given
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-import torch
+from optional import torch
 from PIL import Image
 
 from benchmarks import data, loss, reference_loader

@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 from conftest import TINY, load_golden
 from flax.traverse_util import flatten_dict
+from optional import safetensors_torch, torch, torch_flair
 
 import flair_jax
 from flair_jax import models
@@ -253,10 +253,8 @@ def current_umask():
 
 
 def test_torch_loads_what_is_written(tmp_path, tiny_params):
-    from flair_jax.convert.torch_flair import TorchFLAIR
-
     torch_files.write(tmp_path / "a.pt", names.to_torch(tiny_params))
-    model = TorchFLAIR(TINY)
+    model = torch_flair.TorchFLAIR(TINY)
     model.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True), strict=True)
 
 
@@ -267,9 +265,7 @@ def test_bfloat16_files(tmp_path, suffix):
     if suffix == ".pt":
         torch.save({"a": expected, "b": expected.T}, path)
     else:
-        import safetensors.torch
-
-        safetensors.torch.save_file({"a": expected, "b": expected.T.contiguous()}, path)
+        safetensors_torch.save_file({"a": expected, "b": expected.T.contiguous()}, path)
     read = torch_files.read(path)
     assert read["a"].dtype == ml_dtypes.bfloat16
     assert np.array_equal(read["a"].astype(np.float32), expected.float().numpy())
@@ -332,16 +328,16 @@ def test_a_file_cut_short(tmp_path, weights, suffix, keep):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a": torch.zeros(2), "b": 3}, "1 of 2 entries are not dense tensors .'b': int"),
-        ({"model": {"a": torch.zeros(2)}}, "'model': dict"),
-        ({3: torch.zeros(2)}, "3: Tensor"),
-        ({"a": torch.zeros(2).to_sparse()}, "'a': Tensor"),
-        ([torch.zeros(2)], "holds a list; expected a state dict"),
-        (torch.zeros(2), "holds a Tensor"),
+        (lambda: {"a": torch.zeros(2), "b": 3}, "1 of 2 entries are not dense tensors .'b': int"),
+        (lambda: {"model": {"a": torch.zeros(2)}}, "'model': dict"),
+        (lambda: {3: torch.zeros(2)}, "3: Tensor"),
+        (lambda: {"a": torch.zeros(2).to_sparse()}, "'a': Tensor"),
+        (lambda: [torch.zeros(2)], "holds a list; expected a state dict"),
+        (lambda: torch.zeros(2), "holds a Tensor"),
     ],
 )
 def test_content_that_is_no_state_dict(tmp_path, content, message):
-    torch.save(content, tmp_path / "a.pt")
+    torch.save(content(), tmp_path / "a.pt")
     with pytest.raises(WeightsFileError, match=rf"a\.pt.*{message}"):
         torch_files.read(tmp_path / "a.pt")
 

@@ -1,7 +1,6 @@
 """Images: evaluation crops equal to the reference's to the bit, training crops by its law, all modes, damaged files."""
 
 import io
-import pathlib
 import random
 import struct
 import warnings
@@ -10,12 +9,13 @@ import zlib
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import load_golden
 from PIL import Image
 
 from flair_jax.data.transforms import images
 from flair_jax.data.transforms.images import ImageError
 
-GOLDEN = dict(np.load(pathlib.Path(__file__).parent / "golden/preprocess.npz"))
+GOLDEN = load_golden("preprocess.npz")
 NAMES = sorted(name.removesuffix("_input") for name in GOLDEN if name.endswith("_input"))
 
 
@@ -41,21 +41,25 @@ def by_rows_first(image: Image.Image, width: int, height: int) -> Image.Image:
 # Evaluation
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("name", NAMES)
 def test_golden(name):
-    pixels = images.evaluation_crop(Image.fromarray(GOLDEN[f"{name}_input"]), 224)
-    assert pixels.dtype == np.uint8 and pixels.shape == (224, 224, 3)
+    size = GOLDEN[f"{name}_output"].shape[-1]
+    pixels = images.evaluation_crop(Image.fromarray(GOLDEN[f"{name}_input"]), size)
+    assert pixels.dtype == np.uint8 and pixels.shape == (size, size, 3)
     normalised = images.normalize(pixels)
     assert normalised.dtype == np.float32
     np.testing.assert_array_equal(np.moveaxis(normalised, -1, 0), GOLDEN[f"{name}_output"])
 
 
+@pytest.mark.golden
 def test_golden_holds_an_image_with_transparency():
     """For which conversion before and after the resize differ; the golden one is converted after it."""
-    image = Image.fromarray(GOLDEN["synthetic_rgba_130x211_input"])
+    name = next(name for name in NAMES if "rgba" in name)
+    image, expected = Image.fromarray(GOLDEN[f"{name}_input"]), GOLDEN[f"{name}_output"]
     assert image.mode == "RGBA"
-    converted_first = images.normalize(images.evaluation_crop(images.to_rgb(image), 224))
-    assert np.abs(np.moveaxis(converted_first, -1, 0) - GOLDEN["synthetic_rgba_130x211_output"]).max() > 0.1
+    converted_first = images.normalize(images.evaluation_crop(images.to_rgb(image), expected.shape[-1]))
+    assert np.abs(np.moveaxis(converted_first, -1, 0) - expected).max() > 0.1
 
 
 def test_crop_is_centred_with_ties_to_even():

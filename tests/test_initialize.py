@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-import torch
 from conftest import TINY, load_golden
+from optional import torch
 
 from flair_jax import initialize, models, state
 

@@ -4,14 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from conftest import TINY, load_golden, nhwc
+from optional import torch, torch_flair
 
 from flair_jax import metrics, models, objectives, sharding, state, train
 from flair_jax.configs import scenes as scenes_config
 from flair_jax.configs import variants
 from flair_jax.convert import names
-from flair_jax.convert.torch_flair import TorchFLAIR, unit
 from flair_jax.models.text import Text
 
 OBJECTIVES = {
@@ -31,10 +30,10 @@ def torch_loss(twin, name, images, tokens):
     text = twin.encode_text_pooled(tokens)
     captions = len(tokens) // len(images)
     if name == "clip":
-        logits = twin.logit_scale.exp() * unit(image) @ unit(text[::captions]).T
+        logits = twin.logit_scale.exp() * torch_flair.unit(image) @ torch_flair.unit(text[::captions]).T
         own = torch.arange(len(image))
         return (torch.nn.functional.cross_entropy(logits, own) + torch.nn.functional.cross_entropy(logits.T, own)) / 2
-    logits = twin.logit_scale.exp() * unit(image) @ unit(text).T + twin.logit_bias
+    logits = twin.logit_scale.exp() * torch_flair.unit(image) @ torch_flair.unit(text).T + twin.logit_bias
     own = torch.arange(len(text)) // captions == torch.arange(len(image))[:, None]
     return -torch.nn.functional.logsigmoid(torch.where(own, logits, -logits)).sum() / len(text)
 
@@ -52,7 +51,7 @@ def inputs():
 def expected(request, inputs, tiny_params):
     """Name, parameters without pooling, and PyTorch's value and gradients, by our paths."""
     name = request.param
-    twin = TorchFLAIR({**TINY, "init_logit_bias": -3.0})
+    twin = torch_flair.TorchFLAIR({**TINY, "init_logit_bias": -3.0})
     weights = names.to_torch({**tiny_params, "logit_scale": np.float32(1.2), "logit_bias": np.float32(-3.0)})
     twin.load_state_dict({key: torch.from_numpy(np.array(x)) for key, x in weights.items()})
     images, tokens = (torch.from_numpy(x) for x in inputs)

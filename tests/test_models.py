@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from conftest import TINY, load_golden, losses, model_section, nhwc
+from optional import torch
 
 from flair_jax import models, objectives
 from flair_jax.configs import variants
@@ -37,6 +37,7 @@ def close(actual, expected, atol=ATOL):
     np.testing.assert_allclose(np.asarray(actual, np.float32), expected, atol=atol, rtol=0)
 
 
+@pytest.mark.golden
 def test_features(encoded):
     image, text = encoded
     close(image.pooled, OUTPUTS["image_global"])
@@ -45,22 +46,24 @@ def test_features(encoded):
     close(text.local, OUTPUTS["text_local"])
 
 
+@pytest.mark.golden
 def test_every_block(tiny_model, tiny_params):
     """Block by block, so that a difference names the layer it comes from."""
     _, seen = tiny_model.apply({"params": tiny_params}, IMAGES, TOKENS, capture_intermediates=True)
     vision, text = seen["intermediates"]["vision"], seen["intermediates"]["text"]
-    patches = OUTPUTS["dbg_vision_conv1"].reshape(4, 96, -1).swapaxes(1, 2)
+    patches = OUTPUTS["dbg_vision_conv1"].reshape(*OUTPUTS["dbg_vision_conv1"].shape[:2], -1).swapaxes(1, 2)
     close(vision["patch_embedding"]["__call__"][0], patches)
     close(vision["ln_pre"]["__call__"][0], OUTPUTS["dbg_vision_ln_pre"])
-    for i in range(3):
-        close(vision[f"blocks_{i}"]["__call__"][0], OUTPUTS[f"dbg_vision_block{i}"])
-        close(text[f"blocks_{i}"]["__call__"][0], OUTPUTS[f"dbg_text_block{i}"])
+    for name, tower in (("vision", vision), ("text", text)):
+        for i in range(TINY[name]["depth"]):
+            close(tower[f"blocks_{i}"]["__call__"][0], OUTPUTS[f"dbg_{name}_block{i}"])
     close(vision["__call__"][0][:, 0], OUTPUTS["image_global_pre"])
     close(vision["__call__"][0][:, 1:], OUTPUTS["image_local_pre"])
     close(text["__call__"][0][0], OUTPUTS["text_global_pre"])
     close(text["__call__"][0][1], OUTPUTS["text_local_pre"])
 
 
+@pytest.mark.golden
 def test_pooling_and_scores(tiny_model, tiny_params, encoded):
     image, text = encoded
     bound = tiny_model.bind({"params": tiny_params})
@@ -308,6 +311,7 @@ def test_rectangular_images():
     assert np.isnan(bound.encode_text(Text.padded(tokens + 1)).pooled).all()  # id 32 of 32: no silent neighbour
 
 
+@pytest.mark.golden
 def test_initialisation_of_every_tensor_is_the_reference_s():
     """Mean and deviation of each of the 313 tensors of ViT-B-16-FLAIR, and their number of elements."""
     from flair_jax.convert import names

@@ -2,13 +2,14 @@
 
 import re
 
+import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from conftest import TINY, load_golden, losses, model_section, nhwc
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from optional import torch
 
 from flair_jax import models, objectives
 from flair_jax.convert import names
@@ -16,9 +17,6 @@ from flair_jax.models.dual_encoder import Features, ImageFeatures, PoolingFeatur
 from flair_jax.models.layers import normalize
 from flair_jax.models.text import Text
 from flair_jax.objectives import text_conditioned
-
-LOSS = load_golden("tiny_loss.json")
-DIST = load_golden("tiny_dist.json")
 
 
 def batch_of(images, tokens, rows):
@@ -53,30 +51,33 @@ def compare_grads(grads, expected, tolerance):
         np.testing.assert_allclose(grads[name], leaf, atol=atol, rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("case", ["init_mps", "init_nomps", "mid_mps", "mid_nomps"])
+@pytest.mark.golden
+@pytest.mark.parametrize("case", golden_files.parameters("tiny_loss.json", lambda loss: loss["cases"]))
 def test_single_process_loss_and_gradients(case, tiny_params):
-    golden, inputs = LOSS["cases"][case], load_golden("tiny_loss_inputs.npz")
+    golden, inputs = load_golden("tiny_loss.json")["cases"][case], load_golden("tiny_loss_inputs.npz")
     model = models.create(TINY)
     override = {key: np.float32(value) for key, value in (golden["override"] or {}).items()}
     params = {**tiny_params, **override}
     batch = batch_of(inputs["images"], inputs["tokens"], inputs["indices"])
     value, grads = value_and_grad(model, losses(golden["added_mps_loss"]), params, batch)
     np.testing.assert_allclose(value, golden["loss_fp64"], rtol=2e-6)
-    if case != "init_nomps":  # the original's gradients of this case were not kept
-        expected = load_golden(f"tiny_loss_grads_{case}.safetensors")
-        compare_grads(grads, expected, golden["grad_tolerance"])
+    if golden["grads"] is not None:  # of every case but one the original's gradients were kept
+        compare_grads(grads, load_golden(golden["grads"]), golden["grad_tolerance"])
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", golden_files.worlds())
 @pytest.mark.parametrize(("mps", "chunk_size"), [(True, None), (True, 1), (False, None)])
 def test_loss_of_many_processes_on_any_number_of_devices(world, mps, devices, chunk_size):
     """W processes of the original are W blocks here, on 1, 2, 4 or 8 devices, whole or in chunks."""
-    case = f"ws{world}_{'mps' if mps else 'nomps'}"
+    golden, case = load_golden("tiny_dist.json"), f"ws{world}_{'mps' if mps else 'nomps'}"
+    if world * golden["block_size"] % devices:
+        pytest.skip(f"{world} blocks of {golden['block_size']} images on {devices} devices")
     inputs = load_golden(f"tiny_dist_inputs_ws{world}.npz")
     indices = load_golden(f"tiny_dist_indices_ws{world}.npz")["combined_indices"]
-    section = model_section(DIST["model_cfg"])
-    config = losses(mps, block_size=DIST["block_size"], chunk_size=chunk_size)
+    section = model_section(golden["model_cfg"])
+    config = losses(mps, block_size=golden["block_size"], chunk_size=chunk_size)
     model = models.create(section)
     params = names.to_flax(load_golden("tiny_dist.safetensors"), config=section)
     batch = batch_of(inputs["images"], inputs["tokens"], indices)
@@ -86,8 +87,8 @@ def test_loss_of_many_processes_on_any_number_of_devices(world, mps, devices, ch
         draws, params = jax.device_put((batch.pop("draws"), params), NamedSharding(mesh, PartitionSpec()))
         batch = {**jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data"))), "draws": draws}
         value, grads = value_and_grad(model, config, params, batch)
-    np.testing.assert_allclose(value, DIST[case]["loss"], rtol=2e-6)
-    compare_grads(grads, load_golden(f"tiny_dist_grads_{case}.safetensors"), DIST[case]["grad_tolerance"])
+    np.testing.assert_allclose(value, golden[case]["loss"], rtol=2e-6)
+    compare_grads(grads, load_golden(f"tiny_dist_grads_{case}.safetensors"), golden[case]["grad_tolerance"])
 
 
 def test_a_draw_is_even_and_depends_on_its_two_images_alone():
@@ -102,11 +103,14 @@ def test_a_draw_is_even_and_depends_on_its_two_images_alone():
     assert np.mean(draws != text_conditioned.draw_captions(jax.random.key(4), jnp.arange(4), jnp.arange(3000), 3)) > 0.6
 
 
-def test_rows_of_the_reference_are_draws():
-    rows = load_golden("tiny_dist_indices_ws2.npz")["combined_indices"].reshape(8, -1)
-    block, per_image = 4, rows.shape[1] - 3
+@pytest.mark.golden
+@pytest.mark.parametrize("world", golden_files.worlds())
+def test_rows_of_the_reference_are_draws(world):
+    indices = load_golden(f"tiny_dist_indices_ws{world}.npz")["combined_indices"]  # (W, B, K + B - 1)
+    block, rows = indices.shape[1], indices.reshape(-1, indices.shape[-1])
+    per_image = rows.shape[1] - block + 1
     draws = np.asarray(text_conditioned.draws_of_rows(rows, per_image))
-    assert draws.shape == (block, 8)
+    assert draws.shape == (block, len(rows))
     for n, row in enumerate(rows):
         place, rank = n % block, n // block
         own = set(range(place * per_image, (place + 1) * per_image))

@@ -3,11 +3,10 @@
 import pathlib
 
 import nbformat
-import torch
 from nbclient import NotebookClient
+from optional import torch, torch_flair
 
 from flair_jax import convert
-from flair_jax.convert.torch_flair import TorchFLAIR
 
 PATH = pathlib.Path(convert.__file__).parent / "parity.ipynb"
 SMALL = dict(
@@ -41,7 +40,7 @@ def test_runs_to_the_end_and_finds_parity(tmp_path, monkeypatch):
 
 def test_takes_a_checkpoint(tmp_path, monkeypatch):
     """Only the cells that load: what follows is the same."""
-    weights = TorchFLAIR(SMALL).state_dict()
+    weights = torch_flair.TorchFLAIR(SMALL).state_dict()
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in weights.items()}}, tmp_path / "a.pt")
     monkeypatch.setenv("FLAIR_CHECKPOINT", "a.pt")
     notebook = nbformat.read(PATH, as_version=4)

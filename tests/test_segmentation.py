@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-import torch
 from colour_model import ColourModel, canvas, texts
 from conftest import load_golden, nhwc
+from optional import torch
 
 from flair_jax.evaluators import Segmentation, SegmentationSet
 from flair_jax.evaluators.segmentation import IGNORE, ConfusionMatrix

@@ -4,11 +4,10 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from conftest import TINY, load_golden
+from optional import torch, torch_flair
 
 from flair_jax.configs import variants
-from flair_jax.convert.torch_flair import TorchFLAIR
 
 INPUTS = load_golden("tiny_inputs.npz")
 OUTPUTS = load_golden("tiny_outputs.npz")
@@ -18,7 +17,7 @@ ATOL = 1e-5  # sensitivity.json: a wrong epsilon alone moves logits by 1e-4
 
 @pytest.fixture
 def twin():
-    model = TorchFLAIR(TINY)
+    model = torch_flair.TorchFLAIR(TINY)
     weights = {name: torch.from_numpy(array) for name, array in load_golden("tiny.safetensors").items()}
     model.load_state_dict(weights, strict=True)
     return model
@@ -35,6 +34,7 @@ def close(actual, expected, atol=ATOL):
     np.testing.assert_allclose(actual.detach().float().numpy(), expected, atol=atol, rtol=0)
 
 
+@pytest.mark.golden
 @torch.no_grad()
 def test_forward_equals_the_original(twin):
     images, tokens = torch.from_numpy(INPUTS["images"]), torch.from_numpy(INPUTS["tokens"])
@@ -50,6 +50,7 @@ def test_forward_equals_the_original(twin):
     close(twin.get_logits_as_clip(images, tokens), OUTPUTS["logits_clip"])
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", LOSS["cases"])
 def test_loss_and_every_gradient_equal_the_original(twin, batch, case):
     golden = LOSS["cases"][case]
@@ -72,17 +73,18 @@ def test_loss_and_every_gradient_equal_the_original(twin, batch, case):
         close(grad, expected[name], atol=2e-6 * tolerance["absmax"] + 4 * tolerance["fp32_vs_fp64_maxabs"] + 1e-8)
 
 
+@pytest.mark.golden
 def test_names_shapes_order_and_count_of_the_published_model():
     full = load_golden("full_state_dict.json")
     with torch.device("meta"):
-        model = TorchFLAIR(variants.flair("B/16").to_dict())
+        model = torch_flair.TorchFLAIR(variants.flair("B/16").to_dict())
     state = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     assert list(state.items()) == list(full["shapes"].items())
     assert sum(parameter.numel() for parameter in model.parameters()) == full["total_params"] == 150_674_434
 
 
 def test_images_need_not_be_square():
-    model = TorchFLAIR({**TINY, "vision": {**TINY["vision"], "image_size": (32, 80)}})
+    model = torch_flair.TorchFLAIR({**TINY, "vision": {**TINY["vision"], "image_size": (32, 80)}})
     pooled, local = model.encode_image(torch.zeros(2, 3, 32, 80))
     assert pooled.shape == (2, 64) and local.shape == (2, 10, 64)
 
