@@ -51,11 +51,15 @@ def check(source: Path, model: Mapping[str, Any] | None) -> bool:
         model, origin = (stored, "as the file says") if model is None else (model, "as given")
     else:
         arrays, origin = names.plain(torch_files.read(source)), "as given"
-    problems = names.table((model or {}).get("name", "flair")).find_problems(arrays, side, model)
+    name = names.recognize(arrays) if model is None else model.get("name", "flair")
+    problems = names.table(name).find_problems(arrays, side, model)
     note = "unknown: see below"
     if model is None and not problems:
         try:
-            model, origin = names.infer_config(arrays), "from the shapes; image square, heads of the published model"
+            model, origin = (
+                names.infer_config(arrays, name),
+                "from the shapes; image square, heads of the published model",
+            )
         except ConversionError as error:
             note = f"unknown: {error}"
     bad = {name: count for name, array in arrays.items() if (count := flax_files.not_finite(array))}
@@ -81,13 +85,14 @@ def row(name: str, value: Any) -> None:
 
 
 def describe(model: Mapping[str, Any]) -> str:
-    """One line with the sizes of a FLAIR `model` section."""
-    vision, text = model["vision"], model["text"]
+    """One line with the sizes of a `model` section."""
+    vision, text, pooling = model["vision"], model["text"], model["pooling"]
+    heads = "no pooling" if pooling is None else f"pooling {pooling['heads']} heads"
     return (
         f"{model['name']}, width {model['embed_dim']}; vision {vision['image_size']} px, patch {vision['patch_size']}, "
         f"{vision['depth']} x {vision['width']}, {vision['heads']} heads; text {text['context_length']} of "
         f"{text['vocab_size']}, {text['depth']} x {text['width']}, {text['heads']} heads; "
-        f"pooling {model['pooling']['heads']} heads"
+        f"{heads}"
     )
 
 

@@ -131,7 +131,7 @@ def load(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tup
     if not is_flax(path):
         weights = names.plain(torch_files.read(path))
         refuse_not_finite(weights, path)
-        model = names.infer_config(weights) if model is None else model
+        model = names.infer_config(weights, names.recognize(weights)) if model is None else model
         return names.to_flax(weights, model.get("name", "flair"), model), dict(model)
     arrays, stored = read(path)
     refuse_not_finite(arrays, path)

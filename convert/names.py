@@ -84,9 +84,15 @@ def infer_config(state_dict: Mapping[str, Any], model: str = "flair") -> dict[st
 
 
 def recognize(state_dict: Mapping[str, Any]) -> str:
-    """The model whose names a PyTorch state dict has, a key of `TABLES`: the one with the fewest that do not fit."""
+    """The model whose names a PyTorch state dict has, a key of `TABLES`: the one with the fewest misfits.
+
+    Where no name fits any, "flair".
+    """
     arrays = plain(state_dict)
-    return min(TABLES, key=lambda model: len(TABLES[model].find_problems(arrays, "torch", None)))
+    problems = {model: table.find_problems(arrays, "torch", None) for model, table in TABLES.items()}
+    unknown = {model: sum(problem.kind == "unknown" for problem in found) for model, found in problems.items()}
+    fitting = [model for model in TABLES if unknown[model] < len(arrays)]
+    return min(fitting, key=lambda model: len(problems[model]), default="flair")
 
 
 def table(model: str) -> Table:

@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from PIL import Image
 
-from flair_jax import checkpoint, models, state
+from flair_jax import checkpoint, cpu, models, state
 from flair_jax.config import normalize
 from flair_jax.convert import flax_files
 from flair_jax.convert.tables import flatten
@@ -78,6 +78,7 @@ def load(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> "P
     Args:
       path, config: `path` and `model` of `read`.
     """
+    cpu.configure()
     params, model = read(path, config)
     return Pretrained(model, params)
 
@@ -162,7 +163,7 @@ class Pretrained:
 
     def get_logits(self, images: np.ndarray, texts: np.ndarray) -> jax.Array:
         """Text-conditioned logits of every image with every text, bias included: (B, N) float32."""
-        return self._pairs("score", images, texts) + self.params["logit_bias"]
+        return self._pairs("score", images, texts) + self.params.get("logit_bias", 0.0)
 
     def get_logits_as_clip(self, images: np.ndarray, texts: np.ndarray) -> jax.Array:
         """Logits of the pooled features, without the bias as in the reference: (B, N) float32."""
