@@ -44,12 +44,16 @@ def config(arguments: argparse.Namespace, changes: Sequence[str] = ()) -> dict[s
       changes: "key=value", beside those of `--set`.
 
     Raises:
-      ValueError, FileNotFoundError: see `flair_jax.config.read`.
+      ValueError, FileNotFoundError: see `flair_jax.config.read`; or the PyTorch twin is to run beside another model.
     """
     default = () if arguments.config else ("batch_size=8", "data.packing.row_length=80")
     shards = [f"data.shards={arguments.shards}"] if arguments.shards else []
     changed = [f"--config.{change}" for change in (*default, *arguments.set, *shards, *changes)]
-    return configuration.read(arguments.config or "base", changed)
+    found = configuration.read(arguments.config or "base", changed)
+    objectives = {name for name, options in found["objectives"].items() if options["weight"]}
+    if arguments.beside and not {"text_conditioned"} <= objectives <= {"text_conditioned", "sigmoid"}:
+        raise ValueError(f"--beside: the PyTorch twin is FLAIR, and config.objectives are {sorted(objectives)}")
+    return found
 
 
 def report(figures: Mapping[str, Any], file: pathlib.Path | None) -> None:

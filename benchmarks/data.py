@@ -68,9 +68,9 @@ def measure(
         share_X: of that CPU time, the share of reading, of json and drawing captions, of decoding, resizing, tokenising
           and packing; `share_rest` is batching, the way between the processes, and the order.
       The same with `fast_` and `device_` before it, where decoding and resizing are one; with `reference_loader_` for
-      the reference's kind of loader, without shares but with its `tokenizer`: "open_clip", or ours, "flair_jax", where
-      that is not installed, which is faster. `ratio_reference_pixels`, `ratio_fast` and `ratio_device` are our images per second over the
-      reference's, `cpu_ratio_…` its CPU time over ours.
+      the reference's kind of loader, without shares but with its `tokenizer`: "open_clip", or "flair_jax", ours, which
+      is faster, where that is not installed. `ratio_reference_pixels`, `ratio_fast` and `ratio_device` are our images
+      per second over the reference's, `cpu_ratio_…` its CPU time over ours.
 
     Raises:
       ModuleNotFoundError: see `reference_loader.require`.

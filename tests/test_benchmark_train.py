@@ -85,6 +85,11 @@ def test_settings_on_the_command_line_are_those_of_the_config(config_file):
         train.main(["--config", config_file, "--set", "batch_sice=4"])
 
 
+def test_the_twin_is_no_rival_of_another_model():
+    with pytest.raises(ValueError, match=r"the PyTorch twin is FLAIR, .* \['softmax'\]"):
+        train.main(["--config", "clip", "--beside", "eager"])
+
+
 @pytest.mark.parametrize("row_length", [None, 40])
 def test_made_up_batches_come_back_as_they_were_packed(row_length):
     text = {"context_length": 28, "vocab_size": tokenizer.VOCAB_SIZE}
