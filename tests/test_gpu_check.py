@@ -92,7 +92,7 @@ def test_all_parts_run_without_what_a_lent_machine_lacks(tmp_path):
     }
     (profile,) = results["profile"].values()
     assert sum(profile["shares"].values()) == pytest.approx(1)
-    assert min(profile["shares"][name] for name in ("optimizer", "matrix products")) > 0
+    assert profile["shares"]["optimizer"] > 0 and profile["step_ms"] > 0 and len(profile["top"]) > 5
 
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in done.stdout
@@ -125,8 +125,8 @@ def test_the_models_are_the_published_and_the_golden_one():
     assert variants.flair("B/16").to_dict() == {**gpu_parts.FLAIR, **gpu_parts.COMPUTE, "dtype": "float32"}
     sizes = ("embed_dim", "vision", "text", "pooling")
     assert {name: gpu_parts.TINY[name] for name in sizes} == {name: TINY[name] for name in sizes}
-    names = gpu_parts.objectives().keys()
-    assert names == variants.flair_objectives().keys()
+    weights = {name: options["weight"] for name, options in gpu_parts.objectives().items()}
+    assert weights == {name: options.weight for name, options in variants.flair_objectives().items()}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_profile_is_summed_by_kind(tmp_path):
     found = kernels.summary(tmp_path, compiled.as_text(), steps=3)
     assert found["shares"].keys() == set(kernels.NAMES)
     assert sum(found["shares"].values()) == pytest.approx(1)
-    assert {"optimizer", "matrix products"} <= {kernel["kind"] for kernel in found["top"]}
+    assert "optimizer" in {kernel["kind"] for kernel in found["top"]}  # by its scope; the names are others on a CPU
     assert all(kernel["count"] >= 1 for kernel in found["top"] if kernel["kind"] == "optimizer")
     busy = sum(kernel["ms"] for kernel in found["top"])
     assert busy > 0 and found["step_ms"] > 0
