@@ -86,9 +86,9 @@ def test_all_parts_run_without_what_a_lent_machine_lacks(tmp_path):
     assert all(values["images_per_second"] > 0 for values in twin.values())
     encode = results["encode"]
     assert {case: (values["run"], values["count"]) for case, values in encode.items()} == {
-        "images": ("second", 6),
-        "texts": ("second", 20),
-        "text-conditioned pairs, with encoding": ("second", 120),
+        "images, attention=xla": ("second", 6),
+        "texts, attention=xla": ("second", 20),
+        "pairs, with encoding, attention=xla": ("second", 120),
     }
     (profile,) = results["profile"].values()
     assert sum(profile["shares"].values()) == pytest.approx(1)
