@@ -17,12 +17,15 @@ from flair_jax.configs import variants
 ROOT = pathlib.Path(__file__).parents[1]
 # Run by every Python that finds it: hides packages, and the installation of this one, so that the checkout is used.
 HIDE = """
+import importlib.util
 import sys
+missing, find_spec = {packages}, importlib.util.find_spec
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {packages}:
+        if name.split(".")[0] in missing:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path[:] = [Missing(), *(f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", ""))]
+importlib.util.find_spec = lambda name, package=None: None if name in missing else find_spec(name, package)
 """
 MISSING = {
     "array_record",
