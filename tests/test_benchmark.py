@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -56,6 +57,7 @@ def test_loss_on_fake_devices(tmp_path):
 
 @pytest.mark.parametrize(("devices", "message"), [(3, "do not divide"), (1024, "1024 devices are asked for")])
 def test_loss_on_devices_that_do_not_fit_is_refused(devices, message, monkeypatch):
+    jax.devices()  # their number is fixed from here on; otherwise jax would start with what `measure` asks for
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # puts it back
     with pytest.raises(ValueError, match=message):
         loss.measure(**SIZES, devices=devices)
