@@ -1,17 +1,12 @@
 """What the command lines of the benchmarks share: the options of a model, and the report of the figures."""
 
 import argparse
-import ast
-import contextlib
 import json
 import pathlib
-import runpy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from flair_jax.configs import base
+from flair_jax import config as configuration
 
 BESIDE = {None: (), "torch": ("eager", "compiled"), "eager": ("eager",), "compiled": ("compiled",)}
 
@@ -31,8 +26,8 @@ def add_sizes(parser: argparse.ArgumentParser, **sizes: tuple[int, str]) -> None
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that `config` and `sides.beside` take."""
-    parser.add_argument("--config", type=pathlib.Path, metavar="FILE", help="a file of configs/; FLAIR B/16 if absent")
+    """Adds the options that `config` takes, and the sides to run beside ours."""
+    parser.add_argument("--config", help="a path or the name of a shipped config; FLAIR B/16 if absent")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the config: model.dtype=bfloat16")
     parser.add_argument("--shards", help="whose images and captions to take; made up if absent")
     parser.add_argument(
@@ -41,45 +36,31 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--turns", type=int, default=3, metavar="N", help="of each side (%(default)s)")
 
 
-def config(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The config of a file, with what the arguments change; without a file, the recipe's model with 8 images a step."""
-    if arguments.config:
-        changed = runpy.run_path(str(arguments.config))["get_config"]()
-    else:
-        changed = base.get_config()
-        changed.batch_size = 8
-        changed.data.packing.row_length = 80
-    for change in arguments.set:
-        name, _, word = change.partition("=")
-        set_key(changed, name, value(word))
-    if arguments.shards:
-        changed.data.shards = arguments.shards
-    return changed.to_dict()
+def config(arguments: argparse.Namespace, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """The config that the arguments give; without one, the recipe's model with 8 images a step.
 
+    Args:
+      arguments: with the options of `add_model`.
+      changes: "key=value", beside those of `--set`.
 
-def value(word: str) -> Any:
-    """A word of the command line as Python reads it, `None`, `True` and `0.5` among them; a string stays one."""
-    with contextlib.suppress(ValueError, SyntaxError):
-        return ast.literal_eval(word)
-    return word
-
-
-def set_key(config: ConfigDict, name: str, value: Any) -> None:
-    """Sets a key, dotted, that the config has; raises KeyError for another."""
-    *sections, key = name.split(".")
-    section = config
-    for part in sections:
-        section = section.get(part, {})
-    if key not in section:
-        raise KeyError(f"the config has no key {name}")
-    section[key] = value
+    Raises:
+      ValueError, FileNotFoundError: see `flair_jax.config.read`; or the PyTorch twin is to run beside another model.
+    """
+    default = () if arguments.config else ("batch_size=8", "data.packing.row_length=80")
+    shards = [f"data.shards={arguments.shards}"] if arguments.shards else []
+    changed = [f"--config.{change}" for change in (*default, *arguments.set, *shards, *changes)]
+    found = configuration.read(arguments.config or "base", changed)
+    objectives = {name for name, options in found["objectives"].items() if options["weight"]}
+    if arguments.beside and not {"text_conditioned"} <= objectives <= {"text_conditioned", "sigmoid"}:
+        raise ValueError(f"--beside: the PyTorch twin is FLAIR, and config.objectives are {sorted(objectives)}")
+    return found
 
 
 def report(figures: Mapping[str, Any], file: pathlib.Path | None) -> None:
     """Prints the figures by name, and writes them as JSON if there is a file."""
     for name, figure in figures.items():
-        form = "" if isinstance(figure, str) else ",.3f" if isinstance(figure, float) else ","
-        print(f"{name:32} {figure:{form}}")
+        form = ",.3f" if isinstance(figure, float) else "," if isinstance(figure, int) else ""
+        print(f"{name:32} {format(figure, form)}" if form else f"{name:32} {figure}")
     if file:
         file.write_text(json.dumps(figures, indent=1) + "\n")
 

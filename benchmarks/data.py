@@ -68,9 +68,9 @@ def measure(
         share_X: of that CPU time, the share of reading, of json and drawing captions, of decoding, resizing, tokenising
           and packing; `share_rest` is batching, the way between the processes, and the order.
       The same with `fast_` and `device_` before it, where decoding and resizing are one; with `reference_loader_` for
-      the reference's kind of loader, without shares but with its `tokenizer`: "open_clip", or "python" where that is
-      not installed. `ratio_reference_pixels`, `ratio_fast` and `ratio_device` are our images per second over the
-      reference's, `cpu_ratio_…` its CPU time over ours.
+      the reference's kind of loader, without shares but with its `tokenizer`: "open_clip", or "flair_jax", ours, which
+      is faster, where that is not installed. `ratio_reference_pixels`, `ratio_fast` and `ratio_device` are our images
+      per second over the reference's, `cpu_ratio_…` its CPU time over ours.
 
     Raises:
       ModuleNotFoundError: see `reference_loader.require`.
@@ -80,7 +80,7 @@ def measure(
     sides = {way: functools.partial(Side, _turns, settings, _stream, way) for way in pixels}
     if reference:
         sides["loader"] = functools.partial(Side, _turns, settings, _reference)
-    results = compare(sides, batches, turns, warm_up=0, rest=True)
+    results = compare(sides, batches, turns, loaders=True)
     stages = _stages(settings, pixels)
     medians = {name: {key: median(turns, key) for key in turns[0]} for name, turns in results.items()}
     prefixes = {"reference": "", "fast": "fast_", "device": "device_", "loader": "reference_loader_"}
@@ -111,30 +111,14 @@ def measure(
 
 
 def _stream(settings: Settings, pixels: str) -> Iterator[Any]:
-    stream = loader.make_stream(
-        settings.shards,
-        batch_size=settings.batch_size,
-        image_size=settings.image_size,
-        context_length=CONTEXT_LENGTH,
-        seed=0,
-        captions={"count": settings.captions},
-        pixels=pixels,
-        packing={"row_length": ROW_LENGTH},
-        workers=settings.workers,
-    )
-    with stream:
+    options = dataclasses.asdict(settings) | {"captions": {"count": settings.captions}, "pixels": pixels}
+    packing = {"row_length": ROW_LENGTH}
+    with loader.make_stream(**options, context_length=CONTEXT_LENGTH, seed=0, packing=packing) as stream:
         yield from stream
 
 
 def _reference(settings: Settings) -> Iterator[Any]:
-    yield from reference_loader.batches(
-        settings.shards,
-        batch_size=settings.batch_size,
-        image_size=settings.image_size,
-        captions_per_image=settings.captions,
-        workers=settings.workers,
-        tokenize=reference_loader.tokenizer()[1],
-    )
+    yield from reference_loader.batches(**dataclasses.asdict(settings), tokenize=reference_loader.tokenizer()[1])
 
 
 @contextlib.contextmanager
@@ -189,7 +173,14 @@ def _stages_here(settings: Settings, pixels: str) -> dict[str, float]:
     crop = dataclasses.astuple(images.AugmentationOptions())
     rng = random.Random(0)
     tokenize("the first text waits for the vocabulary")
-    clock, tokens = _Clock(), []
+    seconds, tokens = collections.Counter(), []  # CPU time of this thread by stage
+
+    @contextlib.contextmanager
+    def clock(stage: str) -> Iterator[None]:
+        start = time.thread_time()
+        yield
+        seconds[stage] += time.thread_time() - start
+
     for number in numbers:
         with clock("read"):
             record = source[number]
@@ -213,20 +204,7 @@ def _stages_here(settings: Settings, pixels: str) -> dict[str, float]:
         batch = np.concatenate(tokens[first : first + settings.batch_size])
         with clock("pack"):
             pack(batch)
-    return {stage: 1000 * seconds / len(numbers) for stage, seconds in clock.seconds.items()}
-
-
-class _Clock:
-    """CPU seconds of this thread, by what they were spent on."""
-
-    def __init__(self):
-        self.seconds = collections.Counter()
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.thread_time()
-        yield
-        self.seconds[stage] += time.thread_time() - start
+    return {stage: 1000 * spent / len(numbers) for stage, spent in seconds.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 if __name__ == "__main__":
@@ -387,15 +387,21 @@ def training(run: Run) -> None:
                 return
 
     first, others = run.sizes["first_batch"], run.sizes["batches"]
-    measure(first, attention="cudnn")
     scan = {}
-    if run.left() < (1 + len(others)) * longest:  # unrolled blocks take too long to compile
-        scan = dict(scan_blocks=True)
-        measure(first, attention="cudnn", **scan)
-    measure(first, attention="xla", **scan)
-    best = max(done, key=lambda case: case["images_per_second"], default=None)
+    for kind in ("cudnn", "xla"):
+        measure(first, attention=kind, **scan)
+        if done and not scan and run.left() < (1 + len(others)) * longest:  # unrolled blocks take too long to compile
+            scan = dict(scan_blocks=True)
+            measure(first, attention=kind, **scan)
+    kind = fastest(done)["change"]["attention"] if done else "xla"
     for size in others:
-        measure(size, attention=best["change"]["attention"] if best else "xla", **scan)
+        measure(size, attention=kind, **scan)
+
+
+def fastest(cases: Iterable[Any]) -> Mapping[str, Any] | None:
+    """The setting of the training step with the most images per second; None where none was measured."""
+    measured = [case for case in cases if isinstance(case, Mapping) and "images_per_second" in case]
+    return max(measured, key=lambda case: case["images_per_second"], default=None)
 
 
 def twin(run: Run) -> None:
@@ -449,38 +455,48 @@ class Repeated(Sequence):
 
 
 def encode(run: Run) -> None:
-    """Images and texts through the towers, and the text-conditioned score of every pair, as evaluation does it."""
-    sizes, section = run.sizes["encoding"], {**run.sizes["model"], **COMPUTE}
+    """Images and texts through the towers, and the text-conditioned score of every pair, as evaluation does it.
+
+    With the plain attention, and with the one that trained faster if that is another.
+    """
+    best = fastest(run.results.get("train", {}).values())
+    kinds = dict.fromkeys(["xla", *([best["change"]["attention"]] if best else [])])
+    with jax.set_mesh(sharding.create_mesh(devices=jax.devices()[:1])):
+        for kind in kinds:
+            _encode(run, kind)
+
+
+def _encode(run: Run, attention: str) -> None:
+    sizes, section = run.sizes["encoding"], {**run.sizes["model"], **COMPUTE, "attention": attention}
     model = models.create(section)
     rng = np.random.default_rng(0)
     held = rng.integers(0, 256, (min(sizes["images"], 500), *model.image_size, 3), dtype=np.uint8)
     images = Repeated(held, sizes["images"])
     text = section["text"]
     tokens = inputs.captions(rng, sizes["texts"], text["context_length"], text["vocab_size"])
-    options = {name: sizes[name] for name in ("image_batch", "text_batch")}
-    mesh = sharding.create_mesh(devices=jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        params = jax.jit(lambda: state.init_params(model, 0))()
-        encoder = Encoder(model, normalize, **options)
-        placed = encoder.place(params)
-        owner = np.arange(sizes["texts"]) * sizes["images"] // sizes["texts"]
-        data = RetrievalSet("made_up", images, tokens, owner)
-        retrieval = Retrieval(model, data, preprocess=normalize, modes=("flair",), **options)
-        cases = {
-            "images": (sizes["images"], lambda: [x for _, x in encoder.images(placed, images)][-1]),
-            "texts": (sizes["texts"], lambda: encoder.texts(placed, tokens)),
-            "text-conditioned pairs, with encoding": (
-                sizes["images"] * sizes["texts"],
-                lambda: retrieval.scores(params),
-            ),
-        }
-        for case, (count, compute) in cases.items():
-            with run.guard(case):
-                for label in ("first", "second"):  # the first compiles
-                    began = time.perf_counter()
-                    jax.block_until_ready(compute())
-                    seconds = time.perf_counter() - began
-                    run.emit(case, {"run": label, "count": count, "seconds": seconds, "per_second": count / seconds})
+    owner = np.arange(sizes["texts"]) * sizes["images"] // sizes["texts"]
+    options = {"preprocess": normalize, "image_batch": sizes["image_batch"], "text_batch": sizes["text_batch"]}
+    encoder = Encoder(model, **options)
+    retrieval = Retrieval(model, RetrievalSet("made_up", images, tokens, owner), modes=("flair",), **options)
+    params = encoder.place(jax.jit(lambda: state.init_params(model, 0))())
+
+    def encode_images():
+        for _, features in encoder.images(params, images):
+            last = features
+        return last
+
+    for case, count, compute in (
+        ("images", sizes["images"], encode_images),
+        ("texts", sizes["texts"], lambda: encoder.texts(params, tokens)),
+        ("pairs, with encoding", sizes["images"] * sizes["texts"], lambda: retrieval.scores(params)),
+    ):
+        label = f"{case}, attention={attention}"
+        with run.guard(label):
+            for turn in ("first", "second"):  # the first compiles
+                began = time.perf_counter()
+                jax.block_until_ready(compute())
+                seconds = time.perf_counter() - began
+                run.emit(label, {"run": turn, "count": count, "seconds": seconds, "per_second": count / seconds})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,11 +505,9 @@ def encode(run: Run) -> None:
 
 def profile(run: Run) -> None:
     """Shares of the step's time by kind of kernel, at the setting that trained most images per second."""
-    done = [case for case in run.results.get("train", {}).values() if isinstance(case, dict)]
-    done = [case for case in done if "images_per_second" in case]
-    if not done:
+    best = fastest(run.results.get("train", {}).values())
+    if best is None:
         raise ValueError("no setting of the training step was measured")
-    best = max(done, key=lambda case: case["images_per_second"])
     steps, compiled = 3, Compiled(run.sizes["model"], best["images"], best["change"])
     placed = [compiled.place(number) for number in range(steps)]
     compiled.run(placed, steps)

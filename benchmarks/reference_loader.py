@@ -1,7 +1,7 @@
 """The kind of loader that the reference trains with, as the rival of `data.loader`: its own libraries, at their best.
 
 webdataset reads and shuffles, Pillow and torch do what torchvision's transforms of PIL images do (RandomResizedCrop
-with antialiased bicubic weights, ToTensor, Normalize), a Python tokenizer makes the ids, and a torch DataLoader runs
+with antialiased bicubic weights, ToTensor, Normalize), open_clip's tokenizer makes the ids, and a torch DataLoader runs
 the workers. torch and webdataset are imported inside the functions: nothing else of flair_jax needs them.
 """
 
@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.python_tokenizer import PythonTokenizer
-from flair_jax.data.transforms import captions, images
+from flair_jax.data.transforms import images
+from flair_jax.data.transforms.captions import CaptionOptions, draw
+from flair_jax.data.transforms.tokenizer import Tokenizer
 
 # Of the reference's training scripts: shards and samples in the shuffle buffers, and how many before the first leaves.
 SHARD_BUFFER, SHARD_START = 2000, 500
@@ -26,9 +27,9 @@ LISTED_SHARDS = 4000  # a list of few shards is repeated up to here, so that the
 def require() -> None:
     """
     Raises:
-      ModuleNotFoundError: torch, webdataset or regex is not installed; the message says how to.
+      ModuleNotFoundError: torch or webdataset is not installed; the message says how to.
     """
-    missing = [name for name in ("torch", "webdataset", "regex") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("torch", "webdataset") if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
             f"the reference's loader needs {' and '.join(missing)}: pip install 'flair_jax[bench]', or leave it out "
@@ -41,7 +42,7 @@ def batches(
     *,
     batch_size: int,
     image_size: int,
-    captions_per_image: int,
+    captions: int,
     workers: int,
     tokenize: Callable[[list[str]], Any],
 ) -> Iterator[tuple[Any, Any]]:
@@ -51,17 +52,17 @@ def batches(
       shards: paths of tars.
       batch_size: images, B.
       image_size: side in pixels.
-      captions_per_image: K.
+      captions: K, captions an image.
       workers: processes of the DataLoader; 0: this one.
       tokenize: K captions to ids (K, T).
     """
     import torch
     import webdataset
 
-    options = captions.CaptionOptions(count=captions_per_image)  # draws as the reference's, call by call
+    options = CaptionOptions(count=captions)  # draws as the reference's, call by call
 
     def text(record: dict) -> torch.Tensor:
-        return torch.as_tensor(tokenize(captions.draw(record, random, options)))
+        return torch.as_tensor(tokenize(draw(record, random, options)))
 
     dataset = webdataset.DataPipeline(
         webdataset.SimpleShardList(list(shards) * -(-LISTED_SHARDS // len(shards))),
@@ -117,13 +118,13 @@ def _random_box(
 
 
 def tokenizer() -> tuple[str, Callable[[Sequence[str]], Any]]:
-    """The reference's tokenizer: ("open_clip", its `SimpleTokenizer`), or ("python", ours of the same kind).
+    """The reference's tokenizer, ("open_clip", its `SimpleTokenizer`); ("flair_jax", ours, faster) if it is absent.
 
     open_clip's file is loaded by path: importing the package would need torchvision, which the tokenizer does not.
     """
     package = importlib.util.find_spec("open_clip")
     if package is None:
-        return "python", PythonTokenizer()
+        return "flair_jax", Tokenizer()
     path = pathlib.Path(package.origin).with_name("tokenizer.py")
     spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
     module = importlib.util.module_from_spec(spec)

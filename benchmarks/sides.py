@@ -89,34 +89,35 @@ def median(turns: Sequence[Figures], name: str) -> float:
 
 
 def compare(
-    sides: Mapping[str, Callable[[], Side]], count: int, turns: int, *, warm_up: int = 1, rest: bool = False
+    sides: Mapping[str, Callable[[], Side]], count: int, turns: int, *, loaders: bool = False
 ) -> dict[str, list[Figures]]:
     """Takes turns, one side after the other.
 
-    On an accelerator, whose memory either side takes for itself, a side has all its turns before the next one starts.
+    A turn begins with one that is not counted: it compiles, fills caches, and gets back the memory that the system took
+    from a side while it waited. On an accelerator, whose memory either side takes for itself, a side has all its turns
+    before the next one starts.
 
     Args:
       sides: what makes each side, by name.
       count: how often a side does in one turn what is measured.
       turns: of each side.
-      warm_up: done before each turn without being counted: it compiles, fills caches, and gets back the memory that the
-        system took from a side while it waited. 0: none.
-      rest: whether to wait after each turn until the side's processes are idle.
+      loaders: the sides load data: they need no accelerator, are always there together, count for themselves, and work
+        ahead, until they are idle, before another side has its turn.
 
     Returns:
       The figures of all turns, by side.
     """
     results = {name: [] for name in sides}
-    together = processes.default_backend() == "cpu"
+    together = loaders or processes.default_backend() == "cpu"
     for group in [list(sides)] if together else [[name] for name in sides]:
         with contextlib.ExitStack() as stack:
             made = {name: stack.enter_context(sides[name]()) for name in group}
             for _ in range(turns):
                 for name, side in made.items():
-                    if warm_up:
-                        side.turn(warm_up)
+                    if not loaders:
+                        side.turn(1)
                     results[name].append(side.turn(count))
-                    if rest:
+                    if loaders:
                         side.rest()
     return results
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from benchmarks import command, inputs, processes, torch_twin
 from benchmarks.sides import beside_twin, median
@@ -65,52 +64,53 @@ def measure(
     return figures
 
 
-def vary(config: Mapping[str, Any], changes: Sequence[str], **options) -> dict[str, Any]:
+def vary(
+    config_of: Callable[[Sequence[str]], Mapping[str, Any]],
+    settings: Sequence[str],
+    *,
+    beside: Sequence[str] = (),
+    **options,
+) -> dict[str, Any]:
     """`measure` for every combination of some settings, with a table of them in Markdown on the way.
 
     A side that fails, for want of memory as a rule, leaves its cells empty; the twin is measured once per `batch_size`.
 
     Args:
-      config: of a run.
-      changes: "key=value,value,…" each, keys of the config with dots.
-      options: of `measure`.
+      config_of: gives the config with some changes, "key=value" each.
+      settings: "key=value,value,…" each, keys of the config with dots.
+      beside, options: of `measure`.
 
     Returns:
       `best_images_per_second` and the settings that gave it, and of each side of the twin its own best, and
       `ratio_best_…`.
     """
-    names = [change.partition("=")[0] for change in changes]
-    choices = [[command.value(word) for word in change.partition("=")[2].split(",")] for change in changes]
-    beside = options.pop("beside", ())
+    names = [setting.partition("=")[0] for setting in settings]
     sides = [f"{side}_images_per_second" for side in beside]
     columns = [*COLUMNS, *sides]
     print("| " + " | ".join([*names, *columns]) + " |")
     print("|" + " --- |" * len(names) + " ---: |" * len(columns))
     figures, measured = {}, set()
-    for values in itertools.product(*choices):
-        changed = ConfigDict(config)
-        for name, value in zip(names, values, strict=True):
-            command.set_key(changed, name, value)
+    for values in itertools.product(*(setting.partition("=")[2].split(",") for setting in settings)):
+        config = config_of([f"{name}={value}" for name, value in zip(names, values, strict=True)])
         # Each side of the twin beside ours, and ours alone only where no side of the twin could do it.
-        row, parts = {}, [] if changed.batch_size in measured else [(side,) for side in beside]
-        measured.add(changed.batch_size)
+        row, parts = {}, [] if config["batch_size"] in measured else [(side,) for side in beside]
+        measured.add(config["batch_size"])
         for part in (*parts, ()):
             if row and not part:
                 break
             try:
-                row |= measure(changed.to_dict(), beside=part, **options)
+                row |= measure(config, beside=part, **options)
             except RuntimeError as error:
                 print(f"<!-- {values} {part}: {error} -->")
         cells = [f"{row[name]:,.3g}" if name in row else "" for name in columns]
-        print("| " + " | ".join([*map(str, values), *cells]) + " |", flush=True)
+        print("| " + " | ".join([*values, *cells]) + " |", flush=True)
         for name in ("images_per_second", *sides):
             if row.get(name, 0) > figures.get(f"best_{name}", 0):
-                settings = str(dict(zip(names, values, strict=True)))
-                figures |= {f"best_{name}": row[name], f"settings_of_best_{name}": settings}
-    for side in beside:
-        if f"best_{side}_images_per_second" in figures and "best_images_per_second" in figures:
-            theirs = figures[f"best_{side}_images_per_second"]
-            figures[f"ratio_best_{side}"] = figures["best_images_per_second"] / theirs
+                of_best = str(dict(zip(names, values, strict=True)))
+                figures |= {f"best_{name}": row[name], f"settings_of_best_{name}": of_best}
+    for side, name in zip(beside, sides, strict=True):
+        if f"best_{name}" in figures and "best_images_per_second" in figures:
+            figures[f"ratio_best_{side}"] = figures["best_images_per_second"] / figures[f"best_{name}"]
     return figures
 
 
@@ -226,11 +226,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--vary", nargs="+", metavar="KEY=V,V", help="settings of the config to combine: batch_size=64,128; a table"
     )
     parsed = parser.parse_args(arguments)
-    config = command.config(parsed)
     if parsed.batch_size:
-        config["batch_size"] = parsed.batch_size
+        parsed.set = [*parsed.set, f"batch_size={parsed.batch_size}"]
     options = command.pick(parsed, ("steps", "turns", "trace")) | {"beside": command.BESIDE[parsed.beside]}
-    figures = vary(config, parsed.vary, **options) if parsed.vary else measure(config, **options)
+    if parsed.vary:
+        figures = vary(functools.partial(command.config, parsed), parsed.vary, **options)
+    else:
+        figures = measure(command.config(parsed), **options)
     command.report(figures, parsed.json)
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import command, encode, inputs, processes, sides, train
+from benchmarks import encode, inputs, processes, sides, train
 from flair_jax.data import scenes
 from flair_jax.data.transforms import packing, tokenizer
 
@@ -80,13 +80,14 @@ def test_a_sweep_is_a_table_and_finds_the_best(config_file, tmp_path, alone, cap
     assert "none" in figures["settings_of_best_images_per_second"]
 
 
-def test_values_on_the_command_line():
-    assert [command.value(word) for word in ("8", "0.5", "None", "True", "full")] == [8, 0.5, None, True, "full"]
-
-
 def test_settings_on_the_command_line_are_those_of_the_config(config_file):
-    with pytest.raises(KeyError, match="batch_sice"):
+    with pytest.raises(ValueError, match="batch_sice"):
         train.main(["--config", config_file, "--set", "batch_sice=4"])
+
+
+def test_the_twin_is_no_rival_of_another_model():
+    with pytest.raises(ValueError, match=r"the PyTorch twin is FLAIR, .* \['softmax'\]"):
+        train.main(["--config", "clip", "--beside", "eager"])
 
 
 @pytest.mark.parametrize("row_length", [None, 40])

@@ -17,12 +17,15 @@ from flair_jax.configs import variants
 ROOT = pathlib.Path(__file__).parents[1]
 # Run by every Python that finds it: hides packages, and the installation of this one, so that the checkout is used.
 HIDE = """
+import importlib.util
 import sys
+missing, find_spec = {packages}, importlib.util.find_spec
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {packages}:
+        if name.split(".")[0] in missing:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path[:] = [Missing(), *(f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", ""))]
+importlib.util.find_spec = lambda name, package=None: None if name in missing else find_spec(name, package)
 """
 MISSING = {
     "array_record",
@@ -86,13 +89,13 @@ def test_all_parts_run_without_what_a_lent_machine_lacks(tmp_path):
     assert all(values["images_per_second"] > 0 for values in twin.values())
     encode = results["encode"]
     assert {case: (values["run"], values["count"]) for case, values in encode.items()} == {
-        "images": ("second", 6),
-        "texts": ("second", 20),
-        "text-conditioned pairs, with encoding": ("second", 120),
+        "images, attention=xla": ("second", 6),
+        "texts, attention=xla": ("second", 20),
+        "pairs, with encoding, attention=xla": ("second", 120),
     }
     (profile,) = results["profile"].values()
     assert sum(profile["shares"].values()) == pytest.approx(1)
-    assert min(profile["shares"][name] for name in ("optimizer", "matrix products")) > 0
+    assert profile["shares"]["optimizer"] > 0 and profile["step_ms"] > 0 and len(profile["top"]) > 5
 
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in done.stdout
@@ -125,8 +128,8 @@ def test_the_models_are_the_published_and_the_golden_one():
     assert variants.flair("B/16").to_dict() == {**gpu_parts.FLAIR, **gpu_parts.COMPUTE, "dtype": "float32"}
     sizes = ("embed_dim", "vision", "text", "pooling")
     assert {name: gpu_parts.TINY[name] for name in sizes} == {name: TINY[name] for name in sizes}
-    names = gpu_parts.objectives().keys()
-    assert names == variants.flair_objectives().keys()
+    weights = {name: options["weight"] for name, options in gpu_parts.objectives().items()}
+    assert weights == {name: options.weight for name, options in variants.flair_objectives().items()}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,7 @@ def test_a_profile_is_summed_by_kind(tmp_path):
     found = kernels.summary(tmp_path, compiled.as_text(), steps=3)
     assert found["shares"].keys() == set(kernels.NAMES)
     assert sum(found["shares"].values()) == pytest.approx(1)
-    assert {"optimizer", "matrix products"} <= {kernel["kind"] for kernel in found["top"]}
+    assert "optimizer" in {kernel["kind"] for kernel in found["top"]}  # by its scope; the names are others on a CPU
     assert all(kernel["count"] >= 1 for kernel in found["top"] if kernel["kind"] == "optimizer")
     busy = sum(kernel["ms"] for kernel in found["top"])
     assert busy > 0 and found["step_ms"] > 0
