@@ -50,7 +50,14 @@ def train_step(
 
     def loss_of(params):
         params = models.cast_matrices(optimizer.rules.stop_frozen(params), model.dtype)
-        features = model.apply({"params": params}, images, Text(**batch["texts"]), rng=of_model, method="features")
+        features = model.apply(
+            {"params": params},
+            images,
+            Text(**batch["texts"]),
+            rng=of_model,
+            method="features",
+            rngs={"dropout": jax.random.fold_in(of_model, 1)},
+        )
         return objectives.weighted_sum(losses, features, batch, of_objectives)
 
     (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
