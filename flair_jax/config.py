@@ -27,7 +27,7 @@ from flair_jax.data.transforms.tokenizer import VOCAB_SIZE
 # Sections whose keys are not all listed in a config: options of an evaluator, of an objective.
 OPEN_SECTIONS = ("evaluators", "objectives")
 
-NONE_TOO = ("model.init_logit_bias",)  # keys that have a default and may be None all the same
+NONE_TOO = ("model.init_logit_bias", "keep")  # keys that have a default and may be None all the same
 
 # What a run may change when it goes on from a checkpoint; everything else would make the rest another experiment.
 MAY_CHANGE = {

@@ -21,6 +21,7 @@ MODEL = dict(
     vision=dict(image_size=48, patch_size=16, width=WIDTH, depth=3, heads=2),
     text=dict(context_length=LENGTH, vocab_size=64, width=WIDTH, depth=3, heads=2),
     pooling=dict(heads=2),
+    init_logit_bias=-10.0,
 )
 
 

@@ -209,8 +209,8 @@ def test_a_given_config_is_held_against_the_shapes(weights, change, message):
 
 
 def test_unknown_model(weights):
-    with pytest.raises(ConversionError, match="no table of names for the model 'clip'"):
-        names.to_flax(weights, "clip")
+    with pytest.raises(ConversionError, match="no table of names for the model 'blip'"):
+        names.to_flax(weights, "blip")
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -444,7 +444,7 @@ def test_command_there_and_back(tmp_path, weights, section, capsys):
 def test_a_guess_is_said(tmp_path, weights, capsys, monkeypatch):
     section = variants.flair("B/16")
     section.update(TINY)  # as if the tiny model were a published one
-    monkeypatch.setattr(names.variants, "flair", lambda variant="B/16": section)
+    monkeypatch.setattr(variants, "flair", lambda variant="B/16": section)
     torch_files.write(tmp_path / "a.safetensors", weights)
     assert command.main(["to-flax", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]) == 0
     assert "note: the file does not say its heads" in capsys.readouterr().err

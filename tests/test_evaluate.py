@@ -1,6 +1,7 @@
 """What a config lists is evaluated when its turn comes, and no finished work is lost by what comes later."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_what_was_evaluated_before_a_failure_is_in_the_report(fixed, tmp_path):
 
 def test_a_picture_that_fails_is_reported_and_ends_nothing(fixed, tmp_path, caplog):
     config = config_of(a={"kind": "fixed", "results": RESULTS[:2]})
-    evaluate.draw_attention_sheets(config, None, None, tmp_path)
+    evaluate.draw_attention_sheets(config, types.SimpleNamespace(has_pooling=True), None, tmp_path)
     assert "evaluators.a was not drawn; the report is whole" in caplog.text and "no picture" in caplog.text
 
 

@@ -1,5 +1,6 @@
 """The parity notebook runs to its end, takes a checkpoint, and is kept without outputs."""
 
+import json
 import pathlib
 
 import nbformat
@@ -7,6 +8,7 @@ from nbclient import NotebookClient
 from optional import torch, torch_flair
 
 from flair_jax import convert
+from flair_jax.configs import variants
 
 PATH = pathlib.Path(convert.__file__).parent / "parity.ipynb"
 SMALL = dict(
@@ -42,7 +44,9 @@ def test_takes_a_checkpoint(tmp_path, monkeypatch):
     """Only the cells that load: what follows is the same."""
     weights = torch_flair.TorchFLAIR(SMALL).state_dict()
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in weights.items()}}, tmp_path / "a.pt")
+    (tmp_path / "model.json").write_text(json.dumps({**variants.flair().to_dict(), **SMALL}))
     monkeypatch.setenv("FLAIR_CHECKPOINT", "a.pt")
+    monkeypatch.setenv("FLAIR_MODEL_CONFIG", "model.json")
     notebook = nbformat.read(PATH, as_version=4)
     stop = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## Images"))
     notebook.cells = notebook.cells[:stop]

@@ -111,5 +111,6 @@ def test_other_numbers_of_workers_and_hosts(tmp_path):
             found += [digest(next(batches)) for _ in range(10)]
             position = batches.position
     assert found == expected
+    of_two = dict(process_index=0, process_count=2, agree=lambda value: lambda: value)
     with pytest.raises(iterator_state.PositionError, match="process_count was 1, is 2"):
-        loader.make_stream(shards, **OPTIONS, position=position, process_index=0, process_count=2)
+        loader.make_stream(shards, **OPTIONS, **of_two, position=position)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest import load_golden
 
-from flair_jax.data.transforms import tokenizer
-from flair_jax.data.transforms.tokenizer import EOT, SOT, Tokenizer, ends
+from flair_jax.data.transforms import packing, tokenizer
+from flair_jax.data.transforms.tokenizer import EOT, SOT, Tokenizer
 
 GOLDEN = load_golden("tokenizer.json")["items"]
 TEXTS = [item["text"] for item in GOLDEN]
@@ -56,12 +56,16 @@ def test_corners(text, ids):
 
 
 @pytest.mark.golden
+def ends_of(tokens):
+    return packing.padded(tokens)["ends"]
+
+
 def test_ends_is_the_first_argmax_as_a_flat_index():
     tokens = Tokenizer()(TEXTS)
     positions = np.array([item["argmax"] for item in GOLDEN])
-    assert ends(tokens).dtype == np.int32
-    np.testing.assert_array_equal(ends(tokens), np.arange(75) * 77 + positions)
-    assert ends(np.array([[SOT, 5, EOT, 7, EOT]])).tolist() == [2]
+    assert ends_of(tokens).dtype == np.int32
+    np.testing.assert_array_equal(ends_of(tokens), np.arange(75) * 77 + positions)
+    assert ends_of(np.array([[SOT, 5, EOT, 7, EOT]])).tolist() == [2]
 
 
 @pytest.mark.parametrize("length", [2, 3, 16, 300])
@@ -82,7 +86,7 @@ def test_context_length_without_room_is_refused():
 def test_one_text_and_none():
     np.testing.assert_array_equal(Tokenizer()("a photo of a cat"), Tokenizer()(["a photo of a cat"]))
     assert Tokenizer()([]).shape == (0, 77)
-    assert ends(Tokenizer()([])).shape == (0,)
+    assert ends_of(Tokenizer()([])).shape == (0,)
 
 
 @pytest.mark.parametrize(

@@ -190,14 +190,16 @@ def test_what_a_run_tells(tmp_path, capsys):
     assert float(told["step_seconds"]) == pytest.approx(float(told["seconds"]) / float(told["steps"]), rel=1e-2)
     lines = metrics.read_json_lines(tmp_path)
     assert lines[-1].keys() >= {
-        "loss", "tcs", "mps", "positive_logit", "negative_logit", "grad_norm", "param_norm",
+        "loss", "text_conditioned", "sigmoid", "text_conditioned/positive_logit", "text_conditioned/negative_logit", "grad_norm", "param_norm",
         "logit_scale", "logit_bias", "images_per_second", "step_seconds",
         "data_wait_share", "saving_share", "tflop_per_second", "packing_efficiency", "skipped",
         "truncated", "learning_rate", "epoch",
     }  # fmt: skip
     assert all(0 < line["packing_efficiency"] <= 1 and line["data_wait_share"] <= 1 for line in lines)
     # Before training both means are near the bias.
-    assert lines[0]["positive_logit"] == pytest.approx(lines[0]["negative_logit"], abs=1.5)
+    assert lines[0]["text_conditioned/positive_logit"] == pytest.approx(
+        lines[0]["text_conditioned/negative_logit"], abs=1.5
+    )
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
 
 
@@ -263,7 +265,7 @@ def test_evaluating_without_weights_is_refused(tmp_path):
     [
         (dict(epochs=2.0), ValueError, "one of config.steps and config.epochs"),
         (dict(model__text__vocab_size=512), ValueError, "vocab_size is 512"),
-        (dict(loss__block_size=5), ValueError, "block_size 5"),
+        (dict(objectives__text_conditioned__block_size=5), ValueError, "block_size 5"),
         (dict(mesh__fsdp=3), ValueError, "fsdp=3"),
         (dict(model__remat="half"), ValueError, "half"),
         (dict(profile_steps=(3, 2)), ValueError, "profile_steps"),
@@ -321,7 +323,7 @@ def test_what_a_run_may_change(tmp_path, caplog):
     assert "learning rate" not in caplog.text
     later = dict(optimizer__clip_norm=1.0, save_every=3, keep=1, eval_every=3, data__workers=0, mesh__fsdp=2)
     train.train(tiny(evaluate=True, steps=4, optimizer__learning_rate=5e-4, **later), tmp_path)
-    assert [line["step"] for line in metrics.read_json_lines(tmp_path)] == [1, 2, 3, 4]
+    assert {line["step"] for line in metrics.read_json_lines(tmp_path)} == {1, 2, 3, 4}
     # Warm-up takes 50 steps: at step 2 the rate is 3 / 50 of the highest.
     assert "the learning rate at step 2 is 3e-05, was to be 6e-05 by the config of the checkpoint" in caplog.text
     assert "steps 4, were 2; optimizer.learning_rate 0.0005, was 0.001" in caplog.text
@@ -377,7 +379,9 @@ def test_a_second_run_in_a_workdir_is_refused(tmp_path):
 
 def test_a_run_goes_on_computed_otherwise(tmp_path):
     train.train(tiny(steps=2, optimizer__learning_rate=0.0), tmp_path)
-    otherwise = dict(model__micro_batches=2, model__scan_blocks=True, model__remat="full", loss__chunk_size=1)
+    otherwise = dict(
+        model__micro_batches=2, model__scan_blocks=True, model__remat="full", objectives__text_conditioned__chunk_size=1
+    )
     train.train(tiny(steps=3, optimizer__learning_rate=0.0, **otherwise), tmp_path)
     assert [line["step"] for line in metrics.read_json_lines(tmp_path)] == [1, 2, 3]
 
