@@ -190,7 +190,8 @@ def test_what_a_run_tells(tmp_path, capsys):
     assert float(told["step_seconds"]) == pytest.approx(float(told["seconds"]) / float(told["steps"]), rel=1e-2)
     lines = metrics.read_json_lines(tmp_path)
     assert lines[-1].keys() >= {
-        "loss", "text_conditioned", "sigmoid", "text_conditioned/positive_logit", "text_conditioned/negative_logit", "grad_norm", "param_norm",
+        "loss", "text_conditioned", "sigmoid", "grad_norm", "param_norm",
+        "text_conditioned/positive_logit", "text_conditioned/negative_logit",
         "logit_scale", "logit_bias", "images_per_second", "step_seconds",
         "data_wait_share", "saving_share", "tflop_per_second", "packing_efficiency", "skipped",
         "truncated", "learning_rate", "epoch",
