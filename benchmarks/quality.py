@@ -282,14 +282,18 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     for run in runs:
         by_side[run["side"]][run["start"], run["seed"]] = _scalars(run)
     present = [side for side in SIDES if len(by_side[side]) > 1]
-    counts = ", ".join(f"{len(by_side[side])} runs of `{side}`" for side in present)
-    lines = [f"{counts}; mean ± standard deviation of a run.", "", _row("", *present), _rule(len(present))]
+    counts = ", ".join(
+        f"`{side}` {len(by_side[side])} runs from {len({start for start, _ in by_side[side]})} starts"
+        for side in present
+    )
+    lines = [f"{counts}; mean ± standard deviation over starts.", "", _row("", *present), _rule(len(present))]
     names = [*METRICS, *LOSSES]
     for name in names:
         cells = [_column(by_side[side], name) for side in present]
         lines.append(_row(name, *(f"{np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for x in cells)))
     for first, second in itertools.pairwise(present):
-        lines += ["", *_comparison(first, second, by_side, names)]
+        rows = list(_comparison(first, second, by_side, names))
+        lines += ["", *rows] if rows else []
     if parts := _crossed(by_side["reference"]):
         lines += ["", *parts]
     if "reference" in present or "own" in present:
@@ -304,14 +308,20 @@ def _scalars(run: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(np.mean(value)) for name, value in figures.items()} | first
 
 
-def _column(runs: Mapping[Any, Mapping[str, float]], name: str) -> np.ndarray:
-    return np.array([figures[name] for figures in runs.values()])
+def _column(runs: Mapping[tuple[Any, int], Mapping[str, float]], name: str) -> np.ndarray:
+    """One value per start, the mean over its seeds: runs from one start are not independent."""
+    starts = sorted({start for start, _ in runs})
+    return np.array(
+        [np.mean([figures[name] for (start, _), figures in runs.items() if start == own]) for own in starts]
+    )
 
 
 def _comparison(first: str, second: str, by_side: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
     """`second` minus `first`: runs of the same start and seed as pairs where `torch` is one of them."""
     paired = second == "torch"
     common = sorted(set(by_side[first]) & set(by_side[second])) if paired else []
+    if paired and len(common) < 2:
+        return
     title = f"{len(common)} pairs of the same start and seed" if paired else "Welch's test"
     yield _row(f"`{second}` minus `{first}` ({title})", "difference", "95 % interval", "p", "seen with 9 in 10")
     yield _rule(4)
@@ -354,9 +364,11 @@ def _crossed(runs: Mapping[tuple[int, int], Mapping[str, float]]) -> list[str]:
 
 def _original(by_side: Mapping[str, Any]) -> Iterator[str]:
     """The four runs of the original's own `main.py` beside all runs of this code, on the config's set."""
-    ours = {**by_side["own"], **{("reference", *key): run for key, run in by_side["reference"].items()}}
+    ours = {
+        (f"{side} {start}", seed): run for side in ("own", "reference") for (start, seed), run in by_side[side].items()
+    }
     yield _row(
-        f"set {SETS[0]}: the original's `main.py`, 4 runs, beside {len(ours)} of ours",
+        f"set {SETS[0]}: the original's `main.py`, 4 runs, beside {len(_starts(ours))} starts of ours",
         "original",
         "ours",
         "p of the means",
