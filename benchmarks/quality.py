@@ -282,10 +282,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     for run in runs:
         by_side[run["side"]][run["start"], run["seed"]] = _scalars(run)
     present = [side for side in SIDES if len(by_side[side]) > 1]
-    counts = ", ".join(
-        f"`{side}` {len(by_side[side])} runs from {len({start for start, _ in by_side[side]})} starts"
-        for side in present
-    )
+    counts = ", ".join(f"`{side}` {len(by_side[side])} runs, {len(_starts(by_side[side]))} starts" for side in present)
     lines = [f"{counts}; mean ± standard deviation over starts.", "", _row("", *present), _rule(len(present))]
     names = [*METRICS, *LOSSES]
     for name in names:
@@ -310,10 +307,12 @@ def _scalars(run: Mapping[str, Any]) -> dict[str, float]:
 
 def _column(runs: Mapping[tuple[Any, int], Mapping[str, float]], name: str) -> np.ndarray:
     """One value per start, the mean over its seeds: runs from one start are not independent."""
-    starts = sorted({start for start, _ in runs})
-    return np.array(
-        [np.mean([figures[name] for (start, _), figures in runs.items() if start == own]) for own in starts]
-    )
+    of_starts = ([figures[name] for (start, _), figures in runs.items() if start == own] for own in _starts(runs))
+    return np.array([np.mean(values) for values in of_starts])
+
+
+def _starts(runs: Mapping[tuple[Any, int], Any]) -> list[Any]:
+    return sorted({start for start, _ in runs})
 
 
 def _comparison(first: str, second: str, by_side: Mapping[str, Any], names: Sequence[str]) -> Iterator[str]:
