@@ -25,7 +25,7 @@ $(TEST): $(CORE)
 	touch $@
 
 demo: $(CORE)
-	.venv/bin/python -m flair_jax.main --config configs/scenes.py --workdir $(WORKDIR)
+	.venv/bin/python -m flair_jax.main --config scenes --workdir $(WORKDIR)
 
 test: $(TEST)
 	.venv/bin/ruff check .

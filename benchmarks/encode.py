@@ -86,11 +86,10 @@ def ours(
     import jax
     import jax.numpy as jnp
 
-    from flair_jax import cpu, models, state
+    from flair_jax import models, state
     from flair_jax.data.transforms.images import normalize
     from flair_jax.evaluators.features import Encoder
 
-    cpu.keep_heap()
     model = models.create(config["model"])
     encoder = Encoder(model, normalize, image_batch=image_batch, text_batch=text_batch)
     params = encoder.place(jax.jit(lambda: state.init_params(model, 0))())

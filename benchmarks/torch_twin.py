@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks import inputs, processes
-from flair_jax import cpu
 from flair_jax.data.transforms.images import MEAN, STD
 
 
@@ -23,7 +22,6 @@ def _start(config: Mapping[str, Any]):
 
     from flair_jax.convert.torch_flair import TorchFLAIR
 
-    cpu.keep_heap()  # as PyTorch's guides have it by another allocator
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
     twin = TorchFLAIR(config["model"]).to(device)

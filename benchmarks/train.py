@@ -121,7 +121,6 @@ def training(config: Mapping[str, Any], trace: str | None = None) -> Iterator[Ca
 
     from flair_jax import compilation, cpu, flops, metrics, models, optimizer, sharding, state, step, train
 
-    cpu.keep_heap()
     model = models.create(config["model"])
     mesh = sharding.create_mesh(**config["mesh"])
     optimize = optimizer.create(total_steps=100_000, **config["optimizer"])

@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     import jax
     from etils import epath
 
-    from flair_jax import compilation, cpu, distributed, evaluate, train
+    from flair_jax import compilation, distributed, evaluate, train
 
     by_hand = _ADDRESS.value, _PROCESS.value, _PROCESSES.value
     if _DISTRIBUTED.value:
@@ -53,7 +53,6 @@ def main(arguments: list[str]) -> None:
             raise app.UsageError(str(error)) from error
     elif any(value is not None for value in by_hand):
         raise app.UsageError("--coordinator_address, --process_id and --num_processes need --distributed")
-    cpu.configure()
     compilation.use_cache(epath.Path(workdir) / "compiled")
     if jax.process_index() == 0:
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes")

@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from PIL import Image
 
-from flair_jax import checkpoint, cpu, models, state
+from flair_jax import checkpoint, models, state
 from flair_jax.config import normalize
 from flair_jax.convert import flax_files
 from flair_jax.convert.tables import flatten
@@ -78,7 +78,6 @@ def load(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> "P
     Args:
       path, config: `path` and `model` of `read`.
     """
-    cpu.configure()
     params, model = read(path, config)
     return Pretrained(model, params)
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from flair_jax import cpu
 from flair_jax.models.accumulation import in_micro_batches
 
 PRODUCT = "product"  # what `project` calls its results, for `block_class`
@@ -178,9 +177,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask=None, pick: Callable[[jax.Array], jax.Array] = _all) -> jax.Array:
         attention = SelfAttention(self.heads, self.causal, self.initializers, self.compute, name="attention")
-        x = cpu.settle(pick(x) + attention(LayerNorm(dtype=self.compute.dtype, name="ln_1")(x), mask, pick))
+        x = pick(x) + attention(LayerNorm(dtype=self.compute.dtype, name="ln_1")(x), mask, pick)
         mlp = MLP(self.initializers, self.compute, name="mlp")
-        return cpu.settle(x + mlp(LayerNorm(dtype=self.compute.dtype, name="ln_2")(x)))
+        return x + mlp(LayerNorm(dtype=self.compute.dtype, name="ln_2")(x))
 
 
 def block_class(remat: str) -> type[nn.Module]:
