@@ -2,9 +2,10 @@
 
     python -m flair_jax.main --config configs/scenes.py --workdir RUN      # or `make demo`
 
-Hardware: 2 CPU cores, 6 to 11 minutes.
-Expected on 512 unseen scenes: parts text→image R@1 0.28 (global 0.22) and R@5 0.80, pointing 0.87, colour mIoU 0.86,
-shape mIoU 0.20 (chance 0.11). Seeds 0 to 3 give R@1 0.29 to 0.35, colour mIoU 0.86 to 0.92, shape mIoU 0.20 to 0.61.
+Hardware: 2 CPU cores, 7 to 10 minutes.
+Expected on 512 unseen scenes with seed 0: parts text→image R@1 0.28 (global 0.22) and R@5 0.80,
+pointing 0.86, colour mIoU 0.89, shape mIoU 0.18 (chance 0.11). Initial weights decide a good part of so short a run:
+docs/quality.md has the spread over seeds.
 
 It is the recipe of the paper at toy size. What small data want differently: a bias near the prior of a pair in a small
 batch (-10 learns far more slowly), and position embeddings as strong as the pixels (with the reference's small ones the
