@@ -185,9 +185,7 @@ class Segmentation(Data):
 
     def keep(self, present: np.ndarray) -> Self:
         numbers = np.flatnonzero(present)
-        return dataclasses.replace(
-            self, pictures=self._renumbered(present)[0], masks=Subsequence(self.masks, numbers)
-        )
+        return dataclasses.replace(self, pictures=self._renumbered(present)[0], masks=Subsequence(self.masks, numbers))
 
     def counts(self) -> dict[str, int]:
         return super().counts() | {"classes": len(self.classes)}
@@ -316,7 +314,8 @@ class Benchmark:
       task: one of `TASKS`; `read` gives the data of this task.
       title: how papers call it.
       files: what it is read from, annotations first.
-      read: root -> data. Raises `MissingError` if nothing of the set can be read, `AnnotationError` if a file is broken.
+      read: root -> data. Raises `MissingError` if nothing of the set can be read, `AnnotationError` if a file is
+        broken.
       images, texts, classes, items: what the release counts; None: it has none, or does not say.
       licence: of the content.
       source: where to get it, a URL.
@@ -358,7 +357,7 @@ def find(root: pathlib.Path, *paths: str) -> pathlib.Path:
     Raises:
       MissingError: none is there.
     """
-    for path in (alternative for path in paths for alternative in path.split("|")):
+    for path in "|".join(paths).split("|"):
         if (root / path).exists():
             return root / path
         if any(sign in path for sign in "*?[") and (found := sorted(root.glob(path))):
