@@ -56,6 +56,6 @@ def test_what_another_process_encoded_is_not_loaded_again(found):
 
 def test_all_processes_hear_of_a_broken_image(found):
     for process in found.values():
-        assert process["broken"] == [8]
-    assert "image 8 is cut short" in found[1, 0]["why"]
-    assert sum("image 8 is cut short" in found[2, index]["why"] for index in (0, 1)) == 1
+        assert process["broken"] == [1]
+    assert "image 1 is cut short" in found[1, 0]["why"]
+    assert sum("image 1 is cut short" in found[2, index]["why"] for index in (0, 1)) == 1
