@@ -16,6 +16,7 @@ from etils import epath
 from flair_jax import attention_maps, evaluation_sets, models, pretrained, report, sharding
 from flair_jax import config as configuration
 from flair_jax.data import loader, scenes
+from flair_jax.data.benchmarks import table
 from flair_jax.data.sources.open import expand
 from flair_jax.data.transforms import captions
 from flair_jax.data.transforms.images import normalize
@@ -176,13 +177,20 @@ def check(config: Mapping[str, Any]) -> None:
     """Refuses before a run what would be found wrong at its end, such as shards that are not there.
 
     Raises:
-      ValueError: see `sections`; or scenes are not as large as the model's images.
+      ValueError: see `sections`; or scenes are not as large as the model's images; or no public set has such a name.
       FileNotFoundError: naming the evaluator.
     """
-    size = config["model"]["vision"]["image_size"]
     for name, (kind, options) in sections(config).items():
-        if kind == "scenes" and size not in (options["size"], (options["size"], options["size"])):
-            raise ValueError(f"evaluators.{name}.size is {options['size']}; model.vision.image_size is {size}")
+        if kind == "scenes":
+            size = config["model"]["vision"]["image_size"]
+            if size not in (options["size"], (options["size"], options["size"])):
+                raise ValueError(f"evaluators.{name}.size is {options['size']}; model.vision.image_size is {size}")
+        if kind == "benchmarks":
+            table.select(options.get("sets", ("*",)))
+            if options["root"] is None or not os.path.isdir(options["root"]):
+                raise FileNotFoundError(
+                    f"evaluators.{name}: config.data_root is {options['root']!r}; expected the folder of public sets"
+                )
         if options.get("shards"):
             try:
                 expand(options["shards"])
