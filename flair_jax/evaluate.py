@@ -155,8 +155,6 @@ def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]
         known = _keywords(KINDS[kind][0])
         if unknown := options.keys() - known.keys():
             raise ValueError(f"evaluators.{name} of kind {kind!r} has no {sorted(unknown)}; there are {sorted(known)}")
-        if missing := {key for key, needed in known.items() if needed} - options.keys():
-            raise ValueError(f"evaluators.{name} of kind {kind!r} lacks {sorted(missing)}")
         followed = {
             "fields": data["captions"]["fields"],
             "index_dir": data["index_dir"],
@@ -166,6 +164,8 @@ def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]
         for key in followed.keys() & known.keys():
             if options.get(key) is None:
                 options[key] = followed[key]
+        if missing := {key for key, needed in known.items() if needed} - options.keys():
+            raise ValueError(f"evaluators.{name} of kind {kind!r} lacks {sorted(missing)}")
         for key in ("modes", "sets"):
             if key in options:
                 options[key] = names_of(options[key])
