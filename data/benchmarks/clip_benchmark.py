@@ -6,8 +6,9 @@ Source: https://github.com/LAION-AI/CLIP_benchmark (MIT) and https://huggingface
     classnames.txt                          a class a line, in the order of the labels
     zeroshot_classification_templates.txt   a prompt a line, `{c}` is the class
     test/nshards.txt                        N
-    test/0.tar … (N-1).tar                  KEY.{jpg,jpeg,png,webp} with KEY.cls (the number of its class), KEY.npy (0 or
-                                            1 per class, where an image has several) or KEY.txt (captions, one a line)
+    test/0.tar … (N-1).tar                  KEY.{jpg,jpeg,png,webp} with KEY.cls (the number of its class),
+                                            KEY.npy (0 or 1 per class, where an image has several)
+                                            or KEY.txt (captions, one a line)
 
 Counts: DataComp's tasklist.yml and the table of VTAB+ (Schuhmann et al., NeurIPS 2022). Published numbers: the suite's
 own benchmark/benchmark.csv, OpenAI's ViT-B/16.
@@ -175,15 +176,13 @@ def _label(content: bytes, classes: int, where: str) -> int:
     return int(text)
 
 
-def _vector(content: bytes, classes: list[str], where: str) -> np.ndarray:
+def _vector(content: bytes, classes: int, where: str) -> np.ndarray:
     try:
         vector = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise AnnotationError(f"{where}: no array ({error})") from error
-    if vector.shape != (len(classes),) or vector.dtype.kind not in "buif" or not np.isin(vector, (0, 1)).all():
-        raise AnnotationError(
-            f"{where}: {vector.dtype} {vector.shape}; expected 0 or 1 for each of {len(classes)} classes"
-        )
+    if vector.shape != (classes,) or vector.dtype.kind not in "buif" or not np.isin(vector, (0, 1)).all():
+        raise AnnotationError(f"{where}: {vector.dtype} {vector.shape}; expected 0 or 1 for each of {classes} classes")
     return vector.astype(bool)
 
 
