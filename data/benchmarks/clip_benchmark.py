@@ -88,21 +88,22 @@ def read_retrieval(root: pathlib.Path, folders: str) -> Retrieval:
     return Retrieval(pictures, texts, np.asarray(owners), parts=parts)
 
 
-def unlisted(root: pathlib.Path, listed: set[str]) -> list[Benchmark]:
-    """Entries for the sets in this layout that lie under the root and that no table names, to be read as the others.
+def unlisted(root: pathlib.Path) -> list[Benchmark]:
+    """Entries for the sets in this layout that lie under the root and that the table does not name.
 
-    Args:
-      root: of all sets.
-      listed: names of folders that are known.
+    Raises:
+      AnnotationError: a dataset_type.txt is broken.
     """
+    known = {folder.split("/")[0] for name in LISTED for folder in _folders(name).split("|")}
     found = []
     for shards in sorted(root.glob(f"*/{SHARDS}")):
-        folder = shards.parents[1]
-        if folder.name in listed:
+        name = shards.parents[1].name
+        if name in known:
             continue
-        retrieval = (folder / TYPE).exists() and read_text(folder / TYPE).strip() == "retrieval"
+        type_file = shards.parents[1] / TYPE
+        retrieval = type_file.exists() and read_text(type_file).strip() == "retrieval"
         make = _retrieval_entry if retrieval else _classification_entry
-        found.append(make(folder.name, folder.name, folder.name, "not known", source="not known"))
+        found.append(make(name, name, name, "not known", source="not known"))
     return found
 
 
@@ -323,6 +324,9 @@ _RETRIEVAL = (
     ("flickr8k", "Flickr8k test", RESEARCH + "Flickr8k", 1_000, 5_000, 0.56408, 0.72797),
     ("flickr30k", "Flickr30k, Karpathy test", RESEARCH + "Flickr30k", 1_000, 5_000, 0.8554, 0.963),
 )
+
+
+LISTED = tuple(row[0] for row in (*_RETRIEVAL, *_CLASSIFICATION))
 
 
 def _entries() -> Iterator[Benchmark]:
