@@ -1,0 +1,58 @@
+"""The report as Markdown, with columns aligned for the terminal too."""
+
+import re
+from collections.abc import Iterable
+
+from flair_jax.report import layout
+from flair_jax.report.base import Figure, Missing
+
+
+def render(document: layout.Document) -> str:
+    """The text of report.md; pictures are linked as `pictures/NAME`."""
+    parts = [f"**{escape(warning)}**\n" for warning in document.warnings]
+    parts += ["".join(f"- {escape(note)}\n" for note in document.notes)] if document.notes else []
+    if len(document.sections) > 1:
+        parts += [
+            table(summary._replace(head=(f"summary: {task}", *summary.head[1:])))
+            for task, summary, _ in document.summary
+        ]
+    if document.missing:
+        parts.append(table(layout.missing_table(document.missing)))
+    for section in document.sections:
+        source = [f"source: {section.details.source}"] if section.details.source else []
+        facts = " · ".join([*section.facts(), *source])
+        alarm = ["**Results are at chance level.**\n"] if section.at_chance else []
+        parts += [f"## {escape(section.title)}\n", *([escape(facts) + "\n"] if facts else []), *alarm]
+        parts += [table(each) for each in (section.metrics, section.published, section.classes) if each]
+        parts += ["".join(f"- {escape(remark)}\n" for remark in section.remarks())] if section.remarks() else []
+        parts += _pictures(section.figures)
+    parts += _pictures(document.figures)
+    return "\n".join(parts)
+
+
+def _pictures(figures: Iterable[tuple[str, Figure]]) -> list[str]:
+    return [f"![{escape(figure.title)}](pictures/{name})\n" for name, figure in figures]
+
+
+def missing_table(missing: Iterable[Missing]) -> str:
+    """All sets that are not evaluated, with reason, source and licence: to be printed, and a table in Markdown."""
+    return table(layout.missing_table(missing))
+
+
+def table(content: layout.Table) -> str:
+    """A table whose columns have one width."""
+    cells = [tuple(map(escape, row)) for row in (content.head, *content.rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    right = content.numeric()
+
+    def line(row):
+        padded = (cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True))
+        return f"| {' | '.join(padded)} |\n"
+
+    rule = " | ".join("-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True))
+    return "".join([line(cells[0]), f"| {rule} |\n", *map(line, cells[1:])])
+
+
+def escape(text: str) -> str:
+    """On one line, with what Markdown would take for a cell's end, HTML or a link escaped."""
+    return re.sub(r"([\\|<\[`])", r"\\\1", " ".join(text.split()))
