@@ -61,7 +61,7 @@ def render(document: layout.Document) -> str:
         parts.append(f'<h2 id="task-{number}">{escape(task.capitalize())}</h2>\n')
         parts += [_section(section, anchors[section.name]) for section in sections]
     if document.figures:
-        parts += ["<h2 id="pictures">Pictures</h2>\n", *(_figure(figure) for _, figure in document.figures)]
+        parts += ['<h2 id="pictures">Pictures</h2>\n', *(_figure(figure) for _, figure in document.figures)]
     return "".join([*parts, "</body>\n</html>\n"])
 
 
@@ -70,7 +70,8 @@ def _contents(document: layout.Document) -> str:
     links = {"summary": "Summary"} | ({"missing": "Not evaluated"} if document.missing else {})
     links |= {f"task-{number}": task.capitalize() for number, (task, _, _) in enumerate(document.summary, 1)}
     links |= {"pictures": "Pictures"} if document.figures else {}
-    return f"<nav>{' · '.join(f'<a href="#{id}">{escape(name)}</a>' for id, name in links.items())}</nav>\n"
+    items = [f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in links.items()]
+    return f"<nav>{' · '.join(items)}</nav>\n"
 
 
 def _section(section: layout.Section, anchor: str) -> str:
