@@ -11,9 +11,7 @@ from flair_jax.report.values import PER_CLASS, Values, at_chance, by_set, differ
 MAIN = {"retrieval": ("text_to_image_R@1", "image_to_text_R@1")}  # in the summary; of other tasks the first metric
 MARK = "*"
 AT_CHANCE = "at chance"
-UNITS = (
-    "Numbers are percentages, but ranks count from 1. Differences from published numbers are measured minus published."
-)
+UNITS = "Numbers are percentages, except for ranks, which count from 1. A difference is measured minus published."
 NOT_WHOLE = f"{MARK} marks numbers of a set that is not whole, for the reason under its tables. Do not compare them."
 _NUMBER = re.compile(r"[-+]?[\d,.]+( to [\d,.]+)?\*?")
 
@@ -106,7 +104,10 @@ def document(
         warnings.append(
             f"Results are at chance level on {sets}: these weights look untrained, or are not this model's."
         )
+    missing = list(missing)
     notes = [*notes, UNITS]
+    if missing:
+        notes.append(f"{len(sections)} sets are evaluated; {len(missing)} are not, and are listed with the reason.")
     if any(section.details.reservations() for section in sections):
         notes.append(NOT_WHOLE)
     tasks = dict.fromkeys(section.details.task for section in sections)
@@ -116,7 +117,7 @@ def document(
         summary.append((task, _summary(task, own), own))
     shown = {(section.details.task, section.details.set) for section in sections}
     others = [(name, figure) for name, figure in pictures if (figure.task, figure.set) not in shown]
-    return Document(warnings, notes, summary, sections, list(missing), others)
+    return Document(warnings, notes, summary, sections, missing, others)
 
 
 def _mark(details: SetDetails) -> str:

@@ -34,6 +34,8 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
   overflow-wrap: normal; }
 thead th { background: var(--panel); font-weight: 600; vertical-align: bottom; } tbody th { font-weight: 400; }
+tbody th, thead th:first-child { position: sticky; left: 0; }
+tbody th { background: var(--back); max-width: 45vw; }
 .number { text-align: right; white-space: nowrap; }
 summary { cursor: pointer; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; background: #fff; }
@@ -94,7 +96,7 @@ def _table(table: layout.Table, anchors: Iterable[str] = ()) -> str:
     """A table; with `anchors` the first cell of each row is a link to one."""
     classes = [' class="number"' if number else "" for number in table.numeric()]
     anchors = list(anchors)
-    head = "".join(f'<th scope="col"{c}>{escape(cell)}</th>' for cell, c in zip(table.head, classes, strict=True))
+    head = "".join(f'<th scope="col"{c}>{_breakable(cell)}</th>' for cell, c in zip(table.head, classes, strict=True))
     rows = []
     for number, (first, *rest) in enumerate(table.rows):
         name = f'<a href="#{anchors[number]}">{escape(first)}</a>' if anchors else escape(first)
@@ -102,6 +104,11 @@ def _table(table: layout.Table, anchors: Iterable[str] = ()) -> str:
         rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>\n')
     body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(rows)}</tbody>"
     return f'<div class="scroll"><table>\n{body}\n</table></div>\n'
+
+
+def _breakable(name: str) -> str:
+    """A name that may be broken after each underscore: a column of numbers is narrower than `text_to_image_R@1`."""
+    return escape(name).replace("_", "_<wbr>")
 
 
 def _cell(text: str) -> str:
