@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import os
 import uuid
 from collections.abc import Iterable
@@ -90,7 +91,8 @@ def _replace(path: Any, content: bytes) -> None:
 
 
 def _json(content: Any) -> str:
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    numpy_scalar = operator.methodcaller("item")
+    return json.dumps(content, indent=2, allow_nan=False, default=numpy_scalar) + "\n"
 
 
 def _number(value: float | None) -> float | None:

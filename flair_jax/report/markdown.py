@@ -10,7 +10,7 @@ from flair_jax.report.base import Figure, Missing
 def render(document: layout.Document) -> str:
     """The text of report.md; pictures are linked as `pictures/NAME`."""
     parts = [f"**{escape(warning)}**\n" for warning in document.warnings]
-    parts += ["".join(f"- {escape(note)}\n" for note in document.notes)] if document.notes else []
+    parts += _list(document.notes)
     if len(document.sections) > 1:
         parts += [
             table(summary._replace(head=(f"summary: {task}", *summary.head[1:])))
@@ -22,12 +22,22 @@ def render(document: layout.Document) -> str:
         source = [f"source: {section.details.source}"] if section.details.source else []
         facts = " · ".join([*section.facts(), *source])
         alarm = ["**Results are at chance level.**\n"] if section.at_chance else []
-        parts += [f"## {escape(section.title)}\n", *([escape(facts) + "\n"] if facts else []), *alarm]
+        parts += [
+            f"## {escape(f'{section.details.task.capitalize()}: {section.title}')}\n",
+            *([escape(facts) + "\n"] if facts else []),
+            *alarm,
+        ]
         parts += [table(each) for each in (section.metrics, section.published, section.classes) if each]
-        parts += ["".join(f"- {escape(remark)}\n" for remark in section.remarks())] if section.remarks() else []
+        parts += _list(section.remarks())
         parts += _pictures(section.figures)
     parts += _pictures(document.figures)
     return "\n".join(parts)
+
+
+def _list(texts: Iterable[str]) -> list[str]:
+    # A sign at the start, such as the mark of a set, would begin a list or a heading inside the item.
+    items = [re.sub(r"^([*+#>-])", r"\\\1", escape(text)) for text in texts]
+    return ["".join(f"- {item}\n" for item in items)] if items else []
 
 
 def _pictures(figures: Iterable[tuple[str, Figure]]) -> list[str]:
