@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
+from flair_jax.evaluators import features
 from flair_jax.evaluators.features import Encoder, call, check_texts, one_behind
 from flair_jax.report import Result
 
@@ -283,7 +284,8 @@ class Retrieval:
       topk: texts that each image keeps; more than there are means all.
       pooling: some of `POOLINGS`, of the scores of a text's rows; one row a text needs none.
       label: of what is done with the texts, a part of the modes' names.
-      prepare: parameters -> those of this model, such as with longer position embeddings; None: as they are.
+      prepare: parameters -> those of this model, whose text tower is another one, such as with longer position
+        embeddings; None: as they are.
       image_batch, text_batch: sizes of batches. Results depend on neither, nor on the devices.
       mesh: see `features.Encoder`.
 
@@ -321,7 +323,11 @@ class Retrieval:
         self._model, self._data, self._preprocess = model, data, preprocess
         self._modes, self._pooling, self._label, self._prepare = tuple(modes), tuple(pooling), label, prepare
         self._topk = min(topk, len(data.tokens))
-        self._encoder = Encoder(model, preprocess, image_batch=image_batch, text_batch=text_batch, mesh=mesh)
+        sizes = dict(image_batch=image_batch, text_batch=text_batch, mesh=mesh)
+        self._encoder = self._text_encoder = Encoder(model, preprocess, **sizes)
+        if prepare is not None:
+            with features.session():  # the store's texts are those of the parameters as they were
+                self._text_encoder = Encoder(model, preprocess, **sizes)
         self._score, self._global_score, self._select, self._rescore = _programs(
             model, self._encoder.whole, len(data.tokens), self._topk
         )
@@ -419,12 +425,13 @@ class Retrieval:
     def _batches(self, params: Any) -> Iterator[tuple[np.ndarray, dict[str, tuple[list[jax.Array], Any]]]]:
         """Starts the work on each batch of images: their numbers, and by mode the score blocks with their columns."""
         texts, modes = len(self._data.tokens), self._modes
-        text = self._encoder.texts(params, self._data.tokens)
+        text = self._text_encoder.texts(params, self._data.tokens)
         rows = self._encoder.text_rows(texts)
         numbers = [np.minimum(np.arange(start, start + rows), texts - 1) for start in range(0, texts, rows)]
         blocks = [self._encoder.take([text], number) for number in numbers]
         finish = self._pooled()
-        for images, image in self._encoder.images(params, self._data.images):
+        patches = "flair" in modes or "topk" in modes
+        for images, image in self._encoder.images(params, self._data.images, local=patches):
             results = {}
             if "flair" in modes:
                 results |= finish("flair", [self._score(params, image, block) for block in blocks])
