@@ -29,6 +29,7 @@ from flair_jax.untrained import looks_untrained
 
 SHEET_IMAGES = 6
 SHEET_TEXTS = 4  # per image
+INTERNAL = ("preprocess", "mesh", "label", "prepare")  # arguments of evaluators that no config sets
 
 # Images, and for each its texts and their boxes or None: what a sheet of attention maps shows.
 Examples = tuple[Sequence[np.ndarray], Sequence[Sequence[str]], Sequence[Sequence[Any]]]
@@ -168,7 +169,7 @@ def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]
                 options[key] = followed[key]
         if missing := {key for key, needed in known.items() if needed} - options.keys():
             raise ValueError(f"evaluators.{name} of kind {kind!r} lacks {sorted(missing)}")
-        for key in ("modes", "sets"):
+        for key in ("modes", "pooling", "sets"):
             if key in options:
                 options[key] = names_of(options[key])
         found[name] = kind, options
@@ -206,7 +207,7 @@ def _keywords(function: Callable) -> dict[str, bool]:
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             found |= _keywords(Retrieval)
-        elif parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in ("preprocess", "mesh"):
+        elif parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in INTERNAL:
             found[parameter.name] = parameter.default is parameter.empty
     return found
 
