@@ -13,7 +13,8 @@ class Result:
     Attributes:
       task: "retrieval", "pointing", ….
       set: name of the data set.
-      metric: such as "text_to_image_R@1"; "chance" and "chance_…" are what a random answer gets.
+      metric: such as "text_to_image_R@1"; "chance" and "chance_…" are what a random answer gets. Of a class or another
+        part of the set with its name, such as "iou/cat".
       value: a float; a fraction, unless the metric is a rank.
       mode: how the model was used, a column of the set's table; empty where there is one way only.
     """

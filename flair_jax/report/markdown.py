@@ -27,7 +27,7 @@ def render(document: layout.Document) -> str:
             *([escape(facts) + "\n"] if facts else []),
             *alarm,
         ]
-        parts += [table(each) for each in (section.metrics, section.published, section.classes) if each]
+        parts += [table(each) for each in (section.metrics, section.published, *section.parts) if each]
         parts += _list(section.remarks())
         parts += _pictures(section.figures)
     parts += _pictures(document.figures)
