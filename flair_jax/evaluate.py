@@ -1,6 +1,7 @@
 """Evaluation: what a config lists, on the weights of a run or a file, as a report and pictures."""
 
 import contextlib
+import dataclasses
 import inspect
 import itertools
 import os
@@ -24,6 +25,7 @@ from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators import Pointing, PointingSet, Retrieval, RetrievalSet, Segmentation, SegmentationSet, features
 from flair_jax.evaluators.segmentation import IGNORE
 from flair_jax.evaluators.store import FeatureStore, fingerprint
+from flair_jax.untrained import looks_untrained
 
 SHEET_IMAGES = 6
 SHEET_TEXTS = 4  # per image
@@ -216,34 +218,75 @@ def due(config: Mapping[str, Any], step: int) -> list[str]:
     return [name for name, every in cadence.items() if every and step % every == 0]
 
 
+@dataclasses.dataclass
+class Findings:
+    """What an evaluation has found so far: the arguments of `report.write`."""
+
+    results: list[report.Result] = dataclasses.field(default_factory=list)
+    details: list[report.SetDetails] = dataclasses.field(default_factory=list)
+    figures: list[report.Figure] = dataclasses.field(default_factory=list)
+    missing: list[report.Missing] = dataclasses.field(default_factory=list)
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+    def write(self, workdir: epath.PathLike) -> None:
+        if jax.process_index() == 0:
+            report.write(workdir, **vars(self))
+
+
 def run(
     config: Mapping[str, Any],
     model: nn.Module,
     params: Any,
     workdir: epath.PathLike | None = None,
+    *,
     names: Sequence[str] | None = None,
+    notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
 ) -> list[report.Result]:
     """All results of a config's evaluators, each built when its turn comes and dropped before the next one.
 
     Args:
       config: the whole config.
       model, params: what to evaluate; every process takes part.
-      workdir: where to write the report after each evaluator, for nothing to be lost; None: nowhere.
+      workdir: where to write the report after each evaluator, for nothing to be lost; None: nowhere, and no figures.
       names: of the evaluators; None: all.
+      notes, warnings: texts for the top of the report.
     """
-    results: list[report.Result] = []
+    found = Findings(notes=notes, warnings=warnings)
     for name, (kind, options) in sections(config).items():
         if names is not None and name not in names:
             continue
         for evaluator in KINDS[kind][0](model, name, **options):
-            results += evaluator.run(params)
-            if workdir is not None and jax.process_index() == 0:
-                report.write(workdir, results)
-    found = [result.name for result in results]
-    if len(set(found)) < len(found):
-        twice = sorted({name for name in found if found.count(name) > 1})
+            try:
+                new = list(evaluator.run(params))
+            except evaluation_sets.UnusableSet as unusable:
+                found.missing.append(unusable.missing())
+                continue
+            found.results += new
+            if isinstance(evaluator, evaluation_sets.SetEvaluator):
+                found.details.append(evaluator.details())
+            if workdir is not None:
+                found.write(workdir)  # before the figures, which may take a while
+                found.figures += _figures(evaluator, params, new[0])
+    if workdir is not None:
+        found.write(workdir)
+    everything = [result.name for result in found.results]
+    if len(set(everything)) < len(everything):
+        twice = sorted({name for name in everything if everything.count(name) > 1})
         logging.warning("results of the same name, of which the last one counts: rename an evaluator. %s", twice)
-    return results
+    return found.results
+
+
+def _figures(evaluator: Any, params: Any, result: report.Result) -> list[report.Figure]:
+    """What an evaluator draws of the set of a result. What cannot be drawn is reported and ends nothing."""
+    drawn = []
+    try:
+        for title, image in evaluator.figures(params):
+            drawn.append(report.Figure.of(result.task, result.set, title, image))
+    except Exception:
+        logging.exception("a figure was not drawn; the report is whole")
+    return drawn
 
 
 def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float]:
@@ -261,14 +304,18 @@ def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, fl
     config = configuration.normalize(config)
     if not config["evaluators"]:
         raise ValueError("config.evaluators is empty: nothing to evaluate")
-    params, section = pretrained.read(config["init_from"] or workdir, config["model"])
+    weights = config["init_from"] or workdir
+    params, section = pretrained.read(weights, config["model"])
     config = {**config, "model": section}
     configuration.check(config)
     check(config)
     model = models.create(section)
+    warnings = looks_untrained(params)
+    for warning in warnings:
+        logging.warning("%s: %s", weights, warning)
     with jax.set_mesh(sharding.create_mesh(**config["mesh"])), _session(config, params, workdir):
         params = jax.device_put(params, sharding.replicated(jax.sharding.get_mesh()))
-        results = run(config, model, params, workdir)
+        results = run(config, model, params, workdir, notes=[f"weights: {weights}"], warnings=warnings)
         draw_attention_sheets(config, model, params, workdir)
     return report.flat(results)
 

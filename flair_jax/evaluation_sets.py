@@ -1,6 +1,7 @@
 """Public evaluation sets as evaluators: pictures become pixels, texts become tokens, what is missing is counted."""
 
 import collections
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,8 +12,9 @@ from absl import logging
 
 from flair_jax.data.benchmarks import base, table
 from flair_jax.data.transforms import images as image_rules
-from flair_jax.evaluators.features import BrokenImages
-from flair_jax.report import Result
+from flair_jax.evaluators.features import BrokenImages, session
+from flair_jax.progress import progress
+from flair_jax.report import Missing, Result, SetDetails, missing_table
 
 
 class Pixels(Sequence):
@@ -65,11 +67,18 @@ class UnusableSet(Exception):
     Attributes:
       benchmark: its entry in the table.
       reason: what is missing or wrong.
+      files: those that are not there, relative to the root.
     """
 
-    def __init__(self, benchmark: base.Benchmark, reason: str):
-        self.benchmark, self.reason = benchmark, reason
+    def __init__(self, benchmark: base.Benchmark, reason: str, files: Sequence[str] = ()):
+        self.benchmark, self.reason, self.files = benchmark, reason, tuple(files)
         super().__init__(f"{benchmark.name}: {reason}")
+
+    def missing(self) -> Missing:
+        """Its row in the report."""
+        entry = self.benchmark
+        reason = "" if self.files else self.reason
+        return Missing(entry.task, entry.name, entry.title, self.files, entry.licence, entry.source, reason)
 
 
 class SetEvaluator:
@@ -111,7 +120,9 @@ class SetEvaluator:
         """
         try:
             self.data = self.benchmark.read(self._root)
-        except (base.MissingError, base.AnnotationError, OSError) as error:
+        except base.MissingError as error:
+            raise UnusableSet(self.benchmark, str(error), error.files) from error
+        except (base.AnnotationError, OSError) as error:
             raise UnusableSet(self.benchmark, str(error)) from error
         absent = [number for number, picture in enumerate(self.data.pictures) if not picture.exists()]
         self._leave_out(dict.fromkeys(absent, "missing"))
@@ -127,14 +138,32 @@ class SetEvaluator:
         while True:
             self._evaluators, results = [], []
             try:
-                for evaluator in TASKS[self.benchmark.task](self._model, self.benchmark, self.data, self._options):
-                    self._evaluators.append(evaluator)
-                    results += evaluator.run(params)
+                with session(progress=functools.partial(progress, title=self.benchmark.name)):
+                    for evaluator in TASKS[self.benchmark.task](self._model, self.benchmark, self.data, self._options):
+                        self._evaluators.append(evaluator)
+                        results += evaluator.run(params)
                 return results
             except BrokenImages as broken:
                 for reason in broken.reasons.values():
                     logging.warning("%s: %s", self.benchmark.name, reason)
                 self._leave_out(dict.fromkeys(broken.reasons, "broken"))
+
+    def details(self) -> SetDetails:
+        """What the report says about the set, after `run`."""
+        benchmark = self.benchmark
+        return SetDetails(
+            benchmark.task,
+            benchmark.name,
+            title=benchmark.title,
+            counts=self.data.counts(),
+            expected=benchmark.expected(),
+            left_out=self.left_out.total(),
+            parts=self.data.parts,
+            licence=benchmark.licence,
+            source=benchmark.source,
+            published=benchmark.published,
+            notes=[note for evaluator in self._evaluators for note in getattr(evaluator, "notes", ())],
+        )
 
     def figures(self, params: Any) -> Iterator[tuple[str, Any]]:
         """(title, PIL image) of what `run` found."""
@@ -192,14 +221,8 @@ def evaluators(
         chosen.append(SetEvaluator(model, benchmark, pathlib.Path(root), allow_missing=allow_missing, options=options))
     unusable = list(filter(None, map(_problem, chosen)))
     if unusable:
-        lines = [
-            f"  {set_.benchmark.name}: {set_.reason}. From {set_.benchmark.source} ({set_.benchmark.licence})"
-            for set_ in unusable
-        ]
-        logging.warning(
-            "evaluators.%s: %d of %d sets cannot be evaluated:\n%s",
-            *(name, len(unusable), len(chosen), "\n".join(lines)),
-        )
+        rows = missing_table([problem.missing() for problem in unusable])
+        logging.warning("evaluators.%s: %d of %d sets cannot be evaluated\n%s", name, len(unusable), len(chosen), rows)
     yield from chosen
 
 

@@ -5,6 +5,7 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
 from shard_files import write_tar
 from test_faults import document, picture
 
@@ -50,6 +51,11 @@ class Fixed:
             raise RuntimeError("a broken set")
         yield from self.results
 
+    def figures(self, params):
+        self.log.append(f"draw {self.name}")
+        yield "a title", Image.new("RGB", (4, 4))
+        raise RuntimeError("no second picture")
+
 
 @pytest.fixture
 def fixed(monkeypatch):
@@ -84,6 +90,12 @@ def test_a_picture_that_fails_is_reported_and_ends_nothing(fixed, tmp_path, capl
     config = config_of(a={"kind": "fixed", "results": RESULTS[:2]})
     evaluate.draw_attention_sheets(config, types.SimpleNamespace(has_pooling=True), None, tmp_path)
     assert "evaluators.a was not drawn; the report is whole" in caplog.text and "no picture" in caplog.text
+    assert evaluate.run(
+        config | {"evaluators": {"a": {"kind": "fixed", "results": RESULTS[:1] * 2}}}, None, None, tmp_path
+    )
+    assert "a figure was not drawn" in caplog.text and "no second picture" in caplog.text
+    assert fixed[-3:] == ["build a 2", "run a 2", "draw a 2"]
+    assert "a title" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

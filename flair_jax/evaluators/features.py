@@ -61,8 +61,8 @@ _session: contextvars.ContextVar[Session] = contextvars.ContextVar("session")
 
 @contextlib.contextmanager
 def session(**options: Any) -> Iterator[None]:
-    """Encoders that are built in this context take part in `Session(**options)`."""
-    token = _session.set(Session(**options))
+    """Encoders that are built in this context share these options; other options are those of the context around."""
+    token = _session.set(dataclasses.replace(_session.get(Session()), **options))
     try:
         yield
     finally:
