@@ -24,7 +24,7 @@ from flair_jax.data.transforms.images import normalize
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators import Pointing, PointingSet, Retrieval, RetrievalSet, Segmentation, SegmentationSet, features
 from flair_jax.evaluators.segmentation import IGNORE
-from flair_jax.evaluators.store import FeatureStore, fingerprint
+from flair_jax.evaluators.store import FeatureStore
 from flair_jax.untrained import looks_untrained
 
 SHEET_IMAGES = 6
@@ -313,20 +313,20 @@ def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, fl
     warnings = looks_untrained(params)
     for warning in warnings:
         logging.warning("%s: %s", weights, warning)
-    with jax.set_mesh(sharding.create_mesh(**config["mesh"])), _session(config, params, workdir):
+    with jax.set_mesh(sharding.create_mesh(**config["mesh"])), _session(config, workdir):
         params = jax.device_put(params, sharding.replicated(jax.sharding.get_mesh()))
         results = run(config, model, params, workdir, notes=[f"weights: {weights}"], warnings=warnings)
         draw_attention_sheets(config, model, params, workdir)
     return report.flat(results)
 
 
-def _session(config: Mapping[str, Any], params: Any, workdir: epath.PathLike) -> contextlib.AbstractContextManager:
+def _session(config: Mapping[str, Any], workdir: epath.PathLike) -> contextlib.AbstractContextManager:
     """The feature store of an evaluation, on a file system that can append to files."""
     folder = config["feature_store"] or os.fspath(epath.Path(workdir) / "features")
     if "://" in folder:
         logging.warning("%s is in a store, which cannot keep features: --config.feature_store=FOLDER", folder)
         return contextlib.nullcontext()
-    return features.session(store=FeatureStore(folder, fingerprint(params, config["model"])))
+    return features.session(store=FeatureStore(folder))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
