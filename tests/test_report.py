@@ -215,12 +215,22 @@ def test_missing_sets_are_listed_with_reason_source_and_licence(tmp_path):
         ["RefCOCO", "pointing", "3 of 9 images are not there", "x", "MIT"],
     ]
     page = write(tmp_path, RESULTS, missing=MISSING)
-    for text in (report.missing_table(MISSING), (tmp_path / "report.md").read_text()):
-        assert all(row in cells(text) for row in rows)
-    assert all(row in page.rows for row in rows)
+    found = cells((tmp_path / "report.md").read_text())
+    assert all(row in found and row in page.rows for row in rows)
     assert any("3 sets are evaluated; 3 are not" in data for data, _ in page.texts)
     listed = json.loads((tmp_path / "report_details.json").read_text())["missing"]
     assert [len(one["files"]) for one in listed] == [2, 9, 0]
+
+
+def test_missing_sets_are_said_before_the_work_begins():
+    """Of many paths that would do the first one is named."""
+    sets = [*MISSING[:1], Missing("pointing", "x", files=["a or b", "c or d or e"], licence="MIT", source="there")]
+    assert report.missing_lines(sets) == (
+        "  DCI (retrieval): not found: dci/splits.json, dci/photos\n"
+        "      from https://example.org/dci (CC-BY-NC 4.0)\n"
+        "  x (pointing): not found: a or b, c (or 2 other paths)\n"
+        "      from there (MIT)\n"
+    )
 
 
 def test_values_that_json_does_not_know(tmp_path):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 
@@ -109,11 +109,24 @@ class Missing:
     reason: str = ""
 
     def why(self, most: int = 3) -> str:
-        """The reason; or the files, at most so many of them."""
-        files = ", ".join(self.files[:most])
+        """The reason; or the files, at most so many of them. Of paths that would do, "a or b or c", the first one."""
+        listed = ", ".join(map(_first_path, self.files[:most]))
         if len(self.files) > most:
-            files += f" and {len(self.files) - most:,} more"
-        return ": ".join(text for text in (self.reason or "not found", files) if text)
+            listed += f" and {len(self.files) - most:,} more"
+        return ": ".join(text for text in (self.reason or "not found", listed) if text)
+
+
+def _first_path(paths: str) -> str:
+    first, *others = paths.split(" or ")
+    return f"{first} (or {len(others)} other paths)" if len(others) > 1 else paths
+
+
+def missing_lines(missing: Iterable[Missing]) -> str:
+    """All sets that are not evaluated, with reason, source and licence: text to print."""
+    return "".join(
+        f"  {one.title or one.set} ({one.task}): {one.why()}\n      from {one.source} ({one.licence})\n"
+        for one in missing
+    )
 
 
 @dataclasses.dataclass(frozen=True)
