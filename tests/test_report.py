@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from conftest import TINY, load_golden
 from etils import epath
+from etils.epath import backend, gpath
 from PIL import Image
+from test_metrics import Store
 
 from flair_jax import models, progress, report, state, untrained
 from flair_jax.convert import names
@@ -342,6 +344,20 @@ def test_a_report_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         report.write(tmp_path, RESULTS[:4])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_report_in_a_store(monkeypatch):
+    """An object appears whole by itself; renaming one would be a copy."""
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: Store())
+    for _ in range(2):
+        text = report.write("gs://bucket/report", RESULTS, figures=figures())
+    folder = epath.Path("gs://bucket/report")
+    assert (folder / "report.md").read_text() == text
+    assert {path.name for path in folder.iterdir()} == {
+        *("report.json", "report_details.json", "report.md", "report.html", "pictures")
+    }
+    assert len(list((folder / "pictures").iterdir())) == 3
 
 
 def test_nothing_replaces_no_report(tmp_path):

@@ -8,7 +8,11 @@ from typing import NamedTuple
 from flair_jax.report.base import Figure, Missing, Published, Result, SetDetails
 from flair_jax.report.values import Values, at_chance, by_set, difference, text
 
-MAIN = {"retrieval": ("text_to_image_R@1", "image_to_text_R@1")}  # in the summary; of other tasks the first metric
+# Metrics in the summary, those of them that a set has; where it has none of them, its first one.
+MAIN = {
+    "retrieval": ("text_to_image_R@1", "image_to_text_R@1"),
+    "choice": ("accuracy", "text_score", "image_score", "group_score"),
+}
 MARK = "*"
 AT_CHANCE = "at chance"
 UNITS = "Numbers are percentages, except for ranks, which count from 1. A difference is measured minus published."

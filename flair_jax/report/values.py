@@ -28,7 +28,8 @@ class Values:
 
     @classmethod
     def of(cls, results: Iterable[Result]) -> "Values":
-        """
+        """Sorts results by their names.
+
         A metric with a slash is that of a part, such as "iou/cat". Chance of a metric is a result of that metric and
         the mode "chance"; a result whose metric is "chance" or "chance_…" belongs to the first metric of the set.
         """
@@ -73,7 +74,7 @@ def is_rank(metric: str) -> bool:
 def text(metric: str, value: float) -> str:
     """A value as the report shows it: in percent, unless it is a rank; of small ones two digits."""
     number = value if is_rank(metric) else 100 * value
-    return f"{number:.2g}" if 0 < number < 0.95 else f"{number:.1f}"
+    return f"{number:.2g}" if 0 < number < 1 else f"{number:.1f}"
 
 
 def difference(metric: str, measured: float, published: float) -> str:
