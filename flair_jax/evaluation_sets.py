@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 from absl import logging
+from flax.core import freeze
 
 from flair_jax import initialize
 from flair_jax.data.benchmarks import base, table
@@ -84,7 +85,7 @@ def retrieval(
     for way in (ways,) if isinstance(ways, str) else ways:
         yield evaluator(model, way, "" if way == "truncate" else way)
     if longer is not None and longer > model.context_length:
-        long_model = model.clone(text_options={**model.text_options, "context_length": longer})
+        long_model = model.clone(text_options=freeze({**model.text_options, "context_length": longer}))
         stretch = functools.partial(initialize.stretch_context, length=longer)
         yield evaluator(long_model, "truncate", f"{longer} tokens", prepare=stretch)
 
