@@ -61,6 +61,7 @@ EXTRAS["test"] = [
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff>=0.17",
+    "scikit-learn>=1.9",  # metrics to compare with; torchmetrics and clip-benchmark need PyTorch, and are optional
     "setuptools>=77",  # a test builds the wheel without network
     "tensorboard>=2.21",
     "transformers>=5.23",
@@ -80,7 +81,11 @@ setup(
     python_requires=">=3.11",
     packages=[*FOLDERS, *(f"{name}.{part}" for name, folder in FOLDERS.items() for part in find_packages(folder))],
     package_dir=FOLDERS,
-    package_data={"flair_jax.data.transforms": ["*.txt.gz"], "flair_jax.convert": ["*.ipynb"]},
+    package_data={
+        "flair_jax.data.benchmarks.prompts": ["*.json"],
+        "flair_jax.data.transforms": ["*.txt.gz"],
+        "flair_jax.convert": ["*.ipynb"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )
