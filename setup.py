@@ -36,6 +36,7 @@ REQUIRES = [
     "pillow>=12.3",
     "protobuf>=6.33",
     "safetensors>=0.8",
+    "scipy>=1.17",
     "sentencex>=1.0.32",
     "simplejpeg>=1.9",
     "tensorboardX>=2.6.5",  # writes TensorBoard's files without TensorFlow; to look at them: pip install tensorboard

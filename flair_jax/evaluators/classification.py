@@ -261,9 +261,10 @@ class Classification:
         vectors = np.asarray(normalize(self._class_means(unit.T).T))  # (C, D)
         vectors = prompts.replace(pooled=jax.device_put(vectors, encoder.whole))
         texts = {mode: self._blocks(prompts if mode == "flair_after" else vectors) for mode in self._modes}
+        local = self._modes != ("global",)
 
         def batches():
-            for numbers, image in encoder.images(params, images):
+            for numbers, image in encoder.images(params, images, local=local):
                 started = {
                     mode: [encoder.apply(MODES[mode], params, image, block) for block in blocks]
                     for mode, blocks in texts.items()

@@ -25,13 +25,19 @@ def _file(name: str) -> dict[str, list[str]]:
 
 
 def class_names(name: str) -> list[tuple[str, ...]]:
-    """The classes of a set of CLIP_benchmark, in the order of its labels. Raises KeyError: it lists none."""
-    return [(text,) for text in _file("class_names.json")[name]]
+    """The classes of a set of CLIP_benchmark, in the order of its labels. Raises ValueError: it lists none."""
+    return [(text,) for text in _of_set("class_names.json", name)]
 
 
 def templates(name: str) -> tuple[str, ...]:
-    """The templates of a set of CLIP_benchmark. Raises KeyError: it lists none."""
-    return tuple(_file("templates.json")[name])
+    """The templates of a set of CLIP_benchmark. Raises ValueError: it lists none."""
+    return tuple(_of_set("templates.json", name))
+
+
+def _of_set(file: str, name: str) -> list[str]:
+    if name not in _file(file):
+        raise ValueError(f"{file} has no set {name!r}; there are {', '.join(_file(file))}")
+    return _file(file)[name]
 
 
 def imagenet_folders(name: str = "imagenet1k") -> list[str]:
