@@ -446,6 +446,19 @@ def test_prompts_of_descriptions():
     ]
     with pytest.raises(ValueError, match=r"1 of 2 classes are not described, among them \['cow'\]"):
         prompts.from_descriptions([("hen",), ("cow",)], descriptions)
+    with pytest.raises(ValueError, match="have the same name but for case and punctuation"):
+        prompts.from_descriptions([("hen",)], {"hen": [], "Hen": ["two legs"]})
+
+
+def test_descriptions_are_found_by_number_where_names_show_the_order():
+    """As ImageNet's: "missile" twice in CLIP's list, "eft" where CLIP says "newt"."""
+    classes = [("Black_footed Albatross",), ("newt",), ("missile",), ("cowboy hat",), ("missile",)]
+    texts = {"black-footed albatross": ["0"], "eft": ["1"], "missile": ["2"], "cowboy hat": ["3"], "projectile": ["4"]}
+    found = prompts.from_descriptions(classes, texts, ("{c},",))
+    assert [own[0].rpartition(" ")[2] for own in found] == list("01234") and found[4] == ["missile, which has 4"]
+    other_order = {name: texts[name] for name in reversed(texts)}
+    with pytest.raises(ValueError, match=r"1 of 5 classes are not described, among them \['newt'\]"):
+        prompts.from_descriptions(classes, other_order)
 
 
 @pytest.mark.golden

@@ -1,5 +1,7 @@
 """Zero-shot classification: metrics against scikit-learn, torchmetrics and CLIP_benchmark, scores against the model."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -229,6 +231,7 @@ def test_scores_of_a_model_are_what_the_modes_say(tiny_model, tiny_params):
     data = ClassificationSet("tiny", ("a", "b", "c"), images, labels, tokens, owner)
     scores = evaluator(data, tiny_model, image_batch=2, text_batch=3, mesh=mesh(1)).scores(tiny_params)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def call(method, *args):
         return tiny_model.apply({"params": tiny_params}, *args, method=method)
 
@@ -315,6 +318,7 @@ def test_broken_weights_and_half_precision_scores_are_refused():
         ({"labels": np.zeros((4, 2))}, r"labels float64 \(4, 2\)"),
         ({"class_of_prompt": np.array([0, 0, 0])}, r"no prompt for the classes \['warm'\]"),
         ({"class_of_prompt": np.array([0, 1, 2])}, "texts belong to numbers from 0 to 2"),
+        ({"labels": np.zeros((4, 2), bool)}, "no image has a class"),
         ({"images": [], "labels": np.zeros(0, int)}, "at least one image"),
     ],
 )

@@ -60,6 +60,8 @@ class ClassificationSet:
             raise ValueError(
                 f"{self.name}: labels run from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}"
             )
+        if several and not labels.any():
+            raise ValueError(f"{self.name}: no image has a class")
         check_texts(self.name, self.tokens, self.class_of_prompt, classes)
         if missing := set(range(classes)) - set(self.class_of_prompt.tolist()):
             raise ValueError(f"{self.name}: no prompt for the classes {[self.classes[c] for c in sorted(missing)][:5]}")

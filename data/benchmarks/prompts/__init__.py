@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,14 +71,21 @@ def from_descriptions(
 
     Args:
       classes: with their names.
-      descriptions: name of a class, any of its names -> descriptions. Case and underscores do not matter.
+      descriptions: class -> descriptions. A class is found by any of its names; case and punctuation do not matter. Or
+        by its number, where there are as many descriptions as classes and most stand at the number of their class:
+        Menon and Vondrick's file for ImageNet calls a few classes by other names than CLIP.
       templates: texts that a relative clause can follow.
 
     Raises:
-      ValueError: a class is not described, or see `from_templates`.
+      ValueError: a class is not described, or two descriptions are of the same name, or see `from_templates`.
     """
     described = {_canonical(name): list(texts) for name, texts in descriptions.items()}
-    found = [next((key for name in names if (key := _canonical(name)) in described), None) for names in classes]
+    if len(described) < len(descriptions):
+        raise ValueError("two of the classes that are described have the same name but for case and punctuation")
+    names_of = [[_canonical(name) for name in names] for names in classes]
+    keys = list(described)
+    ordered = len(keys) == len(classes) and 2 * sum(map(list.__contains__, names_of, keys)) > len(keys)
+    found = keys if ordered else [next((name for name in names if name in described), None) for names in names_of]
     if missing := [names[0] for names, key in zip(classes, found, strict=True) if key is None]:
         raise ValueError(
             f"{len(missing)} of {len(classes)} classes are not described, among them {missing[:5]}; there are "
@@ -104,7 +112,7 @@ def relative_clause(description: str) -> str:
 
 
 def _canonical(name: str) -> str:
-    return " ".join(name.replace("_", " ").lower().split())
+    return re.sub(r"[\W_]+", " ", name.lower()).strip()
 
 
 def read_json(path: str | os.PathLike) -> Any:
