@@ -212,6 +212,23 @@ LAYOUTS = {
 }
 
 
+def coco(**changes) -> str:
+    """COCO's instances: image 7 with a cat and two dogs, image 3 with nothing."""
+    content = {
+        "images": [{"id": 7, "file_name": "000007.jpg"}, {"id": 3, "file_name": "000003.jpg"}],
+        "categories": [{"id": 17, "name": "cat"}, {"id": 18, "name": "dog"}, {"id": 1, "name": "person"}],
+        "annotations": [{"image_id": 7, "category_id": category} for category in (17, 18, 18)],
+    }
+    return json.dumps(content | changes)
+
+
+LAYOUTS["coco_objects"] = (
+    {"coco/annotations/instances_val2017.json": coco()},
+    {"coco/images/val2017/000003.jpg": [False] * 3, "000007.jpg": [False, True, True]},
+    {0: "person", 1: "cat", 2: "dog"},
+)
+
+
 def test_every_set_of_the_table_has_a_miniature():
     assert LAYOUTS.keys() == {entry.name for entry in classification.BENCHMARKS}
 
@@ -227,7 +244,7 @@ def test_native_layout(tmp_path, name):
     if isinstance(expected, dict):
         assert len(data.pictures) == len(expected)
         for picture, label, (path, number) in zip(data.pictures, data.labels, expected.items(), strict=True):
-            assert picture.path.startswith(str(tmp_path)) and picture.path.endswith(path) and label == number
+            assert picture.path.startswith(str(tmp_path)) and picture.path.endswith(path) and np.all(label == number)
     else:
         assert data.labels.tolist() == expected
     assert {number: data.classes[number] for number in names} == {number: (name,) for number, name in names.items()}
@@ -301,6 +318,14 @@ def test_pixels_without_a_header(tmp_path, name, side, header):
         ("cars", {"stanford_cars/cars_test_annos_withlabels.mat": mat(annotations=np.ones(3))}, "fname and class"),
         ("cub", {"cub/CUB_200_2011/train_test_split.txt": "1 0\n"}, "name others"),
         ("caltech101", {"caltech101/101_ObjectCategories/more/x.jpg": ""}, "103 folders; expected one for each of 102"),
+        ("coco_objects", {"coco/annotations/instances_val2017.json": "{}"}, "expected COCO's images"),
+        ("coco_objects", {"coco/annotations/instances_val2017.json": "[1"}, "no JSON"),
+        ("coco_objects", {"coco/annotations/instances_val2017.json": coco(images=[])}, "image 7, which is not listed"),
+        (
+            "coco_objects",
+            {"coco/annotations/instances_val2017.json": coco(categories=[{"id": 1, "name": "a"}] * 2)},
+            "stands twice",
+        ),
         ("gtsrb", {"gtsrb/GT-final_test.csv": "a;b\n1;2\n"}, "expected the columns Filename and ClassId"),
     ],
 )

@@ -1,6 +1,7 @@
 """Zero-shot classification: metrics against scikit-learn, torchmetrics and CLIP_benchmark, scores against the model."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -140,7 +141,8 @@ def test_equal_scores_get_chance_or_nothing():
     assert two == {"acc1": 0, "mean_per_class": 0, "roc_auc": 0.5}
     several = np.random.default_rng(0).random((40, 3)) < 0.3
     equal = classification_metrics(np.ones((40, 3), np.float32), several)
-    assert equal == pytest.approx(classification_chance(several, 3)) and equal["average_precision"] < 0.5
+    assert equal == pytest.approx(dict.fromkeys(equal, several.mean()))
+    assert equal["average_precision"] < classification_chance(several, 3)["average_precision"]
 
 
 def test_a_guess_is_at_chance():
@@ -152,6 +154,14 @@ def test_a_guess_is_at_chance():
     chance = classification_chance(several, 4)
     assert guess["average_precision"] == pytest.approx(chance["average_precision"], abs=0.01)
     assert chance["average_precision"] == pytest.approx(0.8 / 3, abs=0.01)
+
+
+def test_chance_of_average_precision_is_the_mean_over_all_orders():
+    positive = np.array([True, False, True, False, False, False])
+    orders = [average_precision(np.array(order), positive) for order in itertools.permutations(range(6))]
+    labels = np.stack([positive, np.zeros(6, bool)], axis=1)
+    assert classification_chance(labels, 2)["average_precision"] == pytest.approx(np.mean(orders))
+    assert classification_chance(np.ones((1, 1), bool), 1)["average_precision"] == 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -260,7 +270,9 @@ def test_classes_with_the_same_prompts_tie_to_the_bit():
     assert flat(evaluator(data, ties="first").run({}))["classification/colours/global/acc1"] == 0.25
 
 
-def test_several_labels_and_the_main_metric(caplog):
+def test_several_labels_and_the_main_metric():
+    harmonic = (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4
+    expected = {n: harmonic + (n - 1) / 3 * (1 - harmonic) for n in (2, 3)}  # of 4 images
     labels = np.array([[0, 1, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]], bool)
     data = colour_set(
         classes=("blue", "red", "pink"), labels=labels, tokens=texts(2, 0, 0), class_of_prompt=np.arange(3)
@@ -273,7 +285,7 @@ def test_several_labels_and_the_main_metric(caplog):
         ("chance", ""),
         ("classes_without_images", ""),
     ]
-    assert [result.value for result in results] == [1, 1, pytest.approx((3 / 4 + 2 / 4) / 2), 1]
+    assert [result.value for result in results] == [1, 1, pytest.approx((expected[3] + expected[2]) / 2), 1]
     (title, bars), (_, examples) = run.figures({})
     assert title == "Average precision by class, flair_after"
     assert bars.mode == examples.mode == "RGB" and examples.width > 500
@@ -358,6 +370,16 @@ def test_the_most_confused_classes_are_shown(monkeypatch):
     (axes,) = shown["axes"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["class 3", "class 7", "class 8"]
     assert {(*text.get_position(), text.get_text()) for text in axes.texts} == {(1, 0, "5"), (0, 0, "2"), (0, 2, "4")}
+
+
+def test_bars_show_the_worst_and_the_best_classes(monkeypatch):
+    shown = {}
+    monkeypatch.setattr(figures, "_image", lambda figure: shown.update(axes=figure.axes))
+    monkeypatch.setattr(figures, "BARS", 4)
+    figures.bars([f"class {number}" for number in range(7)], np.array([0.5, np.nan, 0.1, 0.9, 0.6, 0.2, 0.8]))
+    (axes,) = shown["axes"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["class 2", "class 5", "class 6", "class 3"]
+    assert [bar.get_width() for bar in axes.patches] == [0.1, 0.2, 0.8, 0.9]
 
 
 def test_examples_are_of_different_classes_first():

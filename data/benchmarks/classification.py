@@ -66,6 +66,7 @@ _RESISC = "resisc45/NWPU-RESISC45|NWPU-RESISC45|resisc45"
 _COUNTRY = "country211/test|country211/country211/test"
 _SST2 = "rendered-sst2/test|renderedsst2/rendered-sst2/test"
 _GTSRB = "gtsrb|GTSRB"
+_COCO = "coco/annotations/instances_val2017.json|coco/instances_val2017.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -468,6 +469,34 @@ def _read_gtsrb(root: pathlib.Path) -> Classification:
     return _data(folder, path, rows, prompts.class_names("gtsrb"), prompts.templates("gtsrb"))
 
 
+def _read_coco(root: pathlib.Path) -> Classification:
+    """Which of COCO's 80 categories an image has an object of, crowds included; an image may have none."""
+    path = find(root, _COCO)
+    try:
+        content = prompts.read_json(path)
+        categories = {int(row["id"]): row["name"] for row in content["categories"]}
+        names = {int(row["id"]): row["file_name"] for row in content["images"]}
+        objects = [(int(row["image_id"]), int(row["category_id"])) for row in content["annotations"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise AnnotationError(f"{path}: expected COCO's images, annotations and categories; {error!r}") from error
+    if len(names) < len(content["images"]) or len(categories) < len(content["categories"]):
+        raise AnnotationError(f"{path}: an id of an image or a category stands twice")
+    rows, columns = ({key: number for number, key in enumerate(sorted(ids))} for ids in (names, categories))
+    labels = np.zeros((len(rows), len(columns)), bool)
+    for image, category in objects:
+        if image not in rows or category not in columns:
+            raise AnnotationError(f"{path}: an object of category {category} in image {image}, which is not listed")
+        labels[rows[image], columns[category]] = True
+    folder = find_folder(root, "coco/images/val2017|coco/val2017")
+    pictures = [inside(folder, names[image], path) for image in rows]
+    classes = [(categories[key],) for key in columns]
+    return Classification(pictures, labels, classes, prompts.templates("voc2007_multilabel"))
+
+
+def _count_coco(path: pathlib.Path) -> int:
+    return len(prompts.read_json(path)["images"])
+
+
 def _mat(path: pathlib.Path, *names: str) -> list[np.ndarray]:
     """Arrays of a MATLAB file by name.
 
@@ -733,5 +762,10 @@ BENCHMARKS = (
             File(_in(_GTSRB, "Final_Test/Images", "GTSRB/Final_Test/Images")),
         ),
         *("https://benchmark.ini.rub.de/gtsrb_news.html", "CC0"),
+    ),
+    _entry(
+        *("coco_objects", "COCO val2017, categories of objects", _read_coco, 5_000, 80),
+        (File(_COCO, 5_000, _count_coco), File("coco/images/val2017|coco/val2017")),
+        *("https://cocodataset.org/#download", "CC-BY-4.0"),
     ),
 )

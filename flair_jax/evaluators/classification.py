@@ -126,16 +126,21 @@ def present_classes(labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 def classification_chance(labels: np.ndarray, classes: int) -> dict[str, float]:
-    """What a guess gets in each metric that the labels allow, whose names these are.
+    """What a random guess is expected to get in each metric that the labels allow, whose names these are.
 
-    One class per image: `acc1`, `acc5` (at least 5 classes), `mean_per_class`, `roc_auc` (2 classes, each with images),
-    for a guess at random. Several: `average_precision` and `voc_11_point_map`, for equal scores everywhere, which is
-    the share of images that have the class.
+    One class per image: `acc1`, `acc5` (at least 5 classes), `mean_per_class`, `roc_auc` (2 classes, each with images).
+    Several: `average_precision`, and `voc_11_point_map`, for which it is the same number and a little too low.
+
+    In a random order of N images, n of them positive, the first k hold (k - 1) (n - 1) / (N - 1) other positives if
+    number k is one. So the average precision is the mean over k of (1 + (k - 1) (n - 1) / (N - 1)) / k, which is above
+    n / N where images are few.
     """
     present = present_classes(labels, classes)
     if labels.ndim == 2:
-        share = float(labels.mean(0)[present].mean())
-        return {"average_precision": share, "voc_11_point_map": share}
+        images, positives = len(labels), labels.sum(0)[present]
+        harmonic = np.mean(1 / np.arange(1, images + 1))
+        expected = harmonic + (positives - 1) / max(images - 1, 1) * (1 - harmonic)
+        return dict.fromkeys(("average_precision", "voc_11_point_map"), float(expected.mean()))
     chance = {"acc1": 1 / classes}
     if classes >= 5:
         chance["acc5"] = 5 / classes
@@ -340,8 +345,11 @@ def _summary(scores: np.ndarray, labels: np.ndarray) -> Mapping[str, np.ndarray]
     much its best true class leads over all others, (I,); with several labels the average precision of each class, NaN
     where there is none, (C,).
     """
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :3]
     truth = labels if labels.ndim == 2 else labels[:, None] == np.arange(scores.shape[1])
+    best, others = np.empty((len(scores), min(3, scores.shape[1])), int), scores.copy()
+    for column in best.T:  # of equal scores the first
+        column[:] = others.argmax(1)
+        others[np.arange(len(scores)), column] = -np.inf
     lead = np.where(truth, scores, -np.inf).max(1) - np.where(truth, -np.inf, scores).max(1)
     kept = {"best": best, "best_scores": np.take_along_axis(scores, best, axis=1), "margin": lead}
     if labels.ndim == 2:

@@ -10,7 +10,7 @@ from PIL import Image
 CLASSES = 15  # of a confusion matrix, at most
 BARS = 30
 EXAMPLES = 5  # images that are right, and as many that are wrong
-NAME = 24  # characters of a class's name
+NAME, TITLE = 24, 36  # characters of a class's name, and of an image's title
 
 
 def confusion(classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> Image.Image:
@@ -47,15 +47,16 @@ def confusion(classes: Sequence[str], labels: np.ndarray, predictions: np.ndarra
 
 
 def bars(classes: Sequence[str], precision: np.ndarray) -> Image.Image:
-    """Average precision of the classes, float (C,), the worst ones if there are many; those without one (NaN) are left
-    out.
-    """
-    order = np.argsort(precision, kind="stable")[: min(BARS, int(np.isfinite(precision).sum()))]
+    """Average precision of the classes, float (C,); of many the worst and the best, without those of none (NaN)."""
+    order = np.argsort(precision, kind="stable")[: np.isfinite(precision).sum()]
+    if len(order) > BARS:
+        order = np.concatenate([order[: BARS // 2], order[-BARS // 2 :]])
     figure = Figure(figsize=(6, 1 + 0.25 * len(order)), layout="constrained")
     axes = figure.add_subplot()
-    axes.barh(range(len(order)), precision[order])
+    axes.bar_label(axes.barh(range(len(order)), precision[order]), fmt="%.2f", padding=3, size=8)
     axes.set_yticks(range(len(order)), [_short(classes[c]) for c in order])
-    axes.set_xlim(0, 1)
+    axes.set_xlim(0, 1.1)
+    axes.set_ylim(-1, len(order))
     axes.set_xlabel("average precision")
     return _image(figure)
 
@@ -90,7 +91,7 @@ def examples(
         for axes, image in zip(row, chosen, strict=False):
             axes.imshow(images[int(image)])
             axes.set_title(
-                f"{title}: {', '.join(_short(classes[c]) for c in np.flatnonzero(truth[image])[:3])}", size=9
+                _short(f"{title}: {', '.join(classes[c] for c in np.flatnonzero(truth[image]))}", TITLE), size=9
             )
             for line, (name, score) in enumerate(zip(best[image], scores[image], strict=True)):
                 axes.text(
@@ -110,8 +111,8 @@ def _spread(order: np.ndarray, allowed: np.ndarray, truth: np.ndarray) -> list[i
     return list(dict.fromkeys([*reversed(first_of_class.values()), *order]))[:EXAMPLES]
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= NAME else f"{name[: NAME - 1]}…"
+def _short(text: str, length: int = NAME) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def _image(figure: Figure) -> Image.Image:
