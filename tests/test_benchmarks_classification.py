@@ -344,7 +344,7 @@ def test_broken_annotations_are_named(tmp_path, name, changes, message):
 def test_own_folders(tmp_path):
     write(tmp_path, **folders("my set/pictures", "red_things", "blue"))
     entry, other = table.select(["folders:my set/pictures", f"folders:{tmp_path}/my set/pictures"])
-    assert entry.name == other.name == "pictures" and entry.task == "classification"
+    assert entry.name == "my set_pictures" != other.name and entry.task == "classification"
     data = entry.read(tmp_path)
     assert data.classes == [("blue",), ("red things",)] and data.labels.tolist() == [0, 0, 1, 1]
     assert [os.path.basename(picture.path) for picture in data.pictures] == ["a.png", "b.JPG"] * 2

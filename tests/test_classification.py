@@ -267,7 +267,12 @@ def test_classes_with_the_same_prompts_tie_to_the_bit():
     assert {name: value for name, value in flat(run.run({})).items() if "acc1" in name} == {
         f"classification/colours/{mode}/acc1": 0 for mode in classification.MODES
     }
-    assert flat(evaluator(data, ties="first").run({}))["classification/colours/global/acc1"] == 0.25
+    first = evaluator(data, ties="first")
+    assert flat(first.run({}))["classification/colours/global/acc1"] == 0.25
+    same = "Classes with the same prompts as another one, with which they tie: warm"
+    assert run.notes == [same, "Among equal scores the true class comes last"]
+    assert first.notes == [same, "Among equal scores the class with the lower number comes first"]
+    assert evaluator().notes == run.notes[1:]
 
 
 def test_several_labels_and_the_main_metric():
@@ -304,7 +309,7 @@ def test_a_model_without_pooling_has_one_mode():
 def test_pooling_for_too_many_pairs_is_left_out_unless_asked_for(monkeypatch, caplog):
     monkeypatch.setattr(classification, "AFTER_PAIRS", 11)  # 4 images, 3 prompts
     assert list(evaluator().scores({})) == ["flair_before", "global"]
-    assert "flair_after is left out" in caplog.text and "1.2e+01 pairs" in caplog.text
+    assert "flair_after is left out: it would pool 1.2e+01 pairs" in caplog.text
     assert list(evaluator(modes=("flair_after",)).scores({})) == ["flair_after"]
 
 
@@ -344,8 +349,15 @@ def test_unknown_options_are_refused():
         evaluator(metric="acc5")  # two classes
     with pytest.raises(ValueError, match="ties 'last'"):
         evaluator(ties="last")
-    with pytest.raises(ValueError, match="roc_auc"):  # of one class no image is there
-        evaluator(colour_set(labels=np.zeros(4, int)), metric="roc_auc")
+    several = np.ones((4, 2), bool)
+    with pytest.raises(ValueError, match="metric 'roc_auc'; its labels allow"):
+        evaluator(colour_set(labels=several), metric="roc_auc")
+
+
+def test_a_part_of_a_set_without_images_of_one_class_has_no_auc():
+    run = evaluator(colour_set(labels=np.zeros(4, int)), metric="roc_auc", modes=("global",), mesh=mesh(1))
+    assert [result.metric for result in run.run({})] == ["acc1", "mean_per_class", "chance", "classes_without_images"]
+    assert run.notes[0] == "One of the two classes has no image, so that roc_auc is not defined"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def located(name: str) -> Benchmark:
         read, files = functools.partial(_read_tfds, name=name), ()
     else:
         raise ValueError(f"{name!r}; expected {FOLDERS}DIR or {TFDS}NAME?split=…")
-    title = pathlib.PurePath(where).name if name.startswith(FOLDERS) else where.strip("/").replace("/", "_")
+    title = where.strip("/").replace("/", "_")
     return Benchmark(title, "classification", title, files, read, licence="not known", source="not known")
 
 
@@ -245,6 +245,7 @@ def _read_folders(root: pathlib.Path, where: str) -> Classification:
     return class_folders(root / pathlib.Path(where).expanduser())
 
 
+@functools.lru_cache(maxsize=4)  # the pass over all records is made once
 def _read_tfds(root: pathlib.Path, name: str) -> Classification:
     del root
     try:

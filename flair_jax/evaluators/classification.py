@@ -21,7 +21,7 @@ from flair_jax.report import Result
 
 MODES = {"flair_before": "score", "flair_after": "score", "global": "global_score"}  # and what each asks the model for
 AFTER_PAIRS = 2**30  # more pairs of an image and a prompt than these are pooled only when asked for
-TIES = ("wrong", "first")
+TIES = {"wrong": "the true class comes last", "first": "the class with the lower number comes first"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +205,9 @@ class Classification:
     Pooling per prompt costs ViT-B/16 about 1 MFLOP a pair: for ImageNet's 80,000 prompts twice what the image tower
     needs, 4e9 pairs in all.
 
+    Attributes:
+      notes: texts for the report, such as the rule for ties.
+
     Args:
       model: a module with `encode_image`, `encode_text`, `score` and `global_score`.
       data: what to classify.
@@ -233,31 +236,51 @@ class Classification:
         text_batch: int = 512,
         mesh: Mesh | None = None,
     ):
+        self._data, self.notes = data, []
         available = tuple(MODES) if model.has_pooling else ("global",)
         if modes is None:
-            modes = available
-            pairs = len(data.images) * len(data.tokens)
+            modes, pairs = available, len(data.images) * len(data.tokens)
             if "flair_after" in modes and pairs > AFTER_PAIRS:
-                logging.warning(
-                    "classification/%s: mode flair_after is left out, it would pool %.1e pairs of an image and a "
-                    "prompt; to have it all the same name it in modes",
-                    *(data.name, pairs),
-                )
                 modes = tuple(mode for mode in modes if mode != "flair_after")
+                self._note(
+                    f"Mode flair_after is left out: it would pool {pairs:.1e} pairs of an image and a prompt. "
+                    "Named in modes it runs all the same"
+                )
         if not modes or set(modes) - set(available):
             raise ValueError(f"classification modes are {tuple(modes)}; expected one or more of {available}")
-        self._chance = classification_chance(data.labels, len(data.classes))
-        metric = next(iter(self._chance)) if metric is None else metric
-        if metric not in self._chance:
-            raise ValueError(f"classification/{data.name}: metric {metric!r}; its labels allow {tuple(self._chance)}")
         if ties not in TIES:
             raise ValueError(f"classification/{data.name}: ties {ties!r}; expected one of {TIES}")
-        self._data, self._modes, self._metric, self._ties = data, tuple(modes), metric, ties
+        self._chance = classification_chance(data.labels, len(data.classes))
+        first = next(iter(self._chance))
+        metric = first if metric is None else metric
+        two = data.labels.ndim == 1 and len(data.classes) == 2
+        if metric == "roc_auc" and two and metric not in self._chance:
+            self._note(f"One of the two classes has no image, so that {metric} is not defined")
+            metric = first
+        if metric not in self._chance:
+            raise ValueError(f"classification/{data.name}: metric {metric!r}; its labels allow {tuple(self._chance)}")
+        if alike := self._alike(data):
+            self._note(f"Classes with the same prompts as another one, with which they tie: {', '.join(alike)}")
+        if data.labels.ndim == 1:
+            self.notes.append(f"Among equal scores {TIES[ties]}")
+        self._modes, self._metric, self._ties = tuple(modes), metric, ties
         self._encoder = Encoder(model, preprocess, image_batch=image_batch, text_batch=text_batch, mesh=mesh)
         order = np.argsort(data.class_of_prompt, kind="stable")
         self._tokens = data.tokens[order]  # class by class
         self._count = np.bincount(data.class_of_prompt)  # (C,) prompts of each class
         self._kept: dict[str, np.ndarray] = {}
+
+    def _note(self, text: str) -> None:
+        logging.warning("classification/%s: %s", self._data.name, text)
+        self.notes.append(text)
+
+    @staticmethod
+    def _alike(data: ClassificationSet) -> list[str]:
+        """Names of the classes whose prompts are those of an earlier class."""
+        order = np.argsort(data.class_of_prompt, kind="stable")
+        own = np.split(data.tokens[order], np.cumsum(np.bincount(data.class_of_prompt))[:-1])
+        prompts = [np.unique(tokens, axis=0).tobytes() for tokens in own]
+        return [name for number, name in enumerate(data.classes) if prompts.index(prompts[number]) < number]
 
     def scores(self, params: Any) -> dict[str, np.ndarray]:
         """The score matrix of every mode, float32 (I, C)."""
