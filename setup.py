@@ -36,6 +36,7 @@ REQUIRES = [
     "pillow>=12.3",
     "protobuf>=6.33",
     "safetensors>=0.8",
+    "scipy>=1.17",
     "sentencex>=1.0.32",
     "simplejpeg>=1.9",
     "tensorboardX>=2.6.5",  # writes TensorBoard's files without TensorFlow; to look at them: pip install tensorboard
@@ -61,6 +62,7 @@ EXTRAS["test"] = [
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff>=0.17",
+    "scikit-learn>=1.9",  # metrics to compare with; torchmetrics and clip-benchmark need PyTorch, and are optional
     "setuptools>=77",  # a test builds the wheel without network
     "tensorboard>=2.21",
     "transformers>=5.23",
@@ -80,7 +82,11 @@ setup(
     python_requires=">=3.11",
     packages=[*FOLDERS, *(f"{name}.{part}" for name, folder in FOLDERS.items() for part in find_packages(folder))],
     package_dir=FOLDERS,
-    package_data={"flair_jax.data.transforms": ["*.txt.gz"], "flair_jax.convert": ["*.ipynb"]},
+    package_data={
+        "flair_jax.data.benchmarks.prompts": ["*.json"],
+        "flair_jax.data.transforms": ["*.txt.gz"],
+        "flair_jax.convert": ["*.ipynb"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

@@ -12,10 +12,11 @@ from absl import logging
 from flax.core import freeze
 
 from flair_jax import initialize
-from flair_jax.data.benchmarks import base, table
+from flair_jax.data.benchmarks import base, prompts, table
 from flair_jax.data.transforms import images as image_rules
 from flair_jax.data.transforms import windows as text_windows
-from flair_jax.evaluators import Retrieval, RetrievalSet
+from flair_jax.data.transforms.tokenizer import Tokenizer
+from flair_jax.evaluators import Classification, ClassificationSet, Retrieval, RetrievalSet
 from flair_jax.evaluators.features import BrokenImages, session
 from flair_jax.progress import progress
 from flair_jax.report import Missing, Result, SetDetails, missing_lines
@@ -90,9 +91,47 @@ def retrieval(
         yield evaluator(long_model, "truncate", f"{longer} tokens", prepare=stretch)
 
 
+def classification(
+    model: nn.Module, benchmark: base.Benchmark, data: base.Classification, options: Mapping[str, Any]
+) -> Iterator[Classification]:
+    """`evaluators.Classification`, with prompts of the set's templates.
+
+    Options besides the evaluator's own:
+      templates: texts with `{c}` for the name of a class; or the name of a set whose templates `prompts` has.
+      names: of each class its name or a list of names, in the order of the labels; or a JSON file with this list.
+      descriptions: a JSON file {class: [description, …]}; prompts are then as in `prompts.from_descriptions`, with
+        templates that a relative clause can follow.
+
+    Raises:
+      ValueError: names, descriptions and classes do not fit together, or a template has no `{c}`.
+    """
+    options = dict(options)
+    templates, names, descriptions = (options.pop(key, None) for key in ("templates", "names", "descriptions"))
+    classes = data.classes
+    if names is not None:
+        classes = prompts.read_names(names) if isinstance(names, str) else prompts.as_classes(names)
+    if len(classes) != len(data.classes):
+        raise ValueError(f"{benchmark.name}: {len(classes)} names for {len(data.classes)} classes")
+    if isinstance(templates, str):
+        templates = (templates,) if prompts.SLOT in templates else prompts.templates(templates)
+    if descriptions is None:
+        texts = prompts.from_templates(classes, templates or data.templates)
+    else:
+        described = prompts.read_descriptions(descriptions)
+        texts = prompts.from_descriptions(classes, described, templates or prompts.DESCRIBED)
+    if isinstance(options.get("modes"), str):
+        options["modes"] = (options["modes"],)
+    tokens = Tokenizer(model.context_length)([text for own in texts for text in own])
+    owner = np.repeat(np.arange(len(classes)), [len(own) for own in texts])
+    titles = [names[0] for names in classes]
+    pixels = Pixels(data.pictures, model.image_size)
+    found = ClassificationSet(benchmark.name, titles, pixels, data.labels, tokens, owner)
+    yield Classification(model, found, preprocess=image_rules.normalize, **options)
+
+
 # Task -> (model, set, data, options) -> evaluators.
 Build = Callable[[nn.Module, base.Benchmark, Any, Mapping[str, Any]], Iterator[Any]]
-TASKS: dict[str, Build] = {"retrieval": retrieval}
+TASKS: dict[str, Build] = {"retrieval": retrieval, "classification": classification}
 
 
 class UnusableSet(Exception):
