@@ -197,16 +197,22 @@ class Item:
 
     One image and several texts: which texts are right? The first `positives` ones, and each has to beat all others.
     One text and several images: the same the other way round.
-    As many images as texts, two or more: image i belongs to text i (Winoground's text, image and group score).
+    Two images and two texts: image i belongs to text i (Winoground's text, image and group score).
 
     Attributes:
-      group: the part or relation that it counts for, in tables and macro averages.
+      group: the part that it counts for, a path such as "add/add_obj": tables list its parts, and macro averages are
+        taken over them.
+      place: of the right answer among the answers in the release's order; it decides ties where the first one wins.
+      joint: names of items that are also counted together, right if all of them are: (kind, name), such as
+        ("pair", "mug on or under a table").
     """
 
     images: tuple[int, ...]
     texts: tuple[int, ...]
     positives: int = 1
     group: str = ""
+    place: int = 0
+    joint: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,14 +241,15 @@ class Pointing(Data):
 
     Attributes:
       texts, image_of_text: as in `Retrieval`.
-      boxes: N arrays (M, 4), left, top, right, bottom in pixels of the image as it is stored: a hit in any counts.
-      objects: int (N,), annotated objects in the phrase's image, for chance level.
+      boxes: N float arrays (M, 4), left, top, right, bottom in pixels: a hit in any counts.
+      sizes: int (I, 2), width and height of the image that the boxes are measured in. The image at hand may be a
+        resized copy of it.
     """
 
     texts: Sequence[str]
     image_of_text: np.ndarray
     boxes: Sequence[np.ndarray]
-    objects: np.ndarray
+    sizes: np.ndarray
 
     def keep(self, present: np.ndarray) -> Self:
         pictures, number = self._renumbered(present)
@@ -253,7 +260,7 @@ class Pointing(Data):
             texts=[self.texts[text] for text in stay],
             image_of_text=number[self.image_of_text[stay]],
             boxes=[self.boxes[text] for text in stay],
-            objects=self.objects[stay],
+            sizes=self.sizes[present],
         )
 
     def counts(self) -> dict[str, int]:

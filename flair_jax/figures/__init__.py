@@ -1,0 +1,1 @@
+"""Pictures of what evaluators found: arrays -> PIL images, a module per task."""
