@@ -3,9 +3,10 @@
 import fnmatch
 from collections.abc import Iterable
 
+from flair_jax.data.benchmarks import clip_benchmark, long_captions, retrieval
 from flair_jax.data.benchmarks.base import Benchmark
 
-FAMILIES = ()  # modules with a tuple BENCHMARKS
+FAMILIES = (retrieval, long_captions, clip_benchmark)  # modules with a tuple BENCHMARKS
 
 ALL: dict[str, Benchmark] = {}
 for family in FAMILIES:
