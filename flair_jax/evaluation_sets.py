@@ -11,7 +11,10 @@ from absl import logging
 
 from flair_jax.data.benchmarks import base, table
 from flair_jax.data.transforms import images as image_rules
+from flair_jax.data.transforms.tokenizer import Tokenizer
+from flair_jax.evaluators import Choice, ChoiceSet, Pointing, PointingSet
 from flair_jax.evaluators.features import BrokenImages
+from flair_jax.evaluators.pointing import boxes_after_crop
 from flair_jax.report import Result
 
 
@@ -54,9 +57,90 @@ class Pixels(Sequence):
         return [f"{self._crop.__name__} {self._size} {picture.key()}" for picture in self._pictures]
 
 
+class SizedPixels(Pixels):
+    """Pixels of images that boxes were measured in; an image of other proportions is refused, its boxes are not its own.
+
+    Args:
+      sizes: int (I, 2), width and height of each image where its boxes were measured.
+    """
+
+    def __init__(self, pictures: Sequence[base.Picture], sizes: np.ndarray, size: tuple[int, int]):
+        super().__init__(pictures, size)
+        self._sizes = sizes
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        image = self._pictures[index].decode()
+        width, height = (int(side) for side in self._sizes[index])
+        # A resized copy has rounded sides: one pixel of the shorter one is allowed.
+        if abs(image.width * height - image.height * width) > max(width, height):
+            raise image_rules.ImageError(
+                f"{self._pictures[index].path}: {image.width} x {image.height} pixels; its boxes are those of an image "
+                f"of {width} x {height}"
+            )
+        return self._crop(image_rules.to_rgb(image), self._size)
+
+
+def choice(model: nn.Module, benchmark: base.Benchmark, data: base.Choice, options: Mapping[str, Any]) -> Iterator[Any]:
+    """Which of some texts or images is right."""
+    pixels = Pixels(data.pictures, image_rules.pair(model.image_size))
+    tokens = Tokenizer(model.context_length)(data.texts)
+    yield Choice(
+        model,
+        ChoiceSet(benchmark.name, pixels, tokens, data.items, data.texts),
+        preprocess=image_rules.normalize,
+        **options,
+    )
+
+
+def pointing(
+    model: nn.Module, benchmark: base.Benchmark, data: base.Pointing, options: Mapping[str, Any]
+) -> Iterator[Any]:
+    """Where phrases point. Those of which the evaluation's crop leaves nothing to hit are left out, and counted.
+
+    Raises:
+      ValueError: no phrase is left.
+    """
+    size = image_rules.pair(model.image_size)
+    boxes = [
+        boxes_after_crop(own, data.sizes[image], size)
+        for own, image in zip(data.boxes, data.image_of_text, strict=True)
+    ]
+    seen = np.array([len(own) > 0 for own in boxes])
+    if not seen.any():
+        raise ValueError(f"{benchmark.name}: the crop to {size} pixels cuts off all boxes")
+    texts = [text for text, visible in zip(data.texts, seen, strict=True) if visible]
+    boxes = [own for own in boxes if len(own)]
+    owners = data.image_of_text[seen]
+    # The objects of an image are those that its phrases name.
+    objects = np.array([len(np.unique(np.concatenate(rows), axis=0)) for rows in _grouped(boxes, owners)])
+    yield Pointing(
+        model,
+        PointingSet(
+            benchmark.name,
+            SizedPixels(data.pictures, data.sizes, size),
+            Tokenizer(model.context_length)(texts),
+            owners,
+            boxes,
+            objects[np.unique(owners, return_inverse=True)[1]],
+            texts,
+            int((~seen).sum()),
+        ),
+        preprocess=image_rules.normalize,
+        **options,
+    )
+
+
+def _grouped(rows: Sequence[Any], owners: np.ndarray) -> list[list[Any]]:
+    """The rows of each owner, owners in ascending order."""
+    found: dict[int, list[Any]] = {int(owner): [] for owner in np.unique(owners)}
+    for row, owner in zip(rows, owners, strict=True):
+        found[int(owner)].append(row)
+    return list(found.values())
+
+
 # Task -> (model, set, data, options) -> evaluators.
 Build = Callable[[nn.Module, base.Benchmark, Any, Mapping[str, Any]], Iterator[Any]]
-TASKS: dict[str, Build] = {}
+TASKS: dict[str, Build] = {"choice": choice, "pointing": pointing}
 
 
 class UnusableSet(Exception):

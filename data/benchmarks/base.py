@@ -46,12 +46,15 @@ class Picture:
       path: the file.
       offset, size: of the bytes in the file; size None: to the end.
       box: left, top, right, bottom in pixels; what the image is cropped to after decoding. None: all of it.
+      box_in: width and height of the image that the box is measured in, of which this one may be a resized copy. None:
+        of this one.
     """
 
     path: str
     offset: int = 0
     size: int | None = None
     box: tuple[float, float, float, float] | None = None
+    box_in: tuple[int, int] | None = None
 
     def exists(self) -> bool:
         return _state(self.path) is not None
@@ -65,7 +68,7 @@ class Picture:
         state = _state(self.path)
         if state is None:
             raise FileNotFoundError(f"{self.path}: no such image")
-        return repr((os.path.abspath(self.path), state, self.offset, self.size, self.box))
+        return repr((os.path.abspath(self.path), state, self.offset, self.size, self.box, self.box_in))
 
     def read(self) -> bytes:
         """
@@ -86,7 +89,13 @@ class Picture:
             image = image_rules.decode(self.read())
         except image_rules.ImageError as error:
             raise image_rules.ImageError(f"{self.path}: {error}") from error
-        return image if self.box is None else image.crop(tuple(round(side) for side in self.box))
+        if self.box is None:
+            return image
+        scale = (1.0, 1.0) if self.box_in is None else (image.width / self.box_in[0], image.height / self.box_in[1])
+        left, top, right, bottom = (round(side * scale[i % 2]) for i, side in enumerate(self.box))
+        if not (0 <= left < right <= image.width + 1 and 0 <= top < bottom <= image.height + 1):
+            raise image_rules.ImageError(f"{self.path}: box {self.box} in an image of {image.size} pixels")
+        return image.crop((left, top, min(right, image.width), min(bottom, image.height)))
 
 
 @functools.lru_cache(maxsize=1 << 17)

@@ -3,10 +3,25 @@
 import fnmatch
 from collections.abc import Iterable
 
-from flair_jax.data.benchmarks import clip_benchmark, long_captions, retrieval
+from flair_jax.data.benchmarks import (
+    aro,
+    choose_image,
+    clip_benchmark,
+    crepe,
+    fg_ovd,
+    long_captions,
+    pairs,
+    pointing,
+    retrieval,
+    sugarcrepe,
+    valse,
+    vl_checklist,
+    whatsup,
+)
 from flair_jax.data.benchmarks.base import Benchmark
 
-FAMILIES = (retrieval, long_captions, clip_benchmark)  # modules with a tuple BENCHMARKS
+CHOICE = (aro, crepe, sugarcrepe, valse, vl_checklist, whatsup, choose_image, pairs, fg_ovd)
+FAMILIES = (retrieval, long_captions, clip_benchmark, *CHOICE, pointing)  # modules with a tuple BENCHMARKS
 
 ALL: dict[str, Benchmark] = {}
 for family in FAMILIES:

@@ -268,7 +268,7 @@ class Choice:
         columns = min(TEXTS_AT_ONCE, int(counts.max()))
 
         def batches():
-            for images, image in self._encoder.images(params, self._data.images):
+            for images, image in self._encoder.images(params, self._data.images, local="flair" in self._modes):
                 rows = jax.tree.leaves(image)[0].shape[0]
                 owner = np.repeat(np.arange(len(images)), counts[images])
                 table = texts_by_image(len(images), owner)  # (n, M), numbers among the batch's pairs

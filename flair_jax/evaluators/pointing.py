@@ -210,7 +210,7 @@ class Pointing:
         data = self._data
         boxes = [np.reshape(own, (-1, 4)) for own in data.boxes]
         counts = np.array([len(own) for own in boxes])
-        size = np.shape(data.images[0])[:2]
+        size = image_size(data.images)
         first, *_ = self._modes
         for mode, heat in self.heat(params).items():
             if not np.isfinite(heat).all():
@@ -242,6 +242,12 @@ class Pointing:
                 for text in np.concatenate(chosen)
             ]
             yield f"{data.name}: hits and misses ({mode})", drawing.sheet(examples)
+
+
+def image_size(images: Sequence[np.ndarray]) -> tuple[int, int]:
+    """Height and width of images of one size; a sequence that has a shape loads none."""
+    shape = images.shape[1:] if hasattr(images, "shape") else np.shape(images[0])
+    return shape[0], shape[1]
 
 
 def spread(numbers: np.ndarray, count: int) -> np.ndarray:
