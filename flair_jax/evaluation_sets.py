@@ -58,7 +58,7 @@ class Pixels(Sequence):
 
 
 class SizedPixels(Pixels):
-    """Pixels of images that boxes were measured in; an image of other proportions is refused, its boxes are not its own.
+    """Pixels of images that boxes were measured in; images of other proportions are refused.
 
     Args:
       sizes: int (I, 2), width and height of each image where its boxes were measured.
@@ -69,14 +69,9 @@ class SizedPixels(Pixels):
         self._sizes = sizes
 
     def __getitem__(self, index: int) -> np.ndarray:
-        image = self._pictures[index].decode()
-        width, height = (int(side) for side in self._sizes[index])
-        # A resized copy has rounded sides: one pixel of the shorter one is allowed.
-        if abs(image.width * height - image.height * width) > max(width, height):
-            raise image_rules.ImageError(
-                f"{self._pictures[index].path}: {image.width} x {image.height} pixels; its boxes are those of an image "
-                f"of {width} x {height}"
-            )
+        picture = self._pictures[index]
+        image = picture.decode()
+        base.check_proportions(picture.path, image.size, tuple(int(side) for side in self._sizes[index]))
         return self._crop(image_rules.to_rgb(image), self._size)
 
 

@@ -91,11 +91,29 @@ class Picture:
             raise image_rules.ImageError(f"{self.path}: {error}") from error
         if self.box is None:
             return image
-        scale = (1.0, 1.0) if self.box_in is None else (image.width / self.box_in[0], image.height / self.box_in[1])
+        scale = 1.0, 1.0
+        if self.box_in is not None:
+            check_proportions(self.path, image.size, self.box_in)
+            scale = image.width / self.box_in[0], image.height / self.box_in[1]
         left, top, right, bottom = (round(side * scale[i % 2]) for i, side in enumerate(self.box))
         if not (0 <= left < right <= image.width + 1 and 0 <= top < bottom <= image.height + 1):
             raise image_rules.ImageError(f"{self.path}: box {self.box} in an image of {image.size} pixels")
         return image.crop((left, top, min(right, image.width), min(bottom, image.height)))
+
+
+def check_proportions(path: str, found: tuple[int, int], measured: tuple[int, int]) -> None:
+    """Refuses an image that is no resized copy of the one that its boxes were measured in.
+
+    Args:
+      found, measured: width and height. A copy has rounded sides: one pixel is allowed.
+
+    Raises:
+      ImageError: naming the file.
+    """
+    if abs(found[0] * measured[1] - found[1] * measured[0]) > max(*found, *measured):
+        raise image_rules.ImageError(
+            f"{path}: {found[0]} x {found[1]} pixels; its boxes are those of an image of {measured[0]} x {measured[1]}"
+        )
 
 
 @functools.lru_cache(maxsize=1 << 17)
