@@ -87,7 +87,7 @@ def _four(row: list[str], where: str) -> list[str]:
 # EqBen
 
 EQBEN = "eqben/private_info_global.json|eqben/ann/private_info_global.json|eqben/annotation.json"
-EQBEN_IMAGES = "eqben/images|eqben/image|eqben"
+EQBEN_IMAGES = ("eqben/images", "eqben/image", "eqben")
 # Folder of a subset's images -> group and size.
 EQBEN_PARTS = {
     "eqbenyoucook2": ("eqbenyoucook2", 45_849),
@@ -119,14 +119,14 @@ def read_eqben(root: pathlib.Path) -> Choice:
 
     The first part of an image's path names the subset. Of several captions, as Action Genome has, the first one counts.
     """
-    file, folder = find(root, EQBEN), find_folder(root, EQBEN_IMAGES)
+    file = find(root, EQBEN)
     builder = Builder()
     for where, row in _rows(read_json(file), str(file)):
         names = [field(row, key, str, where) for key in _either(row, "image")]
         part = names[0].split("/")[0]
         if part not in EQBEN_PARTS:
             raise AnnotationError(f"{where}: image {names[0]!r} is in none of {list(EQBEN_PARTS)}")
-        pictures = [inside(folder, name, file) for name in names]
+        pictures = [compositional.locate(root, EQBEN_IMAGES, name, file) for name in names]
         pictures = [ArrayPicture(picture.path) if picture.path.endswith(".npy") else picture for picture in pictures]
         captions = [row[key] for key in _either(row, "caption")]
         texts = [texts_of([text] if isinstance(text, str) else text, where)[0] for text in captions]
@@ -210,7 +210,7 @@ BENCHMARKS = (
         name="eqben",
         task="choice",
         title="EqBen",
-        files=(File(EQBEN), File(EQBEN_IMAGES)),
+        files=(File(EQBEN), File("|".join(EQBEN_IMAGES[:2]))),
         read=read_eqben,
         items=sum(size for _, size in EQBEN_PARTS.values()),
         licence="Apache-2.0 (code); images: of their sources",

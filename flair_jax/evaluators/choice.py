@@ -5,6 +5,7 @@ way to average over its parts, and some have their own rule for equal scores; `s
 `spec/evaluation.md` list them.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -352,13 +353,11 @@ class Choice:
                 **means,
             }
         means |= self._joint(answers)
-        listed: dict[str, float] = {}
+        listed = {name: parts[""] for name, parts in means.items()}
         for name, parts in means.items():
-            listed[name] = parts[""]
-        for name, parts in means.items():
-            for level in range(1, LISTED_LEVELS + 1):
-                chosen = [part for part in parts if part and part.count("/") == level - 1]
-                listed |= {f"{name}/{part}": parts[part] for part in chosen} if len(chosen) <= LISTED else {}
+            levels = collections.Counter(part.count("/") for part in parts if part)
+            shown = [level for level in range(LISTED_LEVELS) if levels[level] <= LISTED]
+            listed |= {f"{name}/{part}": value for part, value in parts.items() if part and part.count("/") in shown}
         return listed
 
     def _joint(self, answers: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:

@@ -56,8 +56,9 @@ def bars(results: Sequence[Result]) -> Image.Image:
         axes.barh(rows + number * height, [values[metric, mode] for metric in chosen], height, label=mode)
     chance = [values[metric, "chance"] for metric in chosen]
     axes.vlines(chance, rows - height / 2, rows - height / 2 + 0.8, colors="black", linestyles="dashed", label="chance")
-    axes.set_yticks(rows + 0.4 - height / 2, chosen, fontsize=8)
-    axes.set(xlim=(0, 1), title=results[0].set)
+    labels = [metric.removeprefix(f"{first}/") if first else metric for metric in chosen]
+    axes.set_yticks(rows + 0.4 - height / 2, labels, fontsize=8)
+    axes.set(xlim=(0, 1), xlabel=first or "score", title=results[0].set)
     axes.invert_yaxis()
     axes.legend(loc="lower right", fontsize=8)
     return _image(figure)
