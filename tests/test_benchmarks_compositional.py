@@ -4,20 +4,17 @@ import csv
 import json
 import pathlib
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from colour_model import ColourModel
 from conftest import load_golden
 from PIL import Image
+from word_model import WordModel
 
 from flair_jax import evaluation_sets
 from flair_jax.data.benchmarks import aro, pairs, sugarcrepe, table, valse, vl_checklist
 from flair_jax.data.benchmarks.base import AnnotationError, Item, MissingError, Picture
 from flair_jax.data.transforms.images import ImageError
-from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators.choice import average
-from flair_jax.models.dual_encoder import TextFeatures
 
 
 def write(root: pathlib.Path, path: str, content) -> pathlib.Path:
@@ -457,18 +454,6 @@ def test_images_as_arrays(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A set by name, with images
-
-WORDS = Tokenizer(77)(["red", "green", "blue"])[:, 1]
-
-
-class WordModel(ColourModel):
-    """The last word of a text is the channel that it asks for."""
-
-    image_size = (16, 16)
-
-    def encode_text(self, text, *, local=True):
-        pooled = (text.tokens.reshape(-1)[text.ends - 1][:, None] == WORDS).astype(jnp.float32)
-        return TextFeatures(pooled=pooled, local=None, mask=None)
 
 
 def sugarcrepe_with_images(root):
