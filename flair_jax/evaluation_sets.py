@@ -1,6 +1,7 @@
 """Public evaluation sets as evaluators: pictures become pixels, texts become tokens, what is missing is counted."""
 
 import collections
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -9,13 +10,22 @@ import flax.linen as nn
 import numpy as np
 from absl import logging
 
+from flair_jax import initialize
 from flair_jax.data.benchmarks import base, table
 from flair_jax.data.transforms import images as image_rules
+<<<<<<< HEAD
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators import Choice, ChoiceSet, Pointing, PointingSet
 from flair_jax.evaluators.features import BrokenImages
 from flair_jax.evaluators.pointing import boxes_after_crop
 from flair_jax.report import Result
+=======
+from flair_jax.data.transforms import windows as text_windows
+from flair_jax.evaluators import Retrieval, RetrievalSet
+from flair_jax.evaluators.features import BrokenImages, session
+from flair_jax.progress import progress
+from flair_jax.report import Missing, Result, SetDetails, missing_table
+>>>>>>> main
 
 
 class Pixels(Sequence):
@@ -57,6 +67,7 @@ class Pixels(Sequence):
         return [f"{self._crop.__name__} {self._size} {picture.key()}" for picture in self._pictures]
 
 
+<<<<<<< HEAD
 class SizedPixels(Pixels):
     """Pixels of images that boxes were measured in; images of other proportions are refused.
 
@@ -131,11 +142,45 @@ def _grouped(rows: Sequence[Any], owners: np.ndarray) -> list[list[Any]]:
     for row, owner in zip(rows, owners, strict=True):
         found[int(owner)].append(row)
     return list(found.values())
+=======
+def retrieval(
+    model: nn.Module, benchmark: base.Benchmark, data: base.Retrieval, options: Mapping[str, Any]
+) -> Iterator[Retrieval]:
+    """Retrieval with texts as the model takes them, and in other ways that options ask for, an evaluator for each.
+
+    Options, beside those of `Retrieval`:
+      windows: a way or several of `windows.WAYS`, of what is done with texts that are longer than the context.
+      context_length: evaluates with a longer context, too, of stretched position embeddings; None: no.
+    """
+    options = dict(options)
+    ways = options.pop("windows", "truncate")
+    longer = options.pop("context_length", None)
+    modes = options.pop("modes", None)
+    pixels = Pixels(data.pictures, model.image_size)
+
+    def evaluator(model, way, label, **more):
+        tokens, rows = text_windows.text_rows(data.texts, model.context_length, way)
+        rows = None if way == "truncate" else rows
+        known = modes if modes is None or rows is None else [mode for mode in modes if mode != "topk"]
+        texts = RetrievalSet(benchmark.name, pixels, tokens, data.image_of_text, rows, data.texts)
+        return Retrieval(model, texts, preprocess=image_rules.normalize, modes=known, label=label, **more, **options)
+
+    for way in (ways,) if isinstance(ways, str) else ways:
+        yield evaluator(model, way, "" if way == "truncate" else way)
+    if longer is not None and longer > model.context_length:
+        long_model = model.clone(text_options={**model.text_options, "context_length": longer})
+        stretch = functools.partial(initialize.stretch_context, length=longer)
+        yield evaluator(long_model, "truncate", f"{longer} tokens", prepare=stretch)
+>>>>>>> main
 
 
 # Task -> (model, set, data, options) -> evaluators.
 Build = Callable[[nn.Module, base.Benchmark, Any, Mapping[str, Any]], Iterator[Any]]
+<<<<<<< HEAD
 TASKS: dict[str, Build] = {"choice": choice, "pointing": pointing}
+=======
+TASKS: dict[str, Build] = {"retrieval": retrieval}
+>>>>>>> main
 
 
 class UnusableSet(Exception):
@@ -144,11 +189,18 @@ class UnusableSet(Exception):
     Attributes:
       benchmark: its entry in the table.
       reason: what is missing or wrong.
+      files: those that are not there, relative to the root.
     """
 
-    def __init__(self, benchmark: base.Benchmark, reason: str):
-        self.benchmark, self.reason = benchmark, reason
+    def __init__(self, benchmark: base.Benchmark, reason: str, files: Sequence[str] = ()):
+        self.benchmark, self.reason, self.files = benchmark, reason, tuple(files)
         super().__init__(f"{benchmark.name}: {reason}")
+
+    def missing(self) -> Missing:
+        """Its row in the report."""
+        entry = self.benchmark
+        reason = "" if self.files else self.reason
+        return Missing(entry.task, entry.name, entry.title, self.files, entry.licence, entry.source, reason)
 
 
 class SetEvaluator:
@@ -190,7 +242,9 @@ class SetEvaluator:
         """
         try:
             self.data = self.benchmark.read(self._root)
-        except (base.MissingError, base.AnnotationError, OSError) as error:
+        except base.MissingError as error:
+            raise UnusableSet(self.benchmark, str(error), error.files) from error
+        except (base.AnnotationError, OSError) as error:
             raise UnusableSet(self.benchmark, str(error)) from error
         absent = [number for number, picture in enumerate(self.data.pictures) if not picture.exists()]
         self._leave_out(dict.fromkeys(absent, "missing"))
@@ -206,14 +260,32 @@ class SetEvaluator:
         while True:
             self._evaluators, results = [], []
             try:
-                for evaluator in TASKS[self.benchmark.task](self._model, self.benchmark, self.data, self._options):
-                    self._evaluators.append(evaluator)
-                    results += evaluator.run(params)
+                with session(progress=functools.partial(progress, title=self.benchmark.name)):
+                    for evaluator in TASKS[self.benchmark.task](self._model, self.benchmark, self.data, self._options):
+                        self._evaluators.append(evaluator)
+                        results += evaluator.run(params)
                 return results
             except BrokenImages as broken:
                 for reason in broken.reasons.values():
                     logging.warning("%s: %s", self.benchmark.name, reason)
                 self._leave_out(dict.fromkeys(broken.reasons, "broken"))
+
+    def details(self) -> SetDetails:
+        """What the report says about the set, after `run`."""
+        benchmark = self.benchmark
+        return SetDetails(
+            benchmark.task,
+            benchmark.name,
+            title=benchmark.title,
+            counts=self.data.counts(),
+            expected=benchmark.expected(),
+            left_out=self.left_out.total(),
+            parts=self.data.parts,
+            licence=benchmark.licence,
+            source=benchmark.source,
+            published=benchmark.published,
+            notes=[note for evaluator in self._evaluators for note in getattr(evaluator, "notes", ())],
+        )
 
     def figures(self, params: Any) -> Iterator[tuple[str, Any]]:
         """(title, PIL image) of what `run` found."""
@@ -271,14 +343,8 @@ def evaluators(
         chosen.append(SetEvaluator(model, benchmark, pathlib.Path(root), allow_missing=allow_missing, options=options))
     unusable = list(filter(None, map(_problem, chosen)))
     if unusable:
-        lines = [
-            f"  {set_.benchmark.name}: {set_.reason}. From {set_.benchmark.source} ({set_.benchmark.licence})"
-            for set_ in unusable
-        ]
-        logging.warning(
-            "evaluators.%s: %d of %d sets cannot be evaluated:\n%s",
-            *(name, len(unusable), len(chosen), "\n".join(lines)),
-        )
+        rows = missing_table([problem.missing() for problem in unusable])
+        logging.warning("evaluators.%s: %d of %d sets cannot be evaluated\n%s", name, len(unusable), len(chosen), rows)
     yield from chosen
 
 

@@ -138,7 +138,7 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> str:
         if row["error"]:
             lines.append(f"  ! {row['error']}")
         if row["missing"]:
-            lines.append(f"  ! not found: {', '.join(row['missing'])}; from {row['source']}")
+            lines.append(f"  ! not found: {', '.join(row['missing'])}")
         if row["counts"]:
             counts = [_compare(what, count, row["expected"].get(what)) for what, count in row["counts"].items()]
             lines.append(f"  {', '.join(counts)}")
@@ -152,6 +152,8 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> str:
             error = f"  ! {file['error']}" if file["error"] else ""
             mark = "!" if not file["there"] and not file["optional"] else " "
             lines.append(f"  {mark} {state} {file['path']}{counted}{error}")
+        if row["state"] != "there":
+            lines.append(f"    from {row['source']} ({row['licence']})")
     if nothing:
         lines.append(f"nothing is there of {len(nothing)} sets: {', '.join(nothing)}")
     return "\n".join(lines) + "\n"

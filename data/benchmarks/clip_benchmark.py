@@ -61,13 +61,12 @@ def read_classification(root: pathlib.Path, folders: str) -> Classification:
             raise AnnotationError(f"{templates_file}: template {template!r} has no {{c}} for the name of the class")
     tars, parts = _tars(root / folder)
     partner = next((name for name in ("cls", "npy") if len(_scan(tars[0], name).spans)), "cls")
+    read_label = {"cls": _label, "npy": _vector}[partner]
     pictures, labels = [], []
     for tar in tars:
         for picture, where, content in _samples(tar, partner):
             pictures.append(picture)
-            labels.append(
-                _label(content, len(classes), where) if partner == "cls" else _vector(content, classes, where)
-            )
+            labels.append(read_label(content, len(classes), where))
     names = [(name,) for name in classes]
     return Classification(pictures, np.asarray(labels), names, templates, parts=parts)
 

@@ -61,8 +61,8 @@ _session: contextvars.ContextVar[Session] = contextvars.ContextVar("session")
 
 @contextlib.contextmanager
 def session(**options: Any) -> Iterator[None]:
-    """Encoders that are built in this context take part in `Session(**options)`."""
-    token = _session.set(Session(**options))
+    """Encoders that are built in this context share these options; other options are those of the context around."""
+    token = _session.set(dataclasses.replace(_session.get(Session()), **options))
     try:
         yield
     finally:
@@ -245,7 +245,9 @@ class Encoder:
         """
         rows = self._rows(self._image_batch, len(images))
         keys = getattr(images, "keys", None) if self._session.store is not None else None
-        kind = opened = None if keys is None else self._session.store.open("images" if local else "pooled")
+        kind = opened = (
+            None if keys is None else self._session.store.open("images" if local else "pooled", self._model, params)
+        )
         stored = np.array([key in opened for key in keys] if keys is not None else [False] * len(images), bool)
         batches = [
             (group[start : start + rows], known)
@@ -347,7 +349,7 @@ class Encoder:
         if self._session.store is None:
             blocks, number = self._encode_texts(params, tokens, lengths)
             return self.take(blocks, number[inverse])
-        kind = self._session.store.open("texts")
+        kind = self._session.store.open("texts", self._model, params)
         keys = [row[:length].tobytes().hex() for row, length in zip(tokens.astype(np.int32), lengths, strict=True)]
         stored = np.array([key in kind for key in keys])
         old, new = np.flatnonzero(stored), np.flatnonzero(~stored)

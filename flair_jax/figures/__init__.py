@@ -1,1 +1,1 @@
-"""Pictures of what evaluators found: arrays -> PIL images, a module per task."""
+"""Pictures of results, a module per task: arrays -> PIL images."""
