@@ -89,7 +89,7 @@ BENCHMARKS = (
         ),
         read=read_imagecode,
         items=2_302,
-        licence="MIT; images: MSR-VTT, Video Storytelling, YouCook, Open Images",
+        licence="see the source; images: MSR-VTT, Video Storytelling, YouCook, Open Images",
         source="https://github.com/McGill-NLP/imagecode",
         published=compositional.published("imagecode"),
         options={"levels": 0},

@@ -67,7 +67,7 @@ BENCHMARKS = (
         files=compositional.files(FILES, {}, "vg|visual_genome", count=lambda path: len(rows_of(path, COLUMNS))),
         read=read,
         items=sum(SIZES.values()),
-        licence="MIT; images: Visual Genome",
+        licence="none stated; images: Visual Genome",
         source="https://github.com/RAIVNLab/CREPE",
         published=compositional.published("crepe"),
         options={"levels": 1},

@@ -213,7 +213,7 @@ BENCHMARKS = (
         files=(File(EQBEN), File("|".join(EQBEN_IMAGES[:2]))),
         read=read_eqben,
         items=sum(size for _, size in EQBEN_PARTS.values()),
-        licence="Apache-2.0 (code); images: of their sources",
+        licence="see the source; images: of their own sources",
         source="https://github.com/Wangt-CN/EqBen",
         published=compositional.published("eqben", "group_score"),
     ),
