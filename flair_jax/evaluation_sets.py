@@ -19,7 +19,7 @@ from flair_jax.evaluators import Choice, ChoiceSet, Pointing, PointingSet, Retri
 from flair_jax.evaluators.features import BrokenImages, session
 from flair_jax.evaluators.pointing import boxes_after_crop
 from flair_jax.progress import progress
-from flair_jax.report import Missing, Result, SetDetails, missing_table
+from flair_jax.report import Missing, Result, SetDetails, missing_lines
 
 
 class Pixels(Sequence):
@@ -332,8 +332,8 @@ def evaluators(
         chosen.append(SetEvaluator(model, benchmark, pathlib.Path(root), allow_missing=allow_missing, options=options))
     unusable = list(filter(None, map(_problem, chosen)))
     if unusable:
-        rows = missing_table([problem.missing() for problem in unusable])
-        logging.warning("evaluators.%s: %d of %d sets cannot be evaluated\n%s", name, len(unusable), len(chosen), rows)
+        lines = missing_lines([problem.missing() for problem in unusable])
+        logging.warning("evaluators.%s: %d of %d sets cannot be evaluated\n%s", name, len(unusable), len(chosen), lines)
     yield from chosen
 
 

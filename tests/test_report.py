@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from conftest import TINY, load_golden
 from etils import epath
+from etils.epath import backend, gpath
 from PIL import Image
+from test_metrics import Store
 
 from flair_jax import models, progress, report, state, untrained
 from flair_jax.convert import names
@@ -31,9 +33,12 @@ RESULTS = [
     Result("segmentation", "val", "miou", 0.5),
     Result("segmentation", "val", "miou", 0.375, "projected"),
     Result("segmentation", "val", "chance", 0.0004),
-    Result("segmentation", "val", "door/gate", 0.875, "iou"),
+    Result("segmentation", "val", "iou/door/gate", 0.875),
+    Result("segmentation", "val", "iou/door/gate", 0.125, "projected"),
+    Result("segmentation", "val", "iou/cat", 0.0, "projected"),
 ]
 EVIL = "<script>alert('x')</script> & \"a|b\""
+PLAIN_EVIL = EVIL.replace("/", "")  # a metric without a part
 IMAGES = {
     "noise": np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8),
     "plain": np.zeros((40, 60, 3), np.uint8),
@@ -117,6 +122,8 @@ def test_names_and_tables(tmp_path):
         "segmentation/val/projected/miou": 0.375,
         "segmentation/val/chance": 0.0004,
         "segmentation/val/iou/door/gate": 0.875,
+        "segmentation/val/projected/iou/door/gate": 0.125,
+        "segmentation/val/projected/iou/cat": 0.0,
     }
     assert (tmp_path / "not" / "there" / "report.md").read_text() == text
     tables = [
@@ -127,8 +134,9 @@ def test_names_and_tables(tmp_path):
         ["accuracy", "75.0", "12.5", "50.0"],
         ["segmentation/val", "value", "projected", "chance"],
         ["miou", "50.0", "37.5", "0.04"],
-        ["segmentation/val, per class", "iou"],
-        ["door/gate", "87.5"],
+        ["val: iou", "value", "projected"],
+        ["door/gate", "87.5", "12.5"],
+        ["cat", "", "0.0"],
     ]
     page = Page((tmp_path / "not" / "there" / "report.html").read_text())
     for row in tables:
@@ -209,12 +217,22 @@ def test_missing_sets_are_listed_with_reason_source_and_licence(tmp_path):
         ["RefCOCO", "pointing", "3 of 9 images are not there", "x", "MIT"],
     ]
     page = write(tmp_path, RESULTS, missing=MISSING)
-    for text in (report.missing_table(MISSING), (tmp_path / "report.md").read_text()):
-        assert all(row in cells(text) for row in rows)
-    assert all(row in page.rows for row in rows)
+    found = cells((tmp_path / "report.md").read_text())
+    assert all(row in found and row in page.rows for row in rows)
     assert any("3 sets are evaluated; 3 are not" in data for data, _ in page.texts)
     listed = json.loads((tmp_path / "report_details.json").read_text())["missing"]
     assert [len(one["files"]) for one in listed] == [2, 9, 0]
+
+
+def test_missing_sets_are_said_before_the_work_begins():
+    """Of many paths that would do the first one is named."""
+    sets = [*MISSING[:1], Missing("pointing", "x", files=["a or b", "c or d or e"], licence="MIT", source="there")]
+    assert report.missing_lines(sets) == (
+        "  DCI (retrieval): not found: dci/splits.json, dci/photos\n"
+        "      from https://example.org/dci (CC-BY-NC 4.0)\n"
+        "  x (pointing): not found: a or b, c (or 2 other paths)\n"
+        "      from there (MIT)\n"
+    )
 
 
 def test_values_that_json_does_not_know(tmp_path):
@@ -240,11 +258,15 @@ def figures():
 
 def test_the_page_needs_nothing_but_itself(tmp_path):
     """One file without script: pictures are inside, and the names of the data sets are text, whatever they hold."""
-    results = [*RESULTS, Result("segmentation", "val", EVIL, 0.5, "iou"), Result("choice", EVIL, EVIL, 0.5, EVIL)]
+    results = [
+        *RESULTS,
+        Result("segmentation", "val", f"iou/{EVIL}", 0.5),
+        Result("choice", EVIL, PLAIN_EVIL, 0.5, EVIL),
+    ]
     details = [
         retrieval_details(source="https://example.org/a?b&c", licence=EVIL, notes=(EVIL,)),
         SetDetails(
-            "choice", EVIL, EVIL, source="javascript:alert(1)", published=[published(EVIL, 0.5, EVIL, EVIL, EVIL)]
+            "choice", EVIL, EVIL, source="javascript:alert(1)", published=[published(PLAIN_EVIL, 0.5, EVIL, EVIL, EVIL)]
         ),
     ]
     page = write(tmp_path, results, details, figures(), [EVIL], MISSING, [EVIL])
@@ -261,7 +283,8 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     assert {link[1:] for link in links if link.startswith("#")} <= ids
     outside = ["https://example.org/dci", "https://example.org/a?b&c"]
     assert [link for link in links if not link.startswith("#")] == outside
-    assert [EVIL, "50.0"] in page.rows and [f"choice/{EVIL}", EVIL] in page.rows
+    assert [EVIL, "50.0", ""] in page.rows and [f"choice/{EVIL}", EVIL] in page.rows
+    assert [EVIL, EVIL, PLAIN_EVIL, "50.0", "50.0", "0.0", EVIL] in page.rows
     assert (
         "@import" not in (tmp_path / "report.html").read_text() and "url(" not in (tmp_path / "report.html").read_text()
     )
@@ -323,6 +346,20 @@ def test_a_report_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_report_in_a_store(monkeypatch):
+    """An object appears whole by itself; renaming one would be a copy."""
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    monkeypatch.setattr(type(backend.fsspec_backend), "_get_filesystem", lambda self, name: Store())
+    for _ in range(2):
+        text = report.write("gs://bucket/report", RESULTS, figures=figures())
+    folder = epath.Path("gs://bucket/report")
+    assert (folder / "report.md").read_text() == text
+    assert {path.name for path in folder.iterdir()} == {
+        *("report.json", "report_details.json", "report.md", "report.html", "pictures")
+    }
+    assert len(list((folder / "pictures").iterdir())) == 3
+
+
 def test_nothing_replaces_no_report(tmp_path):
     write(tmp_path, RESULTS)
     before = (tmp_path / "report.html").read_bytes()
@@ -332,9 +369,7 @@ def test_nothing_replaces_no_report(tmp_path):
 
 def test_names_that_have_no_bytes(tmp_path):
     """JSON may hold half of a surrogate pair."""
-    page = write(
-        tmp_path, [Result("segmentation", "a", "miou", 0.5), Result("segmentation", "a", "\ud800", 0.5, "iou")]
-    )
+    page = write(tmp_path, [Result("segmentation", "a", "miou", 0.5), Result("segmentation", "a", "iou/\ud800", 0.5)])
     assert ["\\ud800", "50.0"] in page.rows
 
 
@@ -350,10 +385,11 @@ def retrieval(name, *recalls, images=1000):
 
 def classification(name, mean, top1, classes=10):
     results = [
-        Result("classification", name, "top1", top1),
-        Result("classification", name, "mean_per_class_recall", mean),
+        Result("classification", name, "acc1", top1),
+        Result("classification", name, "mean_per_class", mean),
     ]
-    return [*results, Result("classification", name, "chance", 1 / classes)]
+    chance = Result("classification", name, "chance", 1 / classes)
+    return [*results, chance, Result("classification", name, "classes_without_images", 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -373,7 +409,7 @@ def classification(name, mean, top1, classes=10):
     ],
 )
 def test_results_at_chance(results, low, judged):
-    details = [SetDetails("classification", "b", counts={"images": 1000})]
+    details = [SetDetails("classification", "b", counts={"images": 1000, "classes": 11})]
     assert report.at_chance(results, details) == (low, judged)
 
 
@@ -388,6 +424,13 @@ def test_the_bound_is_no_smaller_than_the_true_probability():
         assert any(better) and better == sorted(better)
         assert tail[better.index(True)] < values.CERTAINTY
         assert tail[better.index(True)] > values.CERTAINTY / 100  # and not much later than it could
+
+
+def test_classes_without_images_are_told(tmp_path):
+    """They are a number of classes, no percentage, and no mode of the model."""
+    page = write(tmp_path, [Result("classification", "b", "acc1", 0.5, "flair"), *classification("b", 0.5, 0.5)[3:]])
+    assert "1 of the classes have no image and are in no mean." in [data for data, _ in page.texts]
+    assert page.rows[-2:] == [["classification/b", "flair"], ["acc1", "50.0"]]
 
 
 def test_an_evaluation_at_chance_is_called_so(tmp_path):

@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from flair_jax.report import layout, markdown, page
-from flair_jax.report.base import Figure, Missing, Result, SetDetails
-from flair_jax.report.markdown import missing_table
+from flair_jax.report.base import Figure, Missing, Result, SetDetails, missing_lines
 from flair_jax.report.values import Values, at_chance
 
-__all__ = ["Figure", "Missing", "Result", "SetDetails", "at_chance", "flat", "missing_table", "write"]
+__all__ = ["Figure", "Missing", "Result", "SetDetails", "at_chance", "flat", "missing_lines", "write"]
 
 
 def flat(results: Iterable[Result]) -> dict[str, float]:

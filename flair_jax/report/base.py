@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 
@@ -13,7 +13,8 @@ class Result:
     Attributes:
       task: "retrieval", "pointing", ….
       set: name of the data set.
-      metric: such as "text_to_image_R@1"; "chance" and "chance_…" are what a random answer gets.
+      metric: such as "text_to_image_R@1"; "chance" and "chance_…" are what a random answer gets. Of a class or another
+        part of the set with its name, such as "iou/cat".
       value: a float; a fraction, unless the metric is a rank.
       mode: how the model was used, a column of the set's table; empty where there is one way only.
     """
@@ -108,11 +109,24 @@ class Missing:
     reason: str = ""
 
     def why(self, most: int = 3) -> str:
-        """The reason; or the files, at most so many of them."""
-        files = ", ".join(self.files[:most])
+        """The reason; or the files, at most so many of them. Of paths that would do, "a or b or c", the first one."""
+        listed = ", ".join(map(_first_path, self.files[:most]))
         if len(self.files) > most:
-            files += f" and {len(self.files) - most:,} more"
-        return ": ".join(text for text in (self.reason or "not found", files) if text)
+            listed += f" and {len(self.files) - most:,} more"
+        return ": ".join(text for text in (self.reason or "not found", listed) if text)
+
+
+def _first_path(paths: str) -> str:
+    first, *others = paths.split(" or ")
+    return f"{first} (or {len(others)} other paths)" if len(others) > 1 else paths
+
+
+def missing_lines(missing: Iterable[Missing]) -> str:
+    """All sets that are not evaluated, with reason, source and licence: text to print."""
+    return "".join(
+        f"  {one.title or one.set} ({one.task}): {one.why()}\n      from {one.source} ({one.licence})\n"
+        for one in missing
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from flair_jax.report.base import Figure, Missing, Published, Result, SetDetails
-from flair_jax.report.values import PER_CLASS, Values, at_chance, by_set, difference, text
+from flair_jax.report.values import Values, at_chance, by_set, difference, text
 
-MAIN = {"retrieval": ("text_to_image_R@1", "image_to_text_R@1")}  # in the summary; of other tasks the first metric
+# Metrics in the summary, those of them that a set has; where it has none of them, its first one.
+MAIN = {
+    "retrieval": ("text_to_image_R@1", "image_to_text_R@1"),
+    "choice": ("accuracy", "text_score", "image_score", "group_score"),
+}
 MARK = "*"
 AT_CHANCE = "at chance"
 UNITS = "Numbers are percentages, except for ranks, which count from 1. A difference is measured minus published."
@@ -33,13 +37,13 @@ class Table(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One set: its tables are empty (None) where there is nothing to show."""
+    """One set. `parts`: a table for each metric that there is of classes or of parts of the set."""
 
     details: SetDetails
     results: Sequence[Result]
     metrics: Table
     published: Table | None
-    classes: Table | None
+    parts: Sequence[Table]
     at_chance: bool
     figures: Sequence[tuple[str, Figure]]  # with the names of their files
 
@@ -59,8 +63,10 @@ class Section:
 
     def remarks(self) -> list[str]:
         """Sentences under the tables."""
-        reservations = [f"{MARK} {text[0].upper()}{text[1:]}." for text in self.details.reservations()]
-        return [*reservations, *self.details.notes]
+        remarks = [f"{MARK} {text[0].upper()}{text[1:]}." for text in self.details.reservations()]
+        if number := Values.of(self.results).without_images:
+            remarks.append(f"{number:,} of the classes have no image and are in no mean.")
+        return [*remarks, *self.details.notes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +101,7 @@ def document(
         values = Values.of(group)
         own = [(name, figure) for name, figure in pictures if (figure.task, figure.set) == key]
         sections.append(
-            Section(about, group, _metrics(about, values), _published(about, values), _classes(about, values),
+            Section(about, group, _metrics(about, values), _published(about, values), _parts(about, values),
                     "/".join(key) in low, own)
         )  # fmt: skip
     warnings = list(warnings)
@@ -162,9 +168,21 @@ def compared(details: SetDetails, values: Values) -> Iterator[tuple[Published, f
         yield one, by_mode.get(mode)
 
 
-def _classes(details: SetDetails, values: Values) -> Table | None:
-    rows = tuple((name, text(PER_CLASS, value) + _mark(details)) for name, value in values.classes.items())
-    return Table((f"{details.task}/{details.set}, per class", PER_CLASS), rows) if rows else None
+def _parts(details: SetDetails, values: Values) -> list[Table]:
+    tables = []
+    for metric, parts in values.parts.items():
+        modes = list(dict.fromkeys(mode for by_mode in parts.values() for mode in by_mode))
+        modes.sort(key=lambda mode: mode == "chance")
+        rows = [
+            (part, *(_part(details, metric, mode, by_mode[mode]) if mode in by_mode else "" for mode in modes))
+            for part, by_mode in parts.items()
+        ]
+        tables.append(Table((f"{details.set}: {metric}", *(mode or "value" for mode in modes)), tuple(rows)))
+    return tables
+
+
+def _part(details: SetDetails, metric: str, mode: str, value: float) -> str:
+    return text(metric, value) + ("" if mode == "chance" else _mark(details))
 
 
 def _summary(task: str, sections: Sequence[Section]) -> Table:

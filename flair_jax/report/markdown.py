@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from flair_jax.report import layout
-from flair_jax.report.base import Figure, Missing
+from flair_jax.report.base import Figure
 
 
 def render(document: layout.Document) -> str:
@@ -27,7 +27,7 @@ def render(document: layout.Document) -> str:
             *([escape(facts) + "\n"] if facts else []),
             *alarm,
         ]
-        parts += [table(each) for each in (section.metrics, section.published, section.classes) if each]
+        parts += [table(each) for each in (section.metrics, section.published, *section.parts) if each]
         parts += _list(section.remarks())
         parts += _pictures(section.figures)
     parts += _pictures(document.figures)
@@ -42,11 +42,6 @@ def _list(texts: Iterable[str]) -> list[str]:
 
 def _pictures(figures: Iterable[tuple[str, Figure]]) -> list[str]:
     return [f"![{escape(figure.title)}](pictures/{name})\n" for name, figure in figures]
-
-
-def missing_table(missing: Iterable[Missing]) -> str:
-    """All sets that are not evaluated, with reason, source and licence: to be printed, and a table in Markdown."""
-    return table(layout.missing_table(missing))
 
 
 def table(content: layout.Table) -> str:

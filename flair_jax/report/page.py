@@ -85,9 +85,9 @@ def _section(section: layout.Section, anchor: str) -> str:
         parts.append('<p class="alarm">Results are at chance level.</p>\n')
     parts += [_table(table) for table in (section.metrics, section.published) if table]
     parts.append(_list(section.remarks(), "soft"))
-    if section.classes:
-        parts.append(f"<details><summary>{len(section.classes.rows)} classes</summary>\n")
-        parts.append(_table(section.classes) + "</details>\n")
+    for table in section.parts:
+        parts.append(f"<details><summary>{escape(table.head[0])}, {len(table.rows):,} rows</summary>\n")
+        parts.append(_table(table) + "</details>\n")
     parts += [_figure(figure) for _, figure in section.figures]
     return "".join([*parts, "</section>\n"])
 
