@@ -110,7 +110,13 @@ class SizedPixels(Pixels):
 
 
 def choice(model: nn.Module, benchmark: base.Benchmark, data: base.Choice, options: Mapping[str, Any]) -> Iterator[Any]:
-    """Which of some texts or images is right."""
+    """Which of some texts or images is right.
+
+    Raises:
+      UnusableSet: no item has all its images.
+    """
+    if not data.items:
+        raise UnusableSet(benchmark, "no item has all its images")
     pixels = Pixels(data.pictures, image_rules.pair(model.image_size))
     tokens = Tokenizer(model.context_length)(data.texts)
     yield Choice(
@@ -127,7 +133,7 @@ def pointing(
     """Where phrases point. Those of which the evaluation's crop leaves nothing to hit are left out, and counted.
 
     Raises:
-      ValueError: no phrase is left.
+      UnusableSet: no phrase is left.
     """
     size = image_rules.pair(model.image_size)
     boxes = [
@@ -136,7 +142,7 @@ def pointing(
     ]
     seen = np.array([len(own) > 0 for own in boxes])
     if not seen.any():
-        raise ValueError(f"{benchmark.name}: the crop to {size} pixels cuts off all boxes")
+        raise UnusableSet(benchmark, f"the crop to {size[0]} x {size[1]} pixels cuts all boxes away")
     texts = [text for text, visible in zip(data.texts, seen, strict=True) if visible]
     boxes = [own for own in boxes if len(own)]
     owners = data.image_of_text[seen]

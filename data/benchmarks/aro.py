@@ -15,7 +15,7 @@ FILES = {
     "COCO_Order": "aro/coco_order.json",
     "Flickr30k_Order": "aro/flickr30k_order.json",
 }
-SIZES = {"COCO_Order": 25_010, "Flickr30k_Order": 5_000}
+SIZES = {"VG_Relation": 23_937, "VG_Attribute": 28_748, "COCO_Order": 25_010, "Flickr30k_Order": 5_000}  # rows
 MIN_ATTRIBUTES = 25  # items of a pair of attributes; rarer ones do not count
 # Relations that the authors leave out of their average; most of them are symmetric (notebook of the repository).
 _NAMES = (
