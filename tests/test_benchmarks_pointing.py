@@ -155,13 +155,16 @@ def test_a_set_is_evaluated_by_name(scale, tmp_path):
     [evaluator] = evaluation_sets.evaluators(WordModel(4), "sets", root=str(tmp_path), sets=["coco_pointing"])
     results = {result.name: result.value for result in evaluator.run({})}
     assert results == {
-        "pointing/coco_pointing/accuracy": 0.5,
+        "pointing/coco_pointing/attention/accuracy": 0.5,
+        "pointing/coco_pointing/projected/accuracy": 0.5,
         "pointing/coco_pointing/chance": pytest.approx((8 + 4) / 2 / 16),
         "pointing/coco_pointing/chance_object": 0.5,
     }
     [inner] = evaluator._evaluators
     assert inner.notes == ["pointing/coco_pointing: 1 phrases left out: cut away by the crop"]
-    assert [title for title, _ in evaluator.figures({})] == ["coco_pointing: hits and misses (attention)"]
+    assert [title for title, _ in evaluator.figures({})] == [
+        f"coco_pointing: hits and misses ({mode})" for mode in ("attention", "projected")
+    ]
     image.rotate(90, expand=True).save(file)
     [evaluator] = evaluation_sets.evaluators(
         WordModel(4), "sets", root=str(tmp_path), sets=["coco_pointing"], allow_missing=True

@@ -10,7 +10,6 @@ from shard_files import write_tar
 from flair_jax.data.benchmarks import __main__ as command
 from flair_jax.data.benchmarks import base, table
 
-
 # No source gives the number of items that count: of ARO's and VL-CheckList's rows some are left out, and so on.
 UNCOUNTED = {"aro", "fg_ovd", "spec", "svo_probes", "vl_checklist"}
 

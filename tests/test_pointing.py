@@ -81,7 +81,8 @@ def test_accuracy_and_chance_by_hand(image_batch, devices):
     options = {"image_batch": image_batch, "mesh": mesh(devices)}
     results = flat(Pointing(ColourModel(8), colour_set(), preprocess=lambda x: x, **options).run({}))
     assert results == {
-        "pointing/colours/accuracy": 0.75,
+        "pointing/colours/attention/accuracy": 0.75,
+        "pointing/colours/projected/accuracy": 0.75,
         "pointing/colours/chance": pytest.approx((1 + 2 + 1 + 3) / 6 / 4),
         "pointing/colours/chance_object": 0.75,
     }
@@ -91,11 +92,11 @@ def test_accuracy_and_chance_by_hand(image_batch, devices):
 def test_a_hit_in_any_box_counts(image_batch, devices):
     boxes = [[[0, 0, 8, 8], [16, 0, 24, 8]], [[0, 0, 8, 16]], [[0, 0, 8, 8], [16, 0, 24, 8]], [[0, 8, 24, 16]]]
     data = colour_set(boxes=[np.array(own) for own in boxes], left_out=3, texts=("r", "g", "b", "b"))
-    options = {"image_batch": image_batch, "mesh": mesh(devices), "modes": ["attention", "projected"]}
+    options = {"image_batch": image_batch, "mesh": mesh(devices)}
     evaluator = Pointing(ColourModel(8), data, preprocess=lambda x: x, **options)
     assert not list(evaluator.figures({}))
     assert flat(evaluator.run({})) == {
-        "pointing/colours/accuracy": 0.75,
+        "pointing/colours/attention/accuracy": 0.75,
         "pointing/colours/projected/accuracy": 0.75,
         "pointing/colours/chance": pytest.approx((2 + 2 + 2 + 3) / 6 / 4),
         "pointing/colours/chance_object": pytest.approx((1 + 0.5 + 1 + 1) / 4),
@@ -110,7 +111,8 @@ def test_equal_heat_everywhere_points_at_the_first_patch():
     """Which is chance at best: a box around the whole image is hit, one without the first patch is not."""
     boxes = [[0, 0, 24, 16], [8, 0, 24, 16], [8, 0, 24, 16], [8, 0, 24, 16]]
     evaluator = Pointing(ColourModel(8), colour_set(boxes=np.array(boxes)), preprocess=jnp.zeros_like)
-    assert flat(evaluator.run({}))["pointing/colours/accuracy"] == 0.25
+    results = flat(evaluator.run({}))
+    assert {results[f"pointing/colours/{mode}/accuracy"] for mode in ("attention", "projected")} == {0.25}
 
 
 def test_a_model_without_pooling_points_with_its_patch_tokens():
@@ -118,7 +120,7 @@ def test_a_model_without_pooling_points_with_its_patch_tokens():
         has_pooling = False
 
     results = flat(Pointing(Plain(8), colour_set(), preprocess=lambda x: x).run({}))
-    assert results["pointing/colours/accuracy"] == 0.75
+    assert results["pointing/colours/projected/accuracy"] == 0.75
     with pytest.raises(ValueError, match=r"modes are \('attention',\); expected one or more of \('projected',\)"):
         Pointing(Plain(8), colour_set(), preprocess=lambda x: x, modes=["attention"])
 
@@ -142,7 +144,7 @@ def test_attention_equals_the_reference(tiny_model, tiny_params):
     expected = OUTPUTS["pool_attn_avg"][IMAGE_OF_TEXT, np.arange(12), :16]  # key 16 is the zero key
     np.testing.assert_allclose(evaluator.heat(tiny_params)["attention"], expected, atol=1e-5)
     left = expected.reshape(12, 4, 4).max((1,)).argmax(1) < 2
-    assert flat(evaluator.run(tiny_params))["pointing/tiny/accuracy"] == pytest.approx(left.mean())
+    assert flat(evaluator.run(tiny_params))["pointing/tiny/attention/accuracy"] == pytest.approx(left.mean())
 
 
 def test_wrong_sets_are_refused():

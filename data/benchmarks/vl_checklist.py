@@ -15,7 +15,7 @@ SWIG = "vl_checklist/swig|vl_checklist/swig/images_512|swig/images_512|swig"
 def _files() -> dict[str, str]:
     """Group of a file -> its path in the release. Means are taken at every level of the group.
 
-    The 56 files that `corpus.json` of the release lists. Three more, `swig_place`, are listed by none of its tasks.
+    These are the 56 files that `corpus.json` of the release lists.
     """
     found = {}
     for kind, values in (("Location", ("center", "margin", "mid")), ("Size", ("large", "medium", "small"))):
@@ -42,6 +42,13 @@ def _files() -> dict[str, str]:
 
 
 FILES = _files()
+# Files of the release that `corpus.json` lists in none of its tasks, the last one empty: they are not scored.
+UNSCORED = {
+    size: "|".join(
+        f"vl_checklist/{folder}Object/Size/swig_size/swig_place/swig_place_{size}.json" for folder in ("", "data/")
+    )
+    for size in ("large", "medium", "small")
+}
 
 
 def read(root: pathlib.Path) -> Choice:
@@ -71,7 +78,10 @@ BENCHMARKS = (
         name="vl_checklist",
         task="choice",
         title="VL-CheckList",
-        files=compositional.files(FILES, {}, HAKE, SWIG, "vl_checklist/vg|vg|visual_genome"),
+        files=(
+            *compositional.files(FILES, {}, HAKE, SWIG, "vl_checklist/vg|vg|visual_genome"),
+            *compositional.files(UNSCORED, {"small": 0}),
+        ),
         read=read,
         licence="none stated; images: of HAKE, SWiG and Visual Genome",
         source="https://github.com/om-ai-lab/VL-CheckList",

@@ -126,7 +126,7 @@ def _own_maps(model: nn.Module, mode: str, whole: NamedSharding) -> Callable:
 
 
 class Pointing:
-    """Yields `pointing/<set>/accuracy` of the first mode, `…/<mode>/accuracy` of others, and the two chance levels.
+    """Yields `pointing/<set>/<mode>/accuracy`, and `…/<set>/chance` and `…/<set>/chance_object`, fractions.
 
     A phrase is right when the centre of the patch with the largest heat (of equal ones the first) lies in one of its
     boxes. A phrase without any patch's centre in a box cannot be hit and counts as wrong.
@@ -143,8 +143,7 @@ class Pointing:
       model: a module with `encode_image`, `encode_text` and, for attention, `attention_maps`.
       data: what to point at.
       preprocess: the set's images (B, H, W, 3) -> the model's input of the same height and width; runs inside jit.
-      modes: some of `MODES`, of which a model without text-conditioned pooling has "projected" alone; None: the first
-        one that the model has.
+      modes: some of `MODES`, of which a model without text-conditioned pooling has "projected" alone; None: all.
       image_batch, text_batch: sizes of batches. Results depend on neither, nor on the devices.
       mesh: see `features.Encoder`.
 
@@ -164,7 +163,7 @@ class Pointing:
         mesh: Mesh | None = None,
     ):
         available = MODES if model.has_pooling else ("projected",)
-        modes = available[:1] if modes is None else modes
+        modes = available if modes is None else modes
         if not modes or set(modes) - set(available):
             raise ValueError(f"pointing modes are {tuple(modes)}; expected one or more of {available}")
         self._data, self._modes = data, tuple(modes)
@@ -211,7 +210,6 @@ class Pointing:
         boxes = [np.reshape(own, (-1, 4)) for own in data.boxes]
         counts = np.array([len(own) for own in boxes])
         size = image_size(data.images)
-        first, *_ = self._modes
         for mode, heat in self.heat(params).items():
             if not np.isfinite(heat).all():
                 raise ValueError(f"pointing/{data.name}: {mode} is not finite: the weights or an image are broken")
@@ -219,7 +217,7 @@ class Pointing:
             inside = np.logical_or.reduceat(inside, np.cumsum(counts) - counts)  # (N, L), in any box of the phrase
             hit = np.take_along_axis(inside, heat.argmax(1)[:, None], axis=1)[:, 0]
             self._found[mode] = heat, hit
-            yield Result("pointing", data.name, "accuracy", float(hit.mean()), "" if mode == first else mode)
+            yield Result("pointing", data.name, "accuracy", float(hit.mean()), mode)
         yield Result("pointing", data.name, "chance", float(inside.mean()))
         yield Result("pointing", data.name, "chance_object", float(np.minimum(counts / data.objects, 1).mean()))
 
