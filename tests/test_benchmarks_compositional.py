@@ -439,8 +439,13 @@ def test_a_box_is_cut_out_of_a_resized_copy(tmp_path):
     assert Picture(str(tmp_path / "a.png"), box=(16, 8, 32, 24)).decode().size == (16, 16)
     with pytest.raises(ImageError, match="its boxes are those of an image of 64 x 128"):
         Picture(str(tmp_path / "a.png"), box=box, box_in=(64, 128)).decode()
-    with pytest.raises(ImageError, match="in an image of"):
-        Picture(str(tmp_path / "a.png"), box=box).decode()
+    over = Picture(str(tmp_path / "a.png"), box=(16, 8, 32, 64)).decode()  # reaches below the image: black there
+    assert over.size == (16, 56) and over.getpixel((0, 0)) == (255, 0, 0) and over.getpixel((0, 50)) == (0, 0, 0)
+    for outside in ((64, 0, 80, 8), (-9, 0, 0, 8), (8, 8, 8, 9)):
+        with pytest.raises(ImageError, match="is outside of its"):
+            Picture(str(tmp_path / "a.png"), box=outside).decode()
+    with pytest.raises(ImageError, match=r"the box .* pixels"):
+        Picture(str(tmp_path / "a.png"), box=(0, 0, 1e5, 1e5)).decode()
 
 
 def test_images_as_arrays(tmp_path):

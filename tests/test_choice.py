@@ -235,6 +235,17 @@ def test_wrong_items_are_refused(item, message):
         colours([item])
 
 
+def test_a_model_without_pooling_has_one_mode():
+    class Plain(ColourModel):
+        has_pooling = False
+
+    results = flat(Choice(Plain(8), colours(), preprocess=lambda x: x).run({}))
+    assert {name.split("/")[2] for name in results} == {"global", "chance"}
+    assert results["choice/colours/global/accuracy"] == 0.75
+    with pytest.raises(ValueError, match="expected one or more of"):
+        Choice(Plain(8), colours(), preprocess=lambda x: x, modes=["flair"])
+
+
 def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="expected one or more of"):
         Choice(ColourModel(8), colours(), preprocess=lambda x: x, modes=["topk"])

@@ -45,7 +45,8 @@ class Picture:
     Attributes:
       path: the file.
       offset, size: of the bytes in the file; size None: to the end.
-      box: left, top, right, bottom in pixels; what the image is cropped to after decoding. None: all of it.
+      box: left, top, right, bottom in pixels; what the image is cropped to after decoding, black where the box leaves
+        the image, as Pillow does and so the suites that crop. None: all of it.
       box_in: width and height of the image that the box is measured in, of which this one may be a resized copy. None:
         of this one.
     """
@@ -96,9 +97,10 @@ class Picture:
             check_proportions(self.path, image.size, self.box_in)
             scale = image.width / self.box_in[0], image.height / self.box_in[1]
         left, top, right, bottom = (round(side * scale[i % 2]) for i, side in enumerate(self.box))
-        if not (0 <= left < right <= image.width + 1 and 0 <= top < bottom <= image.height + 1):
-            raise image_rules.ImageError(f"{self.path}: box {self.box} in an image of {image.size} pixels")
-        return image.crop((left, top, min(right, image.width), min(bottom, image.height)))
+        if right <= max(left, 0) or bottom <= max(top, 0) or left >= image.width or top >= image.height:
+            raise image_rules.ImageError(f"{self.path}: box {self.box} is outside of its {image.size} pixels, or empty")
+        image_rules.check_pixels((right - left, bottom - top), f"the box {self.box} of {self.path}")
+        return image.crop((left, top, right, bottom))
 
 
 def check_proportions(path: str, found: tuple[int, int], measured: tuple[int, int]) -> None:

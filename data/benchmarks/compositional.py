@@ -6,6 +6,7 @@ Which caption fits the image, which image fits the caption? Formats, sizes and a
 
 import ast
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,7 +25,6 @@ from flair_jax.data.benchmarks.base import (
 from flair_jax.data.benchmarks.json_files import read_json
 
 COCO_VAL2017 = "coco/images/val2017|coco/val2017"
-COCO_TRAIN2017 = "coco/images/train2017|coco/train2017"
 COCO_VAL2014 = "coco/images/val2014|coco/val2014"
 # The two folders of Visual Genome's images, which lie in either.
 VISUAL_GENOME = ("VG_100K", "VG_100K_2")
@@ -109,13 +109,13 @@ def box_of(left: Any, top: Any, width: Any, height: Any, where: str) -> tuple[fl
     """A box as left, top, right, bottom.
 
     Raises:
-      AnnotationError: it is empty, starts outside of the image, or has sides that are no numbers.
+      AnnotationError: it is empty, or has sides that are no finite numbers.
     """
     sides = (left, top, width, height)
-    if not all(isinstance(side, int | float) and not isinstance(side, bool) for side in sides):
+    if not all(isinstance(side, int | float) and math.isfinite(side) for side in sides):
         raise AnnotationError(f"{where}: box {sides}; expected four numbers")
-    if left < 0 or top < 0 or width <= 0 or height <= 0:
-        raise AnnotationError(f"{where}: box {sides}; expected x, y >= 0 and width, height > 0")
+    if width <= 0 or height <= 0:
+        raise AnnotationError(f"{where}: box {sides}; expected width, height > 0")
     return (float(left), float(top), float(left + width), float(top + height))
 
 

@@ -79,7 +79,9 @@ def read_coco(root: pathlib.Path) -> Pointing:
         image, category = field(row, "image_id", int, where), field(row, "category_id", int, where)
         if image not in images or category not in names:
             raise AnnotationError(f"{where}: there is no image {image}, or no category {category}")
-        own[image][category].append(box_of(*_four(row.get("bbox"), where), where))
+        left, top, width, height = _four(row.get("bbox"), where)
+        if width != 0 and height != 0:  # a few objects of COCO have no width or height: nothing to hit
+            own[image][category].append(box_of(left, top, width, height, where))
     builder = Builder()
     for image, row in images.items():
         where = f"{file}: image {image}"
