@@ -254,6 +254,9 @@ def run(
             if workdir is not None:
                 found.write(workdir)  # before the figures, which may take a while
                 found.figures += _figures(evaluator, params, new[0])
+    for results, details in list(evaluation_sets.averages(found.results, found.details)):
+        found.results += results
+        found.details.append(details)
     if workdir is not None:
         found.write(workdir)
     everything = [result.name for result in found.results]

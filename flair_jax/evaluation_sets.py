@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from flair_jax import initialize
-from flair_jax.data.benchmarks import base, table
+from flair_jax.data.benchmarks import base, suites, table
 from flair_jax.data.transforms import images as image_rules
 from flair_jax.data.transforms import windows as text_windows
 from flair_jax.data.transforms.tokenizer import Tokenizer
@@ -341,6 +341,36 @@ def evaluators(
         lines = missing_lines([problem.missing() for problem in unusable])
         logging.warning("evaluators.%s: %d of %d sets cannot be evaluated\n%s", name, len(unusable), len(chosen), lines)
     yield from chosen
+
+
+def averages(results: Sequence[Result], details: Sequence[SetDetails]) -> Iterator[tuple[list[Result], SetDetails]]:
+    """The averages of papers over sets that were all evaluated, with what the report says about them.
+
+    Args:
+      results, details: of single sets.
+    """
+    about = {(one.task, one.set): one for one in details}
+    for suite in suites.SUITES:
+        found, members = [], set()
+        for mode in dict.fromkeys(result.mode for result in results):
+            values = {(one.task, one.set, one.metric): one.value for one in results if one.mode == mode}
+            for name, value in suite.of(values).items():
+                found.append(Result("average", suite.name, name, value, mode))
+                members |= {member[:2] for member in suite.averages[name]}
+        if found:
+            parts = [about[member] for member in sorted(members) if member in about]
+            yield (
+                found,
+                SetDetails(
+                    "average",
+                    suite.name,
+                    title=suite.title,
+                    left_out=sum(part.left_out for part in parts),
+                    parts=[part.title for part in parts] if any(part.parts for part in parts) else (),
+                    source=suite.source,
+                    published=suite.published,
+                ),
+            )
 
 
 def _problem(evaluator: SetEvaluator) -> UnusableSet | None:

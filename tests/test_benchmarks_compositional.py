@@ -1,6 +1,7 @@
 """Compositional benchmarks: a miniature of each release, broken files, averages of published scores, a set by name."""
 
 import csv
+import itertools
 import json
 import pathlib
 
@@ -11,10 +12,11 @@ from PIL import Image
 from word_model import WordModel
 
 from flair_jax import evaluation_sets
-from flair_jax.data.benchmarks import aro, pairs, sugarcrepe, table, valse, vl_checklist
+from flair_jax.data.benchmarks import aro, compositional, pairs, sugarcrepe, suites, table, valse, vl_checklist
 from flair_jax.data.benchmarks.base import AnnotationError, Item, MissingError, Picture
 from flair_jax.data.transforms.images import ImageError
 from flair_jax.evaluators.choice import average
+from flair_jax.report import Result, SetDetails
 
 
 def write(root: pathlib.Path, path: str, content) -> pathlib.Path:
@@ -386,6 +388,16 @@ def test_items_without_all_their_images_are_left_out(tmp_path):
     assert [item.images for item in kept.items] == [(0,), (1,), (2,)]
 
 
+def test_counterfactuals_as_retrieval(tmp_path):
+    rows = [{"image_0": f"{n}_0", "image_1": f"{n}_1", "caption_0": f"a {n}", "caption_1": f"b {n}"} for n in range(10)]
+    write(tmp_path, "coco_counterfactuals/examples.jsonl", rows)
+    data = read(tmp_path, "coco_counterfactuals_retrieval")
+    assert data.counts() == {"images": 6, "texts": 6} and data.image_of_text.tolist() == [0, 1, 2, 3, 4, 5]
+    names = [pathlib.Path(picture.path).stem for picture in data.pictures]
+    assert [f"{'ab'[int(name[-1])]} {name[0]}" for name in names] == data.texts
+    assert data.texts == read(tmp_path, "coco_counterfactuals_retrieval").texts
+
+
 def test_relations_that_do_not_count():
     assert len(aro.EXCLUDED) == 157 and {"adjusting", "attached to", "by"} <= aro.EXCLUDED
 
@@ -423,6 +435,44 @@ def test_averages_equal_the_published_ones(name):
         items = [np.full(size, value) for value, size in zip(values, sizes, strict=True)]
         found = average(np.concatenate(items), np.repeat(groups, sizes), table.ALL[name].options.get("levels"))
         assert found[""] == pytest.approx(model["aggregate"][name], rel=1e-7)
+
+
+def test_suites_average_the_published_scores_of_their_sets():
+    """Of each model whose scores of all eleven sets are published, and whose average is."""
+    [suite] = suites.SUITES
+    expected = {(one.model, one.source): one.value for one in suite.published if one.metric == "Comp"}
+    checked = 0
+    for (model, source), scores in compositional.SCORES.items():
+        if None in scores or (model, source) not in expected:
+            continue
+        values = {member: score / 100 for member, score in zip(suite.averages["Comp"], scores, strict=True)}
+        assert suite.of(values) == {"Comp": pytest.approx(expected[model, source], abs=1e-4)}
+        checked += 1
+    assert checked == 3
+
+
+def test_members_of_suites_are_results_of_sets():
+    for suite in suites.SUITES:
+        for task, name, _ in itertools.chain(*suite.averages.values()):
+            assert table.ALL[name].task == task
+
+
+def test_averages_stand_in_the_report():
+    retrieval = [
+        Result("retrieval", name, metric, value, mode)
+        for value, name in zip((0.2, 0.4, 0.9), suites.RETRIEVAL, strict=True)
+        for mode in ("global", "flair")
+        for metric in ("text_to_image_R@1", "image_to_text_R@1")
+        if (name, mode) != ("flickr30k_test", "flair")
+    ]
+    partly = SetDetails("retrieval", "flickr30k_test", title="Flickr30k", left_out=3)
+    [(results, details)] = evaluation_sets.averages(retrieval, [partly])
+    assert [(result.name, result.value) for result in results] == [
+        ("average/fsc_clip/global/I2T", pytest.approx(0.5)),
+        ("average/fsc_clip/global/T2I", pytest.approx(0.5)),
+    ]
+    assert details.left_out == 3 and details.published and details.reservations()
+    assert not list(evaluation_sets.averages(retrieval[:4], []))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
