@@ -12,7 +12,7 @@ from conftest import TINY, load_golden, nhwc
 from optional import clip_benchmark_retrieval, torch, torchmetrics_retrieval
 from PIL import Image
 
-from flair_jax import evaluation_sets, models
+from flair_jax import models
 from flair_jax.data.benchmarks import base
 from flair_jax.data.transforms import windows
 from flair_jax.evaluators import Retrieval, RetrievalSet, features, retrieval
@@ -518,7 +518,7 @@ def test_a_public_set_is_evaluated_in_all_ways(public, tiny_model, tiny_params, 
 
     def scores(options):
         found = {}
-        for part in evaluation_sets.TASKS["retrieval"](model, benchmark, data, options):
+        for part in evaluation_tasks.TASKS["retrieval"](model, benchmark, data, options):
             found |= {name: scores for name, (scores, _) in part.scores(params).items()}
         return found
 
