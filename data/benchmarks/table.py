@@ -3,9 +3,10 @@
 import fnmatch
 from collections.abc import Iterable
 
+from flair_jax.data.benchmarks import segmentation
 from flair_jax.data.benchmarks.base import Benchmark
 
-FAMILIES = ()  # modules with a tuple BENCHMARKS
+FAMILIES = (segmentation,)  # modules with a tuple BENCHMARKS
 
 ALL: dict[str, Benchmark] = {}
 for family in FAMILIES:
