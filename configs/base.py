@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.save_every = 1000
     config.keep = 2  # newest checkpoints that stay …
     config.keep_every = config_dict.placeholder(int)  # … beside those of every so many steps, which stay for ever
-    config.eval_every = 0  # 0: only at the end
+    config.eval_every = 0  # 0: only at the end; an evaluator may have an `every` of its own
     config.profile_steps = config_dict.placeholder(tuple)  # (first, last): a trace for XProf in WORKDIR/profile
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # -1: all devices
 
@@ -79,4 +79,6 @@ def get_config() -> ConfigDict:
     config.data.max_skipped = 0.01  # share of unusable samples at which the run stops
 
     config.evaluators = ConfigDict()  # name -> kind and options, see flair_jax/evaluate.py
+    config.data_root = config_dict.placeholder(str)  # of the public evaluation sets, a folder each
+    config.feature_store = config_dict.placeholder(str)  # folder where an evaluation keeps features; None: in WORKDIR
     return config

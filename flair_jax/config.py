@@ -40,7 +40,7 @@ MAY_CHANGE = {
     "when something is logged, saved or traced": (
         "log_every", "save_every", "keep", "keep_every", "eval_every", "profile_steps",
     ),
-    "what is measured, not what is trained": ("evaluators", "evaluators.*"),
+    "what is measured, not what is trained": ("evaluators", "evaluators.*", "data_root", "feature_store"),
     "read at step 0 only": ("init_from", "init_partial"),
     "the hardware, and how a step is computed on it": (
         "mesh", "mesh.*", "model.scan_blocks", "model.remat", "model.attention", "model.micro_batches",

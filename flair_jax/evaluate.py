@@ -1,7 +1,9 @@
 """Evaluation: what a config lists, on the weights of a run or a file, as a report and pictures."""
 
+import contextlib
 import inspect
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,15 +13,16 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from flair_jax import attention_maps, models, pretrained, report, sharding
+from flair_jax import attention_maps, evaluation_sets, models, pretrained, report, sharding
 from flair_jax import config as configuration
 from flair_jax.data import loader, scenes
 from flair_jax.data.sources.open import expand
 from flair_jax.data.transforms import captions
 from flair_jax.data.transforms.images import normalize
 from flair_jax.data.transforms.tokenizer import Tokenizer
-from flair_jax.evaluators import Pointing, PointingSet, Retrieval, RetrievalSet, Segmentation, SegmentationSet
+from flair_jax.evaluators import Pointing, PointingSet, Retrieval, RetrievalSet, Segmentation, SegmentationSet, features
 from flair_jax.evaluators.segmentation import IGNORE
+from flair_jax.evaluators.store import FeatureStore, fingerprint
 
 SHEET_IMAGES = 6
 SHEET_TEXTS = 4  # per image
@@ -117,8 +120,17 @@ def names_of(fields: str | Sequence[str]) -> tuple[str, ...]:
     return (fields,) if isinstance(fields, str) else tuple(fields)
 
 
+def no_examples(model: nn.Module, **_) -> Examples:
+    """For kinds whose evaluators draw figures of their own."""
+    return [], [], []
+
+
 # Kind -> its evaluators, and what its sheet of attention maps shows.
-KINDS = {"scenes": (scenes_evaluators, scenes_examples), "shards": (shards_evaluators, shards_examples)}
+KINDS = {
+    "scenes": (scenes_evaluators, scenes_examples),
+    "shards": (shards_evaluators, shards_examples),
+    "benchmarks": (evaluation_sets.evaluators, no_examples),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,19 +148,26 @@ def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]
     for name, section in config["evaluators"].items():
         options = dict(section)
         kind = options.pop("kind", None)
+        options.pop("every", None)
         if kind not in KINDS:
             raise ValueError(f"evaluators.{name}.kind is {kind!r}; expected one of {sorted(KINDS)}")
-        known = _keywords(KINDS[kind][0]) | _keywords(Retrieval)
+        known = _keywords(KINDS[kind][0])
         if unknown := options.keys() - known.keys():
             raise ValueError(f"evaluators.{name} of kind {kind!r} has no {sorted(unknown)}; there are {sorted(known)}")
         if missing := {key for key, needed in known.items() if needed} - options.keys():
             raise ValueError(f"evaluators.{name} of kind {kind!r} lacks {sorted(missing)}")
-        followed = {"fields": data["captions"]["fields"], "index_dir": data["index_dir"]}
+        followed = {
+            "fields": data["captions"]["fields"],
+            "index_dir": data["index_dir"],
+            "upright": data["upright"],
+            "root": config["data_root"],
+        }
         for key in followed.keys() & known.keys():
             if options.get(key) is None:
                 options[key] = followed[key]
-        if "modes" in options:
-            options["modes"] = names_of(options["modes"])
+        for key in ("modes", "sets"):
+            if key in options:
+                options[key] = names_of(options[key])
         found[name] = kind, options
     return found
 
@@ -172,41 +191,57 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def _keywords(function: Callable) -> dict[str, bool]:
-    """Keyword arguments that a config may set, and whether they have no default."""
-    parameters = inspect.signature(function).parameters.values()
-    return {
-        parameter.name: parameter.default is parameter.empty
-        for parameter in parameters
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in ("preprocess", "mesh")
-    }
+    """Keyword arguments that a config may set, and whether they have no default; `**options` are those of Retrieval."""
+    found: dict[str, bool] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= _keywords(Retrieval)
+        elif parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in ("preprocess", "mesh"):
+            found[parameter.name] = parameter.default is parameter.empty
+    return found
 
 
-def run(config: Mapping[str, Any], model: nn.Module, params: Any, workdir: epath.PathLike | None = None) -> list:
+def due(config: Mapping[str, Any], step: int) -> list[str]:
+    """The evaluators whose turn it is before a step: each has its own `every`, by default `eval_every`; 0: never."""
+    cadence = {name: section.get("every") for name, section in config["evaluators"].items()}
+    cadence = {name: config["eval_every"] if every is None else every for name, every in cadence.items()}
+    return [name for name, every in cadence.items() if every and step % every == 0]
+
+
+def run(
+    config: Mapping[str, Any],
+    model: nn.Module,
+    params: Any,
+    workdir: epath.PathLike | None = None,
+    names: Sequence[str] | None = None,
+) -> list[report.Result]:
     """All results of a config's evaluators, each built when its turn comes and dropped before the next one.
 
     Args:
       config: the whole config.
       model, params: what to evaluate; every process takes part.
       workdir: where to write the report after each evaluator, for nothing to be lost; None: nowhere.
-
-    Returns:
-      `report.Result`s.
+      names: of the evaluators; None: all.
     """
     results: list[report.Result] = []
     for name, (kind, options) in sections(config).items():
+        if names is not None and name not in names:
+            continue
         for evaluator in KINDS[kind][0](model, name, **options):
             results += evaluator.run(params)
             if workdir is not None and jax.process_index() == 0:
                 report.write(workdir, results)
-    names = [result.name for result in results]
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
+    found = [result.name for result in results]
+    if len(set(found)) < len(found):
+        twice = sorted({name for name in found if found.count(name) > 1})
         logging.warning("results of the same name, of which the last one counts: rename an evaluator. %s", twice)
     return results
 
 
 def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float]:
     """Evaluates the newest checkpoint in `workdir`, or the weights that `init_from` names, and writes the report.
+
+    With `config.model` None the model is the one that the weights say they are of.
 
     Returns:
       Values by name, as in report.json. Nothing is written if there is nothing to evaluate.
@@ -216,17 +251,27 @@ def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, fl
       FileNotFoundError: there are no weights: a model with random weights is never evaluated in silence.
     """
     config = configuration.normalize(config)
-    configuration.check(config)
-    check(config)
     if not config["evaluators"]:
         raise ValueError("config.evaluators is empty: nothing to evaluate")
     params, section = pretrained.read(config["init_from"] or workdir, config["model"])
+    config = {**config, "model": section}
+    configuration.check(config)
+    check(config)
     model = models.create(section)
-    with jax.set_mesh(sharding.create_mesh(**config["mesh"])):
+    with jax.set_mesh(sharding.create_mesh(**config["mesh"])), _session(config, params, workdir):
         params = jax.device_put(params, sharding.replicated(jax.sharding.get_mesh()))
         results = run(config, model, params, workdir)
         draw_attention_sheets(config, model, params, workdir)
     return report.flat(results)
+
+
+def _session(config: Mapping[str, Any], params: Any, workdir: epath.PathLike) -> contextlib.AbstractContextManager:
+    """The feature store of an evaluation, on a file system that can append to files."""
+    folder = config["feature_store"] or os.fspath(epath.Path(workdir) / "features")
+    if "://" in folder:
+        logging.warning("%s is in a store, which cannot keep features: --config.feature_store=FOLDER", folder)
+        return contextlib.nullcontext()
+    return features.session(store=FeatureStore(folder, fingerprint(params, config["model"])))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

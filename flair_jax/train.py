@@ -144,8 +144,8 @@ def _train(config, workdir, mesh, signals, lock):
                     saved.save(current, gather_positions(stream.position), config)
             if stop:
                 raise distributed.Interrupted(stop, step)
-            if config["eval_every"] and step % config["eval_every"] == 0 and step > first:
-                results = evaluate.run(config, model, current.weights)
+            if step > first and (names := evaluate.due(config, step)):
+                results = evaluate.run(config, model, current.weights, names=names)
                 if writer is not None:
                     writer.write_scalars(step, flat(results))
                 progress.start()

@@ -126,7 +126,7 @@ def test_a_picture_that_fails_is_reported_and_ends_nothing(fixed, tmp_path, capl
         (
             {"kind": "squares"},
             ValueError,
-            r"evaluators\.val\.kind is 'squares'; expected one of \['scenes'",
+            r"evaluators\.val\.kind is 'squares'; expected one of \['benchmarks', 'scenes'",
         ),
         ({}, ValueError, r"evaluators\.val\.kind is None"),
         ({"kind": "shards", "shards": "a", "feilds": "b"}, ValueError, r"has no \['feilds'\]; there are \['fields'"),

@@ -1,23 +1,72 @@
 """Images and texts through a model's towers, in batches of one fixed shape over all devices."""
 
 import collections
+import concurrent.futures
+import contextlib
+import contextvars
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flair_jax import sharding
 from flair_jax.data.transforms import packing
+from flair_jax.data.transforms.base import SampleError
+from flair_jax.evaluators.store import FeatureStore
+from flair_jax.models.dual_encoder import ImageFeatures, TextFeatures
 from flair_jax.models.text import Text
 
 Item = TypeVar("Item")
 ROW_TEXTS = 8  # texts that share a row, at most
+THREADS = 16  # that decode images, at most
+
+
+class BrokenImages(ValueError):
+    """Images that cannot be read or decoded; the results of the pass that met them must not be used.
+
+    Attributes:
+      reasons: number of the image -> why.
+    """
+
+    def __init__(self, reasons: Mapping[int, str]):
+        self.reasons = dict(reasons)
+        super().__init__(f"{len(reasons)} images cannot be used, the first one: {next(iter(reasons.values()))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What the encoders of an evaluation share.
+
+    Attributes:
+      store: where features are kept; None: nowhere.
+      progress: (batches, their number) -> the same batches, shown on the way.
+    """
+
+    store: FeatureStore | None = None
+    progress: Callable[[Iterable[Item], int], Iterable[Item]] = lambda batches, total: batches
+
+
+_session: contextvars.ContextVar[Session] = contextvars.ContextVar("session")
+
+
+@contextlib.contextmanager
+def session(**options: Any) -> Iterator[None]:
+    """Encoders that are built in this context take part in `Session(**options)`."""
+    token = _session.set(Session(**options))
+    try:
+        yield
+    finally:
+        _session.reset(token)
 
 
 def evaluation_mesh() -> Mesh:
@@ -34,11 +83,6 @@ def one_behind(items: Iterable[Item]) -> Iterator[Item]:
         if len(waiting) > 1:
             yield waiting.popleft()
     yield from waiting
-
-
-def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
-    """Repeats the last row until there are `rows`."""
-    return np.concatenate([x, np.repeat(x[-1:], rows - len(x), axis=0)])
 
 
 def patch_grid(height: int, width: int, patches: int) -> tuple[int, int]:
@@ -63,21 +107,32 @@ def check_texts(name: str, tokens: np.ndarray, owner: np.ndarray, owners: int) -
         )
 
 
+@contextlib.contextmanager
+def _without_disk() -> Iterator[None]:
+    """A disk that is full ends no evaluation: the results need no store."""
+    try:
+        yield
+    except OSError as error:
+        logging.log_first_n(logging.WARNING, "features are not kept: %s", 1, error)
+
+
 @functools.lru_cache(maxsize=8)
 def _towers(
     model: nn.Module, preprocess: Callable, split: NamedSharding, whole: NamedSharding
 ) -> tuple[Callable, Callable]:
     """The jitted towers; evaluators of one model share them, and their compilation."""
 
-    def encode_image(params, images):
-        return call(model, "encode_image", params, preprocess(images))
+    def encode_image(params, images, local):
+        features = call(model, "encode_image", params, preprocess(images))
+        return features if local else features.replace(local=None)
 
     def encode_text(params, text):
         # Texts are compared by their pooled features; those of all tokens would be T times as large.
         features = model.apply({"params": params}, text, local=False, method="encode_text")
         return features.replace(mask=None)
 
-    return jax.jit(encode_image, out_shardings=split), jax.jit(encode_text, out_shardings=whole)
+    images = jax.jit(encode_image, static_argnames="local", out_shardings=split)
+    return images, jax.jit(encode_text, out_shardings=whole)
 
 
 def call(model: nn.Module, method: str, params: Any, *args: Any) -> Any:
@@ -133,6 +188,8 @@ class Encoder:
         self._split, self.whole = (NamedSharding(self.mesh, PartitionSpec(*spec)) for spec in ((axes,), ()))
         self._shards = int(np.prod([self.mesh.shape[axis] for axis in axes], dtype=int))
 
+        self._session = _session.get(Session())
+        self._threads = concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "images")
         self._encode_image, self._encode_text = _towers(model, preprocess, self._split, self.whole)
 
     def apply(self, method: str, params: Any, *args: Any) -> Any:
@@ -167,25 +224,109 @@ class Encoder:
         """Rows of a text batch out of `total` texts."""
         return self._rows(self._text_batch, total)
 
-    def images(self, params: Any, images: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, Any]]:
-        """Encodes images in order.
+    def images(
+        self, params: Any, images: Sequence[np.ndarray], *, local: bool = True
+    ) -> Iterator[tuple[np.ndarray, ImageFeatures]]:
+        """Encodes images; each process loads those of its own devices alone.
 
         Args:
           params: from `place`.
-          images: arrays (H, W, 3) of one size, by index.
+          images: arrays (H, W, 3) of one size, by index; loaded when their turn comes, from several threads. If they
+            have an attribute `keys`, a text per image that identifies its pixels, and the session has a store, then
+            what is in the store is taken from there, and the rest is added to it.
+          local: whether the features of patches are needed too.
 
         Yields:
-          The numbers (n,) of a batch's images, and its ImageFeatures, at least n rows: what is behind is padding.
+          The numbers (n,) of a batch's images, and its ImageFeatures, split over the devices, at least n rows: those
+          after the first n are padding. Without a store in order; with one, what is there comes first.
+
+        Raises:
+          BrokenImages: at the end, with all images that could not be loaded; until then they count as black.
         """
         rows = self._rows(self._image_batch, len(images))
+        keys = getattr(images, "keys", None) if self._session.store is not None else None
+        kind = opened = None if keys is None else self._session.store.open("images" if local else "pooled")
+        stored = np.array([key in opened for key in keys] if keys is not None else [False] * len(images), bool)
+        batches = [
+            (group[start : start + rows], known)
+            for group, known in ((np.flatnonzero(stored), True), (np.flatnonzero(~stored), False))
+            for start in range(0, len(group), rows)
+        ]
+        broken: dict[int, str] = {}
 
         def started():
-            for start in range(0, len(images), rows):
-                numbers = np.arange(start, min(start + rows, len(images)))
-                batch = np.stack([images[int(number)] for number in numbers])  # (n, H, W, 3)
-                yield numbers, self._run(self._encode_image, params, pad_rows(batch, rows))
+            for numbers, known in batches:
+                if known:
+                    yield numbers, known, self._from_store(opened, keys, numbers, rows)
+                    continue
+                pixels = self._load(images, numbers, rows, broken)
+                with jax.set_mesh(self.mesh):
+                    yield numbers, known, self._encode_image(params, pixels, local=local)
 
-        yield from one_behind(started())
+        for numbers, known, features in self._session.progress(one_behind(started()), len(batches)):
+            if kind is not None and not known:
+                with _without_disk():
+                    self._to_store(kind, keys, numbers, features, broken)
+            yield numbers, features
+        self._agree_on_broken(broken, len(images))
+
+    def _local_rows(self, rows: int) -> list[int]:
+        """The rows of a batch that this process's devices hold."""
+        spans = self._split.addressable_devices_indices_map((rows,)).values()
+        return sorted({row for (span,) in spans for row in range(*span.indices(rows))})
+
+    def _by_row(self, rows: int, row_of: Mapping[int, Any]) -> jax.Array:
+        """A batch over the devices out of this process's rows."""
+        shape = rows, *np.shape(next(iter(row_of.values())))
+        return jax.make_array_from_callback(
+            shape, self._split, lambda index: np.stack([row_of[row] for row in range(*index[0].indices(rows))])
+        )
+
+    def _load(self, images: Sequence[np.ndarray], numbers: np.ndarray, rows: int, broken: dict[int, str]) -> jax.Array:
+        """Pixels of a batch of `rows` images, the last one repeated; what is broken is noted and black."""
+        wanted = {row: int(numbers[min(row, len(numbers) - 1)]) for row in self._local_rows(rows)}
+
+        def load(number):
+            try:
+                return np.asarray(images[number])
+            except (SampleError, OSError) as error:
+                broken[number] = str(error)
+                return None
+
+        loaded = dict(zip(set(wanted.values()), self._threads.map(load, set(wanted.values())), strict=True))
+        sound = next((pixels for pixels in loaded.values() if pixels is not None), None)
+        if sound is None:
+            sound = np.zeros((*images.shape[1:],), np.uint8)
+        black = np.zeros_like(sound)
+        pixels = {row: black if loaded[number] is None else loaded[number] for row, number in wanted.items()}
+        return self._by_row(rows, pixels)
+
+    def _from_store(self, kind: Any, keys: Sequence[str], numbers: np.ndarray, rows: int) -> ImageFeatures:
+        mine = self._local_rows(rows)
+        fields = kind.read([keys[numbers[min(row, len(numbers) - 1)]] for row in mine])
+        arrays = {name: self._by_row(rows, dict(zip(mine, array, strict=True))) for name, array in fields.items()}
+        return ImageFeatures(**{"local": None, **arrays})
+
+    def _to_store(
+        self, kind: Any, keys: Sequence[str], numbers: np.ndarray, features: ImageFeatures, broken: Mapping[int, str]
+    ) -> None:
+        """Adds what this process's devices hold of a batch."""
+        arrays = {name: x for name, x in (("pooled", features.pooled), ("local", features.local)) if x is not None}
+        for shards in zip(*(x.addressable_shards for x in arrays.values()), strict=True):
+            span = shards[0].index[0].indices(features.pooled.shape[0])
+            sound = [row for row in range(*span) if row < len(numbers) and int(numbers[row]) not in broken]
+            picked = [row - span[0] for row in sound]
+            rows = {name: np.asarray(shard.data)[picked] for name, shard in zip(arrays, shards, strict=True)}
+            kind.add([keys[numbers[row]] for row in sound], rows)
+
+    def _agree_on_broken(self, broken: dict[int, str], count: int) -> None:
+        """Raises BrokenImages on every process if one of them met some."""
+        if jax.process_count() > 1:
+            mine = np.isin(np.arange(count), list(broken))
+            for number in np.flatnonzero(multihost_utils.process_allgather(mine).any(0)):
+                broken.setdefault(int(number), f"image {number} cannot be read by another process, see its log")
+        if broken:
+            raise BrokenImages(dict(sorted(broken.items())))
 
     def texts(self, params: Any, tokens: np.ndarray) -> Any:
         """Encodes texts, int32 (N, T), each different one once: equal texts have equal features to the bit.
@@ -197,11 +338,36 @@ class Encoder:
           ValueError: a text is longer than the model's context.
         """
         tokens, inverse = np.unique(tokens, axis=0, return_inverse=True)
+        inverse = inverse.reshape(-1)
         lengths = packing.lengths(tokens)
         if lengths.max() > self._model.context_length:
             raise ValueError(
                 f"texts have {lengths.max()} tokens; model.text.context_length is {self._model.context_length}"
             )
+        if self._session.store is None:
+            blocks, number = self._encode_texts(params, tokens, lengths)
+            return self.take(blocks, number[inverse])
+        kind = self._session.store.open("texts")
+        keys = [row[:length].tobytes().hex() for row, length in zip(tokens.astype(np.int32), lengths, strict=True)]
+        stored = np.array([key in kind for key in keys])
+        old, new = np.flatnonzero(stored), np.flatnonzero(~stored)
+        blocks, position = [], np.empty(len(keys), np.int64)  # of each text in the blocks
+        if len(old):
+            pooled = kind.read([keys[number] for number in old])["pooled"]
+            blocks.append(TextFeatures(jax.device_put(pooled, self.whole), local=None, mask=None))
+            position[old] = np.arange(len(old))
+        if len(new):
+            encoded, number = self._encode_texts(params, tokens[new], lengths[new])
+            position[new] = len(old) + number
+            blocks += encoded
+        features = self.take(blocks, position)
+        if jax.process_index() == 0:
+            with _without_disk():
+                kind.add([keys[number] for number in new], {"pooled": np.asarray(features.pooled)[new]})
+        return features if (inverse == np.arange(len(inverse))).all() else self.take([features], inverse)
+
+    def _encode_texts(self, params: Any, tokens: np.ndarray, lengths: np.ndarray) -> tuple[list[Any], np.ndarray]:
+        """Features of different texts, int32 (N, T), in blocks, and the number of each text among their rows."""
         row_length = tokens.shape[1] + tokens.shape[1] % 2  # cuDNN wants it even
         placement = packing.place(lengths, row_length, row_captions=ROW_TEXTS)
         count = self._rows(self._text_batch, placement.rows)
@@ -216,7 +382,7 @@ class Encoder:
             part = {name: texts[name][start : start + count] for name in ("tokens", "positions", "segments")}
             part["ends"] = ends[start * ROW_TEXTS : (start + count) * ROW_TEXTS] - np.int32(start * row_length)
             blocks.append(self._run(self._encode_text, params, Text(**part)))
-        return self.take(blocks, number[inverse.reshape(-1)])
+        return blocks, number
 
     def take(self, blocks: Sequence[Any], index: np.ndarray) -> Any:
         """Rows by number out of features that stand one behind the other in `blocks`, whole on every device."""

@@ -5,8 +5,10 @@ al., ECCV 2024): windows that slide over the image, the cosine of each patch wit
 the size of the labels, the best class wins. IoU and its mean are mmsegmentation's.
 """
 
+import collections
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from flair_jax import initialize
-from flair_jax.evaluators.features import Encoder, call, check_texts, one_behind, patch_grid
+from flair_jax.evaluators.features import BrokenImages, Encoder, call, check_texts, one_behind, patch_grid
 from flair_jax.figures import segmentation as figures
 from flair_jax.models.layers import normalize
 from flair_jax.report import Result
@@ -28,6 +30,7 @@ UNDECIDED = 255  # prediction where several classes share the best score
 MODES = ("projected", "value", "attention")
 LONG_SIDE = 2048 / 224  # longest side of a resized image, in windows
 FIGURE_IMAGES = 6
+KEPT_WINDOWS = 20_000  # of a set, in the feature store
 # The program that decides about pixels is compiled for sizes that are multiples of these, not for every image.
 ROWS, COLUMNS, WINDOWS = 64, 128, 4
 
@@ -245,27 +248,45 @@ class Windows(Sequence):
       numbers: int (I,), which of them.
       grids: of each of those.
       window: height and width.
+      keep: whether features of windows may be kept in a store.
     """
 
     def __init__(
-        self, images: Sequence[np.ndarray], numbers: np.ndarray, grids: Sequence[Grid], window: tuple[int, int]
+        self,
+        images: Sequence[np.ndarray],
+        numbers: np.ndarray,
+        grids: Sequence[Grid],
+        window: tuple[int, int],
+        keep: bool = True,
     ):
+        self._keep = keep
         self._images, self._numbers, self._grids, self._window = images, numbers, grids, window
-        counts = [len(grid.tops) * len(grid.lefts) for grid in grids]
-        self.ends = np.cumsum(counts)  # of each image's windows
-        self._load = functools.lru_cache(maxsize=8)(self._resized)  # more than one: a loader may run ahead
+        self.counts = np.array([len(grid.tops) * len(grid.lefts) for grid in grids])
+        self.ends = np.cumsum(self.counts)
+        self._load = functools.lru_cache(maxsize=32)(self._resized)
+        self._locks = [threading.Lock() for _ in grids]  # several threads ask for windows of one image
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self), *self._window, 3
+
     def __getitem__(self, index: int) -> np.ndarray:
         image, top, left = self._locate(index)
         height, width = self._window
-        return self._load(image)[top : top + height, left : left + width]
+        with self._locks[image]:
+            pixels = self._load(image)
+        return pixels[top : top + height, left : left + width]
+
+    def image_of(self, index: np.ndarray | int) -> np.ndarray:
+        """Which of the images a window belongs to."""
+        return np.searchsorted(self.ends, index, side="right")
 
     def _locate(self, index: int) -> tuple[int, int, int]:
         """Which image, and the first row and column in it."""
-        image = int(np.searchsorted(self.ends, index, side="right"))
+        image = int(self.image_of(index))
         grid = self._grids[image]
         row, column = divmod(index - int(self.ends[image]), len(grid.lefts))  # counted from the end: negative
         return image, grid.tops[row], grid.lefts[column]
@@ -274,9 +295,15 @@ class Windows(Sequence):
         return resize(np.asarray(self._images[int(self._numbers[image])]), self._grids[image].size)
 
     @property
-    def keys(self) -> list[str]:
-        """For the feature store: a text for each window that identifies its pixels. Raises AttributeError: no keys."""
-        keys = self._images.keys
+    def keys(self) -> list[str] | None:
+        """For the feature store: a text for each window that identifies its pixels. None: nothing is to be kept.
+
+        The patches of a window of 224 pixels take 400 kB, so that a large set would take tens of gigabytes, and an
+        accelerator has computed them again before they are read.
+        """
+        keys = getattr(self._images, "keys", None)
+        if keys is None or len(self) > KEPT_WINDOWS or not self._keep:
+            return None
         found = []
         for index in range(len(self)):
             image, top, left = self._locate(index)
@@ -563,48 +590,52 @@ class Segmentation:
             model, resized = self._model, params
             if size != tuple(model.image_size):
                 model, resized = initialize.with_image_size(model, params, size)
-            windows = Windows(data.images, numbers, grids, size)
-            scored = self._scores(model, resized, windows, (queries, vectors))
-            for number, grid, scores in zip(numbers.tolist(), grids, scored, strict=True):
-                if number in mine:
+            # Rows of the store have one shape, that of the model's own images.
+            windows = Windows(data.images, numbers, grids, size, keep=model is self._model)
+            try:
+                for image, scores in self._scores(model, resized, windows, (queries, vectors)):
+                    number = int(numbers[image])
+                    if number not in mine:
+                        continue
                     labels = np.asarray(data.labels[number])
-                    predictions = {mode: self._decide(x, grid, size, labels, mode, texts) for mode, x in scores.items()}
-                    yield number, labels, predictions
+                    decide = functools.partial(self._decide, grid=grids[image], window=size, labels=labels, texts=texts)
+                    yield number, labels, {mode: decide(x, mode=mode) for mode, x in scores.items()}
+            except BrokenImages as broken:
+                reasons = {int(numbers[windows.image_of(window)]): why for window, why in broken.reasons.items()}
+                raise BrokenImages(reasons) from broken
 
     def _scores(
-        self,
-        model: nn.Module,
-        params: Any,
-        size: tuple[int, int],
-        numbers: np.ndarray,
-        grids: list[Grid],
-        queries: tuple,
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """By mode the patch scores of each image in order, float32 (windows, U, L)."""
+        self, model: nn.Module, params: Any, windows: Windows, queries: tuple[Any, jax.Array]
+    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Which of the images of the windows, and by mode its patch scores, float32 (windows, U, L)."""
         encoder = self._encoder(model)
         params = encoder.place(params)
         programs = {mode: _patch_scores(model, encoder.whole, mode) for mode in self._modes}
 
         def started():
-            for window, image in encoder.images(params, windows):
-                yield len(window), {mode: run(params, image, *queries) for mode, run in programs.items()}
+            for numbers, image in encoder.images(params, windows):
+                yield numbers, {mode: run(params, image, *queries) for mode, run in programs.items()}
 
-        done, first, waiting = 0, 0, []  # images handed out, number of the first window that waits
-        for count, batch in one_behind(started()):
-            waiting.append({mode: np.asarray(x)[:count] for mode, x in batch.items()})
-            ready = first + sum(len(part[self._modes[0]]) for part in waiting)
-            if windows.ends[done] > ready:
-                continue
-            joined = {mode: np.concatenate([part[mode] for part in waiting]) for mode in self._modes}
-            start = first
-            while done < len(windows.ends) and windows.ends[done] <= ready:
-                end = int(windows.ends[done])
-                yield {mode: x[first - start : end - start] for mode, x in joined.items()}
-                done, first = done + 1, end
-            waiting = [{mode: x[first - start :] for mode, x in joined.items()}]
+        # Those of an image come together, unless a store has some of them already.
+        waiting: dict[int, dict[int, dict[str, np.ndarray]]] = collections.defaultdict(dict)
+        for numbers, batch in one_behind(started()):
+            batch = {mode: np.asarray(x) for mode, x in batch.items()}
+            for row, number in enumerate(numbers.tolist()):
+                image = int(windows.image_of(number))
+                waiting[image][number] = {mode: x[row] for mode, x in batch.items()}
+                if len(waiting[image]) == windows.counts[image]:
+                    rows = [scores for _, scores in sorted(waiting.pop(image).items())]
+                    yield image, {mode: np.stack([scores[mode] for scores in rows]) for mode in self._modes}
 
     def _decide(
-        self, scores: np.ndarray, grid: Grid, window: tuple[int, int], labels: np.ndarray, mode: str, texts: np.ndarray
+        self,
+        scores: np.ndarray,
+        *,
+        grid: Grid,
+        window: tuple[int, int],
+        labels: np.ndarray,
+        texts: np.ndarray,
+        mode: str,
     ) -> jax.Array:
         """Patch scores of an image's windows (windows, U, L) -> the best class of every pixel, padded."""
         if not np.isfinite(scores).all():
