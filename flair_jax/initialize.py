@@ -3,6 +3,7 @@
 import collections
 from typing import Any, NamedTuple
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def with_image_size(model: nn.Module, params: Any, size: tuple[int, int]) -> tup
       size: height and width, multiples of its patches.
     """
     patch = model.vision_options["patch_size"]
-    resized = model.clone(vision_options={**model.vision_options, "image_size": tuple(size)})
+    resized = model.clone(vision_options=flax.core.freeze({**model.vision_options, "image_size": tuple(size)}))
     old, new = grid_of(model.image_size, patch), grid_of(size, patch)
 
     def resize(keys, leaf):

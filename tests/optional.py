@@ -25,3 +25,4 @@ class Optional:
 torch = Optional("torch", "PyTorch")
 torch_flair = Optional("flair_jax.convert.torch_flair", "PyTorch")
 safetensors_torch = Optional("safetensors.torch", "PyTorch")
+torchmetrics = Optional("torchmetrics", "torchmetrics")
