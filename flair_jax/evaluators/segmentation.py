@@ -33,6 +33,7 @@ FIGURE_IMAGES = 6
 KEPT_WINDOWS = 20_000  # of a set, in the feature store
 # The program that decides about pixels is compiled for sizes that are multiples of these, not for every image.
 ROWS, COLUMNS, WINDOWS = 64, 128, 4
+BLOCK = 16  # rows of pixels that are decided about at a time: their scores stay in a CPU's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +365,7 @@ def _decide(
       background, temperature, threshold, area: see `Segmentation`.
     """
     owner = class_of_query[:, None, None]
-    blocks = rows.reshape(-1, ROWS, rows.shape[1])
+    blocks = rows.reshape(-1, BLOCK, rows.shape[1])
 
     def best(allowed):
         """The best class of the `allowed` ones, bool (C,), and its probability among all."""

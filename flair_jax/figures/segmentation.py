@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 TILE = 256  # pixels of a picture's longer side
 MARGIN, LINE, FONT = 6, 18, 12
-LEGEND = 14  # classes in the legend of an image
+LEGEND = 8  # classes in the legend of an image
 OPACITY = 0.65  # of a mask over its image
 NONE = np.array([0, 0, 0], np.uint8)  # pixels without a class
 BAR_ROWS = 60  # classes in the bar chart, at most
@@ -35,10 +35,13 @@ def masks(
       labels, predictions: int (h, w), the class of each pixel; numbers that are no class are black.
       classes: C names.
     """
-    palette = np.concatenate([colours(len(classes)), np.tile(NONE, (256 - len(classes), 1))])
+    counts = [_pixels(*masks, len(classes)) for masks in zip(labels, predictions, strict=True)]
+    palette = np.tile(NONE, (256, 1))
+    # The most frequent classes get the colours that differ most.
+    palette[np.argsort(-sum(map(sum, counts)), kind="stable")] = colours(len(classes))
     font = ImageFont.load_default(FONT)
     rows = []
-    for image, label, prediction in zip(images, labels, predictions, strict=True):
+    for image, label, prediction, (true, found) in zip(images, labels, predictions, counts, strict=True):
         picture = Image.fromarray(image if image.dtype == np.uint8 else np.uint8(255 * np.clip(image, 0, 1)))
         scale = TILE / max(picture.size)
         size = tuple(max(1, round(side * scale)) for side in picture.size)
@@ -47,7 +50,7 @@ def masks(
         for mask in (label, prediction):
             flat = Image.fromarray(palette[np.asarray(mask, np.uint8)]).resize(size, Image.Resampling.NEAREST)
             tiles.append(Image.blend(picture, flat, OPACITY))
-        rows.append((tiles, _legend(label, prediction, classes, palette, font)))
+        rows.append((tiles, _legend(true, found, classes, palette, font)))
     heights = [max(tiles[0].height, legend.height) for tiles, legend in rows]
     width = 3 * (TILE + MARGIN) + MARGIN + max(legend.width for _, legend in rows)
     page = Image.new("RGB", (width, LINE + sum(heights) + MARGIN * (len(rows) + 1)), "white")
@@ -62,12 +65,14 @@ def masks(
     return page
 
 
-def _legend(label, prediction, classes, palette, font) -> Image.Image:
+def _pixels(label: np.ndarray, prediction: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """How many pixels each class has in the true mask and, where something is labelled, in the predicted one."""
+    counted = prediction[label < classes]
+    return tuple(np.bincount(x.reshape(-1), minlength=256)[:classes] for x in (label, counted))
+
+
+def _legend(true: np.ndarray, found: np.ndarray, classes, palette, font) -> Image.Image:
     """Classes by the pixels that they have or get; a star marks those that are not in the true mask."""
-    true = np.bincount(label.reshape(-1), minlength=256)[: len(classes)]
-    # As the measure does: what is predicted where nothing is labelled does not count.
-    counted = label < len(classes) if label.shape == prediction.shape else np.ones_like(prediction, bool)
-    found = np.bincount(prediction[counted].reshape(-1), minlength=256)[: len(classes)]
     order = [int(name) for name in np.argsort(-(true + found), kind="stable") if true[name] + found[name]]
     lines = [(palette[name], f"{classes[name]}{'' if true[name] else ' *'}") for name in order[:LEGEND]]
     if len(order) > LEGEND:
@@ -101,11 +106,13 @@ def bars(classes: Sequence[str], iou: Mapping[str, np.ndarray]) -> Image.Image:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     height = 0.8 / len(iou)
+    largest = max(np.nanmax(values) for values in iou.values())
     for number, (mode, values) in enumerate(iou.items()):
         label = f"{mode}, mean {np.nanmean(values):.3f}"
         axes.barh(np.arange(len(order)) + number * height, np.nan_to_num(values[order]), height, label=label)
-    axes.set(title=title, xlim=(0, 1), yticks=np.arange(len(order)) + 0.4 - height / 2)
+    axes.set(title=title, xlim=(0, min(1, 1.1 * largest + 1e-3)), yticks=np.arange(len(order)) + 0.4 - height / 2)
     axes.set_yticklabels([classes[name] for name in order], fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right")
