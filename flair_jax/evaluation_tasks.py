@@ -1,6 +1,7 @@
 """A task's data as evaluators of a model: pictures become pixels, texts become tokens."""
 
 import functools
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from flax.core import freeze
 
 from flair_jax import initialize
 from flair_jax.data.benchmarks import base, prompts
+from flair_jax.data.benchmarks import segmentation as segmentation_sets
 from flair_jax.data.transforms import images as image_rules
 from flair_jax.data.transforms import windows as text_windows
 from flair_jax.data.transforms.tokenizer import Tokenizer
@@ -22,7 +24,10 @@ from flair_jax.evaluators import (
     PointingSet,
     Retrieval,
     RetrievalSet,
+    Segmentation,
+    SegmentationSet,
 )
+from flair_jax.evaluators.features import BrokenImages
 from flair_jax.evaluators.pointing import boxes_after_crop
 from flair_jax.report import Missing
 
@@ -236,11 +241,76 @@ def _grouped(rows: Sequence[Any], owners: np.ndarray) -> list[list[Any]]:
     return list(found.values())
 
 
+def segmentation(
+    model: nn.Module, benchmark: base.Benchmark, data: base.Segmentation, options: Mapping[str, Any]
+) -> Iterator[Segmentation]:
+    """Zero-shot segmentation of pictures of any size.
+
+    Args:
+      options: of `evaluators.Segmentation`, and
+        classes: lines with the name or names of a class, see `segmentation_sets.parse_classes`, or a file of such
+            lines, in place of the set's own.
+        templates: prompts in which `{c}` is the name, or a file of such lines; None: the 80 of ImageNet.
+
+    Raises:
+      ValueError: another number of classes than the set has, or a template without `{c}`.
+    """
+    options = {"short_side": 1.5, **options}
+    classes, templates = (_lines(options.pop(name, None)) for name in ("classes", "templates"))
+    classes = data.classes if classes is None else segmentation_sets.parse_classes(classes)
+    if len(classes) != len(data.classes):
+        raise ValueError(f"{benchmark.name}: names of {len(classes)} classes; the set has {len(data.classes)}")
+    templates = prompts.templates("imagenet1k") if templates is None else templates
+    names = [(name,) for synonyms in classes for name in synonyms]
+    texts = [text for own in prompts.from_templates(names, templates) for text in own]
+    yield Segmentation(
+        model,
+        SegmentationSet(
+            benchmark.name,
+            ["background" if number == data.background else names[0] for number, names in enumerate(classes)],
+            Pixels(data.pictures, model.image_size, _as_stored),
+            data.masks,
+            Tokenizer(model.context_length)(texts),
+            np.repeat(np.arange(len(names)), len(templates)),
+            class_of_query=np.repeat(np.arange(len(classes)), [len(synonyms) for synonyms in classes]),
+            sizes=_sizes(data.pictures),
+            background=data.background,
+        ),
+        preprocess=image_rules.normalize,
+        **options,
+    )
+
+
+def _lines(option: str | Sequence[str] | None) -> Sequence[str] | None:
+    """Lines of text, or those of the file that is named."""
+    return base.read_text(pathlib.Path(option)).splitlines() if isinstance(option, str) else option
+
+
+def _sizes(pictures: Sequence[base.Picture]) -> np.ndarray:
+    """Height and width of each picture, int (I, 2), from their headers. Raises BrokenImages."""
+    sizes, broken = np.zeros((len(pictures), 2), int), {}
+    for number, picture in enumerate(pictures):
+        try:
+            sizes[number] = segmentation_sets.image_size(picture)
+        except (image_rules.ImageError, OSError) as error:
+            broken[number] = str(error)
+    if broken:
+        raise BrokenImages(broken)
+    return sizes
+
+
+def _as_stored(image: Any, size: tuple[int, int]) -> np.ndarray:
+    """The pixels of the whole picture in its own size."""
+    del size
+    return np.asarray(image)
+
+
 # Task -> (model, set, data, options) -> evaluators.
 Build = Callable[[nn.Module, base.Benchmark, Any, Mapping[str, Any]], Iterator[Any]]
 TASKS: dict[str, Build] = {
     "retrieval": retrieval,
     "classification": classification,
+    "segmentation": segmentation,
     "choice": choice,
     "pointing": pointing,
 }

@@ -10,7 +10,7 @@ from test_evaluation_sets import Loads
 from test_faults import document, picture
 
 from flair_jax import config as configuration
-from flair_jax import evaluate, report
+from flair_jax import evaluate, evaluation_tasks, report
 from flair_jax.data.benchmarks import shards
 from flair_jax.report import Result
 

@@ -12,7 +12,7 @@ from conftest import TINY, load_golden, nhwc
 from optional import clip_benchmark_retrieval, torch, torchmetrics_retrieval
 from PIL import Image
 
-from flair_jax import models
+from flair_jax import evaluation_tasks, models
 from flair_jax.data.benchmarks import base
 from flair_jax.data.transforms import windows
 from flair_jax.evaluators import Retrieval, RetrievalSet, features, retrieval

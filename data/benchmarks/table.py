@@ -14,6 +14,7 @@ from flair_jax.data.benchmarks import (
     pairs,
     pointing,
     retrieval,
+    segmentation,
     sugarcrepe,
     valse,
     vl_checklist,
@@ -27,6 +28,7 @@ FAMILIES = (  # modules with a tuple BENCHMARKS
     long_captions,
     clip_benchmark,
     classification,
+    segmentation,
     *CHOICE,
     pointing,
 )
