@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import inspect
-import itertools
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +16,9 @@ from etils import epath
 
 from flair_jax import attention_maps, evaluation_sets, models, pretrained, report, sharding
 from flair_jax import config as configuration
-from flair_jax.data import loader, scenes
-from flair_jax.data.benchmarks import table
+from flair_jax.data import scenes
+from flair_jax.data.benchmarks import base, table
+from flair_jax.data.benchmarks import shards as shard_sets
 from flair_jax.data.sources.open import expand
 from flair_jax.data.transforms import captions
 from flair_jax.data.transforms.images import normalize
@@ -29,6 +30,7 @@ from flair_jax.untrained import looks_untrained
 
 SHEET_IMAGES = 6
 SHEET_TEXTS = 4  # per image
+INTERNAL = ("preprocess", "mesh", "label", "prepare")  # arguments of evaluators that no config sets
 
 # Images, and for each its texts and their boxes or None: what a sheet of attention maps shows.
 Examples = tuple[Sequence[np.ndarray], Sequence[Sequence[str]], Sequence[Sequence[Any]]]
@@ -79,6 +81,7 @@ def shards_evaluators(
     shards: Any,
     fields: Sequence[str] = captions.FIELDS,
     index_dir: str | None = None,
+    upright: bool = False,
     **options,
 ) -> Iterator[Any]:
     """Retrieval among the samples of shards: every sentence of the given fields is a text of its image.
@@ -88,34 +91,15 @@ def shards_evaluators(
     if not shards:
         logging.warning("evaluators.%s.shards is empty: not evaluated", name)
         return
-    samples = loader.evaluation_samples(shards, model.image_size, fields=names_of(fields), index_dir=index_dir)
-    images, texts, owners = [], [], []
-    for _, image, sentences in samples:
-        owners += [len(images)] * len(sentences)
-        texts += sentences
-        images.append(image)
-    for reason, number in samples.skipped.most_common():
-        logging.warning("%s: %d samples were skipped: %s", name, number, reason)
-    if not images:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in samples.skipped.most_common()) or "no samples"
-        raise ValueError(
-            f"evaluators.{name}: no usable sample in {shards} with the caption fields {names_of(fields)}: {reasons}. "
-            f"Set evaluators.{name}.fields to the fields that hold captions there"
-        )
-    data = RetrievalSet(name, images, Tokenizer(model.context_length)(texts), np.asarray(owners))
-    yield Retrieval(model, data, preprocess=normalize, **options)
 
+    def read(_: pathlib.Path) -> base.Retrieval:
+        data, skipped = shard_sets.read(shards, names_of(fields), index_dir=index_dir, upright=upright)
+        for reason, number in skipped.most_common():
+            logging.warning("%s: %d samples were skipped: %s", name, number, reason)
+        return data
 
-def shards_examples(
-    model: nn.Module, *, shards: Any, fields: Sequence[str] = captions.FIELDS, index_dir: str | None = None, **_
-) -> Examples:
-    """The first samples of some shards, with the first sentences of each."""
-    if not shards:
-        return [], [], []
-    samples = loader.evaluation_samples(shards, model.image_size, fields=names_of(fields), index_dir=index_dir)
-    chosen = list(itertools.islice(samples, SHEET_IMAGES))
-    texts = [sentences[:SHEET_TEXTS] for _, _, sentences in chosen]
-    return [image for _, image, _ in chosen], texts, [[None] * len(row) for row in texts]
+    own = base.Benchmark(name, "retrieval", "", (), read, licence="", source=str(shards))
+    yield evaluation_sets.SetEvaluator(model, own, pathlib.Path(), allow_missing=True, options=options)
 
 
 def names_of(fields: str | Sequence[str]) -> tuple[str, ...]:
@@ -131,7 +115,7 @@ def no_examples(model: nn.Module, **_) -> Examples:
 # Kind -> its evaluators, and what its sheet of attention maps shows.
 KINDS = {
     "scenes": (scenes_evaluators, scenes_examples),
-    "shards": (shards_evaluators, shards_examples),
+    "shards": (shards_evaluators, no_examples),
     "benchmarks": (evaluation_sets.evaluators, no_examples),
 }
 
@@ -168,7 +152,7 @@ def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]
                 options[key] = followed[key]
         if missing := {key for key, needed in known.items() if needed} - options.keys():
             raise ValueError(f"evaluators.{name} of kind {kind!r} lacks {sorted(missing)}")
-        for key in ("modes", "sets"):
+        for key in ("modes", "pooling", "sets"):
             if key in options:
                 options[key] = names_of(options[key])
         found[name] = kind, options
@@ -206,7 +190,7 @@ def _keywords(function: Callable) -> dict[str, bool]:
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             found |= _keywords(Retrieval)
-        elif parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in ("preprocess", "mesh"):
+        elif parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in INTERNAL:
             found[parameter.name] = parameter.default is parameter.empty
     return found
 
@@ -261,6 +245,7 @@ def run(
             try:
                 new = list(evaluator.run(params))
             except evaluation_sets.UnusableSet as unusable:
+                logging.warning("not evaluated: %s", unusable)
                 found.missing.append(unusable.missing())
                 continue
             found.results += new

@@ -10,8 +10,11 @@ import flax.linen as nn
 import numpy as np
 from absl import logging
 
+from flair_jax import initialize
 from flair_jax.data.benchmarks import base, table
 from flair_jax.data.transforms import images as image_rules
+from flair_jax.data.transforms import windows as text_windows
+from flair_jax.evaluators import Retrieval, RetrievalSet
 from flair_jax.evaluators.features import BrokenImages, session
 from flair_jax.progress import progress
 from flair_jax.report import Missing, Result, SetDetails, missing_lines
@@ -56,9 +59,39 @@ class Pixels(Sequence):
         return [f"{self._crop.__name__} {self._size} {picture.key()}" for picture in self._pictures]
 
 
+def retrieval(
+    model: nn.Module, benchmark: base.Benchmark, data: base.Retrieval, options: Mapping[str, Any]
+) -> Iterator[Retrieval]:
+    """Retrieval with texts as the model takes them, and in other ways that options ask for, an evaluator for each.
+
+    Options, beside those of `Retrieval`:
+      windows: a way or several of `windows.WAYS`, of what is done with texts that are longer than the context.
+      context_length: evaluates with a longer context, too, of stretched position embeddings; None: no.
+    """
+    options = dict(options)
+    ways = options.pop("windows", "truncate")
+    longer = options.pop("context_length", None)
+    modes = options.pop("modes", None)
+    pixels = Pixels(data.pictures, model.image_size)
+
+    def evaluator(model, way, label, **more):
+        tokens, rows = text_windows.text_rows(data.texts, model.context_length, way)
+        rows = None if way == "truncate" else rows
+        known = modes if modes is None or rows is None else [mode for mode in modes if mode != "topk"]
+        texts = RetrievalSet(benchmark.name, pixels, tokens, data.image_of_text, rows, data.texts)
+        return Retrieval(model, texts, preprocess=image_rules.normalize, modes=known, label=label, **more, **options)
+
+    for way in (ways,) if isinstance(ways, str) else ways:
+        yield evaluator(model, way, "" if way == "truncate" else way)
+    if longer is not None and longer > model.context_length:
+        long_model = model.clone(text_options={**model.text_options, "context_length": longer})
+        stretch = functools.partial(initialize.stretch_context, length=longer)
+        yield evaluator(long_model, "truncate", f"{longer} tokens", prepare=stretch)
+
+
 # Task -> (model, set, data, options) -> evaluators.
 Build = Callable[[nn.Module, base.Benchmark, Any, Mapping[str, Any]], Iterator[Any]]
-TASKS: dict[str, Build] = {}
+TASKS: dict[str, Build] = {"retrieval": retrieval}
 
 
 class UnusableSet(Exception):

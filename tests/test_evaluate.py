@@ -3,15 +3,15 @@
 import json
 import types
 
-import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from shard_files import write_tar
+from test_evaluation_sets import Loads
 from test_faults import document, picture
 
 from flair_jax import config as configuration
-from flair_jax import evaluate, report
-from flair_jax.data import loader
+from flair_jax import evaluate, evaluation_sets, report
+from flair_jax.data.benchmarks import shards
 from flair_jax.report import Result
 
 RESULTS = [
@@ -141,22 +141,63 @@ def pixelprose(tmp_path):
     return str(tmp_path / "0.tar")
 
 
-def test_shards_with_captions_under_another_key(pixelprose, monkeypatch):
-    """The evaluator and the sheet read the same fields."""
+def test_shards_with_captions_under_another_key(pixelprose, monkeypatch, caplog):
+    """All sentences of the fields are texts; nothing is decoded before it is encoded."""
     sets = []
-    monkeypatch.setattr(evaluate, "Retrieval", lambda model, data, **options: sets.append(data))
-    options = dict(shards=pixelprose, fields=("caption",))
-    list(evaluate.shards_evaluators(Sizes, "val", **options))
-    (data,) = sets
-    assert len(data.images) == 3 and data.image_of_text.tolist() == [0, 0, 1, 1, 2, 2]
-    images, texts, boxes = evaluate.shards_examples(Sizes, **options)
-    assert [np.shape(image) for image in images] == [(32, 48, 3)] * 3
-    assert texts == [
-        sentences for _, _, sentences in loader.evaluation_samples(pixelprose, (32, 48), fields=["caption"])
+
+    def retrieval(model, benchmark, data, options):
+        sets.append((benchmark, data, options))
+        return iter([Fixed([], "", RESULTS[:1])])
+
+    monkeypatch.setitem(evaluation_sets.TASKS, "retrieval", retrieval)
+    section = {"kind": "shards", "shards": pixelprose, "fields": ("caption",), "topk": 7}
+    assert evaluate.run(config_of(val=section), Sizes, None) == RESULTS[:1]
+    ((benchmark, data, options),) = sets
+    assert benchmark.name == "val" and options == {"topk": 7}
+    assert data.image_of_text.tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.texts == ["n 0", "Another", "n 1", "Another", "n 2", "Another"]
+    pixels = evaluation_sets.Pixels(data.pictures, Sizes.image_size)
+    assert [pixels[number].shape for number in range(3)] == [(32, 48, 3)] * 3
+    assert len(set(pixels.keys)) == 3
+    assert evaluate.run(config_of(val={**section, "fields": ("raw_caption",)}), Sizes, None) == []
+    assert "not evaluated: val: no usable record" in caplog.text and "3 x no captions" in caplog.text
+
+
+def test_records_that_cannot_be_used_are_counted(tmp_path, monkeypatch, caplog):
+    """Without captions they are skipped when the set is read, without an image when it is encoded."""
+    good = [(f"{n}.{end}", content) for n in range(2) for end, content in
+            (("jpg", picture()), ("json", document(caption=f"n {n}")))]  # fmt: skip
+    bad = [
+        ("5.jpg", picture()),
+        ("5.json", document(other="a")),
+        ("6.jpg", b"no image"),
+        ("6.json", document(caption="b")),
     ]
-    assert boxes == [[None, None]] * 3
-    with pytest.raises(
-        ValueError, match=r"evaluators\.val: no usable sample .*raw_caption.* Set evaluators\.val\.fields"
-    ):
-        list(evaluate.shards_evaluators(Sizes, "val", shards=pixelprose))
-    assert evaluate.shards_examples(Sizes, shards=pixelprose) == ([], [], [])
+    write_tar(tmp_path / "0.tar", good + bad)
+    data, skipped = shards.read(str(tmp_path / "0.tar"), ("caption",))
+    assert len(data.pictures) == 3 and skipped == {"no captions": 1}
+
+    def retrieval(model, benchmark, data, options):
+        return iter([Loads(model, benchmark, data, options)])
+
+    monkeypatch.setitem(evaluation_sets.TASKS, "retrieval", retrieval)
+    section = {"kind": "shards", "shards": str(tmp_path / "0.tar"), "fields": ("caption",)}
+    results = {result.metric: result.value for result in evaluate.run(config_of(val=section), Sizes, None)}
+    assert results == {"images": 2, "texts": 2}
+    assert "1 samples were skipped: no captions" in caplog.text and "0.tar: 6: not an image" in caplog.text
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_photographs_are_turned_as_in_training(tmp_path, upright):
+    image = Image.new("RGB", (8, 4), (255, 0, 0))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    write_tar(
+        tmp_path / "0.tar", [("a.png", (tmp_path / "turned.png").read_bytes()), ("a.json", document(caption="a"))]
+    )
+    data, _ = shards.read(str(tmp_path / "0.tar"), ("caption",), upright=upright)
+    assert data.pictures[0].decode().size == ((4, 8) if upright else (8, 4))
+    config = config_of(val={"kind": "shards", "shards": str(tmp_path / "0.tar")})
+    config["data"] = {**config["data"], "upright": upright}
+    assert evaluate.sections(config)["val"][1]["upright"] is upright

@@ -32,7 +32,7 @@ THREADS = 16  # that decode images, at most
 
 
 class BrokenImages(ValueError):
-    """Images that cannot be read or decoded; the results of the pass that met them must not be used.
+    """Images that cannot be read or decoded; the results of the pass that found them must not be used.
 
     Attributes:
       reasons: number of the image -> why.
@@ -216,7 +216,7 @@ class Encoder:
             return tower(params, jax.tree.map(self.split, batch))
 
     def _rows(self, limit: int, total: int) -> int:
-        """Rows of a batch: as few batches as the limit allows, equally full, on equally many rows a device."""
+        """Rows of a batch: as few batches as the limit allows, equally full, on equally many rows per device."""
         batches = -(-total // limit)
         return -(-total // (batches * self._shards)) * self._shards
 
@@ -322,7 +322,7 @@ class Encoder:
             kind.add([keys[numbers[row]] for row in sound], rows)
 
     def _agree_on_broken(self, broken: dict[int, str], count: int) -> None:
-        """Raises BrokenImages on every process if one of them met some."""
+        """Raises BrokenImages on every process if one of them found some."""
         if jax.process_count() > 1:
             mine = np.isin(np.arange(count), list(broken))
             for number in np.flatnonzero(multihost_utils.process_allgather(mine).any(0)):
@@ -387,5 +387,5 @@ class Encoder:
         return blocks, number
 
     def take(self, blocks: Sequence[Any], index: np.ndarray) -> Any:
-        """Rows by number out of features that stand one behind the other in `blocks`, whole on every device."""
+        """Rows by number out of features of consecutive `blocks`, whole on every device."""
         return _jit_take(self.whole)(blocks, jax.device_put(index, self.whole))
