@@ -264,7 +264,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
         Result("choice", EVIL, PLAIN_EVIL, 0.5, EVIL),
     ]
     details = [
-        retrieval_details(source="https://example.org/a?b&c", licence=EVIL, notes=(EVIL,)),
+        retrieval_details(source='https://example.org/a?b&c; tars: http://x.org/"y<', licence=EVIL, notes=(EVIL,)),
         SetDetails(
             "choice", EVIL, EVIL, source="javascript:alert(1)", published=[published(PLAIN_EVIL, 0.5, EVIL, EVIL, EVIL)]
         ),
@@ -281,7 +281,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     links = [attributes["href"] for attributes in page.all("a")]
     assert {link[1:] for link in links if link.startswith("#")} <= ids
-    outside = ["https://example.org/dci", "https://example.org/a?b&c"]
+    outside = ["https://example.org/a?b&c", 'http://x.org/"y<', "https://example.org/dci"]
     assert [link for link in links if not link.startswith("#")] == outside
     assert [EVIL, "50.0", ""] in page.rows and [f"choice/{EVIL}", EVIL] in page.rows
     assert [EVIL, EVIL, PLAIN_EVIL, "50.0", "50.0", "0.0", EVIL] in page.rows
