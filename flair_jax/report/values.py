@@ -35,9 +35,7 @@ class Values:
         """
         measured, chance, parts, of_first, without_images = {}, {}, {}, {}, 0
         for result in results:
-            metric, _, part = (
-                f"iou/{result.metric}".partition("/") if result.mode == "iou" else result.metric.partition("/")
-            )
+            metric, _, part = result.metric.partition("/")
             if part:
                 parts.setdefault(metric, {}).setdefault(part, {})[result.mode] = result.value
             elif metric == WITHOUT_IMAGES:
