@@ -163,6 +163,12 @@ def test_published_numbers_stand_beside_measured_ones(tmp_path):
     assert differences[:3] == pytest.approx([-0.033, -0.0004, 0.5]) and differences[3] is None
 
 
+def test_a_published_number_of_a_part_is_compared_with_the_part():
+    numbers = (published("iou/door/gate", 0.5, "projected"), published("iou/cat", 0.5), published("iou/dog", 0.5))
+    found = report.layout.compared(SetDetails("segmentation", "val", published=numbers), values.Values.of(RESULTS[7:]))
+    assert [measured for _, measured in found] == [0.125, 0.0, None]
+
+
 def test_a_published_number_without_a_mode_is_compared_with_the_first():
     details = SetDetails("retrieval", "val", published=(published("text_to_image_R@1", 0.4),))
     plain = values.Values.of([Result("retrieval", "val", "text_to_image_R@1", 0.3)])

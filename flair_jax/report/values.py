@@ -51,6 +51,11 @@ class Values:
             chance[first] = {**chance.get(first, {}), **of_first}
         return cls(measured, chance, parts, without_images)
 
+    def by_mode(self, metric: str) -> Mapping[str, float]:
+        """Mode -> value of a metric of the whole set, or of a part such as "iou/cat"; empty: not measured."""
+        name, _, part = metric.partition("/")
+        return self.parts.get(name, {}).get(part, {}) if part else self.measured.get(name, {})
+
     def modes(self) -> list[str]:
         """In the order of the results."""
         return list(dict.fromkeys(mode for values in self.measured.values() for mode in values))
