@@ -70,8 +70,8 @@ def by_set(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
 
 
 def is_rank(metric: str) -> bool:
-    """Whether values count from 1; all others are fractions."""
-    return metric.endswith("rank")
+    """Whether values of a metric, or of a part of it, count from 1; all others are fractions."""
+    return metric.partition("/")[0].endswith("_rank")
 
 
 def text(metric: str, value: float) -> str:
