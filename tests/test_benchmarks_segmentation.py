@@ -434,7 +434,7 @@ def test_options_reach_the_evaluator(tmp_path):
     assert len(evaluator._data.tokens) == 162
     with pytest.raises(ValueError, match="coco_object: names of 2 classes; the set has 81"):
         list(evaluation_tasks.TASKS["segmentation"](Words(2), benchmark, data, options | {"classes": ["a", "b"]}))
-    with pytest.raises(ValueError, match=r"have no \{c\}"):
+    with pytest.raises(ValueError, match=r"expected one or more, each with \{c\}"):
         list(evaluation_tasks.TASKS["segmentation"](Words(2), benchmark, data, options | {"templates": ["a photo"]}))
     pathlib.Path(data.pictures[1].path).write_bytes(b"no image")
     with pytest.raises(BrokenImages) as broken:
