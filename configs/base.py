@@ -67,6 +67,10 @@ def get_config() -> ConfigDict:
     config.data.captions.max_merged = 3
     config.data.captions.merging = "mixed"  # or "consecutive", "scattered"
     config.data.captions.reference_windows = True
+    # Hard negatives of an image's first caption, one of each kind where there is one; see data/transforms/negatives.py.
+    config.data.negatives = ConfigDict()
+    config.data.negatives.kinds = config_dict.placeholder(tuple)  # such as ("negclip", "replace", "ngram_shuffle_2")
+    config.data.negatives.annotations = config_dict.placeholder(str)  # folder of `data.prepare annotate`; None: beside
     config.data.augmentation = ConfigDict(dict(scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)))
     config.data.pixels = "reference"  # the reference's to the bit; "fast", or "device": cropped inside the step
     config.data.packing = ConfigDict()  # of captions, side by side

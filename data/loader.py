@@ -30,10 +30,11 @@ from grain.python import SharedMemoryArray
 from flair_jax.data import iterator_state, order
 from flair_jax.data.sources.base import Concatenation
 from flair_jax.data.sources.open import Shards, open_source, sets
-from flair_jax.data.transforms import packing, tokenizer
+from flair_jax.data.transforms import annotations, packing, tokenizer
 from flair_jax.data.transforms.base import Transform
 from flair_jax.data.transforms.captions import CaptionOptions
 from flair_jax.data.transforms.images import AugmentationOptions
+from flair_jax.data.transforms.negatives import PARSED, Negatives
 from flair_jax.data.transforms.samples import (
     Captions,
     Crop,
@@ -127,6 +128,7 @@ class Stream:
     Attributes:
       source: all samples; `len(stream.source)` make an epoch.
       truncated: captions that packing cut since this stream was opened; 0 without `packing.truncate`.
+      masked: texts that are not valid, such as negatives that a caption does not have, in the batches since then.
     """
 
     def __init__(
@@ -154,7 +156,7 @@ class Stream:
         self._group, self._offset = start["group"], start["offset"]
         self._held = None  # that group, once it was read
         self._skipped = collections.Counter(start["skipped"])
-        self.truncated = 0
+        self.truncated = self.masked = 0
         # The epoch of the last skipped sample, and how many of it were skipped.
         self._epoch, self._epoch_skipped = start["epoch"], start["epoch_skipped"]
         self._logged = 0
@@ -203,6 +205,8 @@ class Stream:
             except Exception as error:  # it belongs to the next batch
                 self._prefetched = error
         self._position = drawn.position
+        if "valid" in drawn.arrays:
+            self.masked += int((~drawn.arrays["valid"]).sum())
         return {**drawn.arrays, "texts": self._texts(drawn)}
 
     def _draw(self) -> "_Drawn":
@@ -411,6 +415,16 @@ class PackingOptions:
     truncate: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class NegativeOptions:
+    """Hard negatives of each image's first caption; see `transforms.negatives`."""
+
+    kinds: Sequence[str] | None = (
+        None  # such as ("negclip", "replace", "ngram_shuffle_2"), at most one of each; None: none
+    )
+    annotations: str | None = None  # folder of the files that `data.prepare annotate` wrote; None: beside the shards
+
+
 def make_stream(
     shards: Shards,
     *,
@@ -419,6 +433,7 @@ def make_stream(
     context_length: int,
     seed: int,
     captions: Mapping[str, Any] | None = None,
+    negatives: Mapping[str, Any] | None = None,
     augmentation: Mapping[str, Any] | None = None,
     pixels: Pixels = "reference",
     upright: bool = False,
@@ -446,6 +461,7 @@ def make_stream(
       context_length: tokens a caption.
       seed: of the order, the crops and the captions.
       captions: fields of CaptionOptions that differ from their defaults.
+      negatives: fields of NegativeOptions that differ from their defaults.
       augmentation: fields of AugmentationOptions that differ from their defaults.
       pixels: how images are made, see `samples.Crop`.
       upright: whether photographs are turned as their EXIF orientation says; the published data sets are trained as
@@ -469,11 +485,11 @@ def make_stream(
         without `truncate`, for the batch has one shape on all of them. They all ask for each batch, in order.
 
     Raises:
-      FileNotFoundError, ShardError: see `open_source`.
+      FileNotFoundError, ShardError: see `open_source`; or annotations are missing, see `annotations.open_annotations`.
       ValueError: batch_size is no multiple of the processes and their devices, packed rows are too short for a
         caption, or an option has no meaning.
       iterator_state.PositionError: `position` belongs to other data or settings.
-      TypeError: an unknown option of captions, augmentation or packing.
+      TypeError: an unknown option of captions, negatives, augmentation or packing.
     """
     if batch_size < 1 or batch_size % (process_count * device_count):
         raise ValueError(
@@ -487,8 +503,11 @@ def make_stream(
         parts = [open_source(part, index_dir) for part in sets(shards)]
         source = Concatenation(parts)
         sizes = [len(part) for part in parts]
+    caption_options = CaptionOptions(**(captions or {}))
+    draw_captions = Captions(caption_options, tokenizer.Tokenizer(context_length))
     own = (
-        Captions(CaptionOptions(**(captions or {})), tokenizer.Tokenizer(context_length)),
+        draw_captions,
+        *_negatives(NegativeOptions(**(negatives or {})), draw_captions, source.shards),
         *transforms,
         Crop(image_size, AugmentationOptions(**(augmentation or {})), pixels, upright),  # last: it costs the most
     )
@@ -530,6 +549,18 @@ def make_stream(
         max_skipped=max_skipped,
         agree=agree if shapes_differ else None,
     )
+
+
+def _negatives(options: NegativeOptions, captions: Captions, shards: Sequence[str]) -> tuple[Transform, ...]:
+    """The transform that draws negatives of the captions; none without kinds."""
+    if not options.kinds:
+        return ()
+    found = None
+    if set(options.kinds) & set(PARSED):
+        found = annotations.open_annotations(
+            shards, options.annotations, fields=captions.options.fields, splitting=captions.options.splitting
+        )
+    return (Negatives(tuple(options.kinds), captions, found),)
 
 
 def _measured_packer(

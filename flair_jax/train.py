@@ -120,7 +120,7 @@ def _train(config, workdir, mesh, signals, lock):
             )
         if step % config["log_every"] == 0 and writer is not None:
             numbers |= progress.speed() | {"learning_rate": float(rate(step - 1)), "epoch": stream.epoch}
-            numbers |= {"skipped": stream.skipped.total(), "truncated": stream.truncated}
+            numbers |= {"skipped": stream.skipped.total(), "truncated": stream.truncated, "masked": stream.masked}
             with progress.clock.measure("logging"):
                 writer.write_scalars(step, numbers)
             progress.show(numbers)
@@ -189,7 +189,7 @@ def _train(config, workdir, mesh, signals, lock):
     results = evaluate.run(config, model, current.weights, workdir)
     evaluate.draw_attention_sheets(config, model, current.weights, workdir)
     if main_process:
-        counts = {"skipped": stream.skipped.total(), "truncated": stream.truncated}
+        counts = {"skipped": stream.skipped.total(), "truncated": stream.truncated, "masked": stream.masked}
         print(metrics.table("this run", {**final, **summary, **counts}))
         for reason, count in stream.skipped.most_common():
             logging.warning("%d samples were skipped: %s", count, reason)

@@ -194,7 +194,7 @@ def test_what_a_run_tells(tmp_path, capsys):
         "text_conditioned/positive_logit", "text_conditioned/negative_logit",
         "logit_scale", "logit_bias", "images_per_second", "step_seconds",
         "data_wait_share", "saving_share", "tflop_per_second", "packing_efficiency", "skipped",
-        "truncated", "learning_rate", "epoch",
+        "truncated", "masked", "learning_rate", "epoch",
     }  # fmt: skip
     assert all(0 < line["packing_efficiency"] <= 1 and line["data_wait_share"] <= 1 for line in lines)
     # Before training both means are near the bias.

@@ -27,6 +27,7 @@ ENDINGS = {
     ARRAY_RECORD: r"\.array_?record(-\d+-of-\d+)?",
     TFRECORD: r"\.tfrecords?(-\d+-of-\d+)?",
 }
+ANNOTATIONS_ENDING = ".annotations"  # of files beside shards, see `data.transforms.annotations`
 LIST_ENDING = ".txt"  # of a text file that lists shards
 TFDS_MARK = "dataset_info.json"  # is in each folder of a data set of TensorFlow Datasets
 
@@ -172,7 +173,8 @@ def _find(name: str) -> list[str]:
 
 
 def _matches(name: str) -> list[str]:
-    return [path for path in files.find(name) if not path.endswith(INDEX_ENDING)]  # which `x.tar*` matches too
+    beside = (INDEX_ENDING, ANNOTATIONS_ENDING)  # which `x.tar*` matches too
+    return [path for path in files.find(name) if not path.endswith(beside)]
 
 
 def _format(path: str) -> str | None:

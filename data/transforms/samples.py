@@ -9,7 +9,7 @@ import numpy as np
 
 from flair_jax.data.sources.base import RecordError, Source
 from flair_jax.data.transforms import captions, fast_images, images, tokenizer
-from flair_jax.data.transforms.base import TEXTS, VALID, Sample, SampleError, Transform
+from flair_jax.data.transforms.base import CAPTIONS, TEXTS, VALID, Sample, SampleError, Transform
 
 Pixels = Literal["reference", "fast", "device"]
 
@@ -38,14 +38,14 @@ class Captions:
     options: captions.CaptionOptions
     tokenize: tokenizer.Tokenizer
 
-    names = (f"{TEXTS}captions",)
+    names = (f"{TEXTS}{CAPTIONS}",)
 
     def __call__(self, sample: Sample) -> dict[str, np.ndarray]:
         return {self.names[0]: self.tokenize(self.draw(sample))}
 
     def draw(self, sample: Sample) -> list[str]:
         """The captions as texts; always the same for one sample. Raises SampleError."""
-        return captions.draw(sample.fields, sample.rng("captions"), self.options)
+        return captions.draw(sample.fields, sample.rng(CAPTIONS), self.options)
 
 
 @dataclasses.dataclass(frozen=True)
