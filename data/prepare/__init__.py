@@ -2,6 +2,8 @@
 
 Each module imports from those below it:
 
+    annotate  finished shards: parses of their captions, for hard negatives
+    parses    a parsed caption as an annotation; spaCy and WordNet
     job       all stages of a preparation, or what an interrupted run left to do
     stages    index the captions, match the images, write the shards
     releases  what each release is: its images, its captions, its records

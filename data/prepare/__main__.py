@@ -1,4 +1,7 @@
-"""Command line: `python -m flair_jax.data.prepare RELEASE …`; data/README.md has the commands of every release."""
+"""Command line: `python -m flair_jax.data.prepare RELEASE …`; data/README.md has the commands of every release.
+
+`python -m flair_jax.data.prepare annotate …` annotates the captions of finished shards for hard negatives.
+"""
 
 import argparse
 import codecs
@@ -7,10 +10,12 @@ import pathlib
 import re
 import sys
 
-from flair_jax.data.prepare import atomic, inputs, job, releases, report, rows, runner, shards
+from flair_jax.data.prepare import annotate, atomic, inputs, job, releases, report, rows, runner, shards
 from flair_jax.data.sources.base import ShardError
 from flair_jax.data.sources.open import expand
 from flair_jax.data.transforms.captions import SPLITTINGS
+
+ANNOTATE = "annotate"
 
 
 def main(arguments: list[str]) -> None:
@@ -24,7 +29,19 @@ def main(arguments: list[str]) -> None:
     if options.runner == runner.LOCAL and flags:
         raise atomic.PrepareError(f"flags for Beam ({' '.join(flags)}) need a --runner that they are for")
     workers = options.workers or os.cpu_count() or 1
-    info = job.prepare(_job(options), runner.Options(options.runner, workers, flags))
+    run = runner.Options(options.runner, workers, flags)
+    if options.release == ANNOTATE:
+        work = annotate.Annotate(
+            expand(options.shards),
+            options.output,
+            options.fields,
+            options.splitting,
+            options.wordnet,
+            options.index_dir,
+        )
+        print(annotate.summary(annotate.annotate(work, run), work))
+        return
+    info = job.prepare(_job(options), run)
     print(report.table(info))
     print(f"\ntrain with --config.data.shards='{os.path.join(os.path.abspath(options.output), info['pattern'])}'")
 
@@ -140,9 +157,29 @@ def _parser() -> argparse.ArgumentParser:
             metavar="FOLDER",
             help="for intermediate files, on a fast disk; default: OUTPUT/.prepare",
         )
-        add("--workers", type=positive_number, help="processes of the local runner; default: one a core")
-        add("--runner", default=runner.LOCAL, help="a runner of Apache Beam; its flags follow after `--`")
+        _add_runner(command)
+    _add_annotate(commands)
     return parser
+
+
+def _add_runner(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", type=positive_number, help="processes of the local runner; default: one a core")
+    command.add_argument("--runner", default=runner.LOCAL, help="a runner of Apache Beam; its flags follow after `--`")
+
+
+def _add_annotate(commands) -> None:
+    what = (
+        "parse the captions of shards, for hard negatives; needs spaCy and WordNet: pip install 'flair_jax[negatives]'"
+    )
+    command = commands.add_parser(ANNOTATE, help=what, description=what)
+    add = command.add_argument
+    add("--shards", nargs="+", required=True, metavar="SHARDS", help="as in --config.data.shards")
+    add("--fields", nargs="+", default=["caption"], help="as in --config.data.captions.fields")
+    add("--splitting", choices=tuple(SPLITTINGS), default="whole", help="as in --config.data.captions.splitting")
+    add("--output", type=path, metavar="FOLDER", help="for the annotations; default: beside the shards")
+    add("--wordnet", type=path, metavar="FOLDER", help="of WordNet 3.0's files; default: where it is installed")
+    add("--index-dir", type=path, metavar="FOLDER", help="where indexes of shards are kept; default: beside them")
+    _add_runner(command)
 
 
 def path(text: str) -> str:

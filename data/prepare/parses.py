@@ -278,13 +278,11 @@ def prepositions(text: str) -> dict[str, int]:
 
 
 def written(word: str, original: str) -> str:
-    """A replacement with blanks, in upper case or capitalised as the original is."""
+    """A replacement with blanks, in upper case, or each word capitalised, as the original is."""
     word = word.replace("_", " ")
-    if original.isupper() and len(original) > 1:
-        return word.upper()
     if original.istitle():
-        return word[:1].upper() + word[1:]
-    return word
+        return word.title()
+    return word.upper() if original.isupper() else word
 
 
 class Candidates(NamedTuple):
