@@ -187,12 +187,14 @@ def _opened(file: str, stamp: str) -> "_File":
 
 
 class _File:
-    """One file; arrays of which a draw needs a small part are read in parts."""
+    """One file. What is searched for each caption is kept in memory; of the large arrays only parts are read."""
 
     def __init__(self, file: str):
         self._opened = safetensors.safe_open(file, framework="numpy")
-        self._hashes = self._opened.get_tensor("hashes")
-        self._slices = {name: self._opened.get_slice(name) for name in self._opened.keys() if name != "hashes"}  # noqa: SIM118
+        self._hashes, *ends = map(self._opened.get_tensor, ("hashes", "row_ends", "list_ends"))
+        self._ends = {"row_ends": ends[0], "list_ends": ends[1]}
+        self._slices = {name: self._opened.get_slice(name) for name in ("rows", "lists", "cumulative", "words")}
+        self._ends["word_ends"] = self._opened.get_slice("word_ends")
 
     def find(self, caption: str) -> Annotation | None:
         wanted = np.uint64(_hash(caption))
@@ -211,7 +213,7 @@ class _File:
         return None
 
     def span(self, ends: str, number: int) -> tuple[int, int]:
-        start, end = self._slices[ends][number : number + 2].tolist()
+        start, end = self._ends[ends][number : number + 2].tolist()
         return start, end
 
     def values(self, name: str, start: int, end: int) -> np.ndarray:
