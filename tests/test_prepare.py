@@ -267,6 +267,46 @@ def test_coco(tmp_path, capsys):
     assert [content["raw_caption"] for content in read(tmp_path / "out").values()] == [["A plate", "Food on a plate"]]
 
 
+def test_negclip_keeps_captions_and_their_negatives(tmp_path, capsys):
+    (tmp_path / "images" / "val2014").mkdir(parents=True)
+    (tmp_path / "images" / "val2014" / "1.jpg").write_bytes(picture())
+    tsv = [
+        ["", "title", "filepath", "neg_caption", "neg_image"],
+        ["0", "A child. And a yak.", "coco/val2014/1.jpg", "['A yak .', \"A child 's yak .\"]", "[3, 1]"],
+        ["1", 'A "big" dog', "coco/val2014/1.jpg", "[]", "[2]"],
+        ["2", "No image", "coco/val2014/2.jpg", "['a']", "[0]"],
+        ["3", "No list", "coco/val2014/1.jpg", "__import__('os')", "[0]"],
+    ]
+    with open(tmp_path / "train.tsv", "w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows(tsv)
+    arguments = ["--captions", tmp_path / "train.tsv", "--images", tmp_path / "images", "--output", tmp_path / "out"]
+    told = prepare(capsys, "negclip", *arguments)
+    (content,) = read(tmp_path / "out").values()
+    assert content["file"] == "val2014/1.jpg"
+    assert content["caption"] == ["A child. And a yak.", 'A "big" dog']
+    assert content["neg_caption"] == [["A yak .", "A child 's yak ."], []]
+    assert "a caption is neither text nor a list of texts" in told
+
+
+def test_captioned_tars_keep_the_caption_whole(tmp_path, capsys):
+    """From the txt, from a key of the json, and from a text file that the json's key names."""
+    members = [
+        *sample("1", {"key": "1", "coca_captions": "A dog. It runs."}, text=" A cat. It sits.\n"),
+        *sample("2", {"key": "2"}, text="two"),
+        *sample("3", {"key": "../3"}, text="  "),
+    ]
+    tar = write_tar(tmp_path / "a.tar", members)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "2.txt").write_text("A cow.\nAnother line")
+    (tmp_path / "3.txt").write_text("outside of the folder")
+    prepare(capsys, "captioned", "--images", tar, "--output", tmp_path / "txt")
+    assert [content["caption"] for content in read(tmp_path / "txt").values()] == ["A cat. It sits.", "two"]
+    options = ["--partner", "json", "--caption-key", "coca_captions", "--text-folder", tmp_path / "texts"]
+    told = prepare(capsys, "captioned", "--images", tar, "--output", tmp_path / "json", *options)
+    assert [content["caption"] for content in read(tmp_path / "json").values()] == ["A dog. It runs.", "A cow."]
+    assert "json without a plain key" in told
+
+
 @pytest.mark.parametrize("form", ["json", "token"])
 def test_flickr30k_keeps_evaluation_images_out(tmp_path, capsys, form):
     (tmp_path / "flickr30k-images").mkdir()

@@ -16,6 +16,7 @@ from flair_jax.data.sources.open import expand
 from flair_jax.data.transforms.captions import SPLITTINGS
 
 ANNOTATE = "annotate"
+PARTNERS = {"cc3m": "json", "captioned": "txt"}  # releases whose captions are in the tars, and where
 
 
 def main(arguments: list[str]) -> None:
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> None:
 
 def _job(options: argparse.Namespace) -> job.Job:
     work = options.work or os.path.join(options.output, ".prepare")
-    captions = getattr(options, "captions", None)  # cc3m has none
+    captions = getattr(options, "captions", None)  # those of PARTNERS have none
     captions = tuple(expand(captions)) if captions else ()
     if releases.RELEASES[options.release].images == "folder":
         images = inputs.list_folder(options.images, pathlib.Path(work) / "listing")
@@ -75,6 +76,11 @@ def _reader(options: argparse.Namespace) -> dict:
     """Arguments of the release's reader of captions."""
     if options.release == "pixelprose":
         return {"original": options.original_caption}
+    if options.release == "negclip":
+        return {}
+    if options.release == "captioned":
+        names = ("partner", "encoding", "caption_key", "text_folder")
+        return {name: getattr(options, name) for name in names}
     reader = {"splitting": options.splitting}
     if options.release == "cc3m":
         reader |= {"partner": options.partner, "encoding": options.encoding}
@@ -102,22 +108,25 @@ def _parser() -> argparse.ArgumentParser:
             )
         else:
             add("--images", required=True, type=path, metavar="FOLDER", help="folder of the image files")
-        if name == "cc3m":
-            add(
-                "--partner", choices=("json", "txt"), default="json", help="file beside an image that holds its caption"
-            )
+        if name in PARTNERS:
+            what = "file beside an image that holds its caption"
+            add("--partner", choices=("json", "txt"), default=PARTNERS[name], help=f"{what}; default: {PARTNERS[name]}")
         else:
             own = release.own is not None
             what = "; without it the captions are taken from the tars' json" if own else ""
             add("--captions", nargs="+", required=not own, metavar="FILES", help="caption files" + what)
         add("--encoding", type=encoding, default="utf-8", help="of caption files and txt; json in tars is always UTF-8")
-        if name in ("dreamlip", "pixelprose", "folder"):
+        if name in ("dreamlip", "pixelprose", "folder", "negclip"):
             add(
                 "--delimiter",
                 type=delimiter,
                 metavar="CHARACTER",
                 help="between the cells of .csv and .tsv, such as `;` or `tab`; default: a comma, in .tsv a tab",
             )
+        if name == "captioned":
+            add("--caption-key", default="caption", metavar="KEY", help="of the json that holds the caption")
+            what = "where the json lacks the key: texts named by its `key`, FOLDER/KEY.txt, whose first line counts"
+            add("--text-folder", type=path, metavar="FOLDER", help=what)
         if name == "pixelprose":
             add("--original-caption", action="store_true", help="keep the original caption, too")
         if name == "folder":
@@ -131,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="FILE",
                 help="the images to keep, one a line; needed for .token files",
             )
-        if name != "pixelprose":  # whose captions stay whole
+        if name not in ("pixelprose", "captioned", "negclip"):  # whose captions stay whole
             add("--splitting", choices=tuple(SPLITTINGS), default="every_stop", help="rule that splits captions")
         add("--output", required=True, type=path, metavar="FOLDER", help="for the shards")
         add("--prefix", type=file_name, help="of the shards' names; default: the release")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 from collections.abc import Callable, Mapping
 
 from flair_jax.data.prepare import rows
@@ -51,12 +53,47 @@ def _cc3m(text: bytes, partner: str, encoding: str, splitting: str) -> dict:
         raise CaptionError(NOT_IN_ENCODING) from error
 
 
+def _captioned(text: bytes, partner: str, encoding: str, caption_key: str, text_folder: str | None) -> dict:
+    """One caption, whole: the txt beside the image, a key of its json, or the first line of `text_folder/KEY.txt`."""
+    if partner == "txt":
+        try:
+            caption = text.decode(encoding)
+        except UnicodeDecodeError as error:
+            raise CaptionError(NOT_IN_ENCODING) from error
+    else:
+        content = _object(text)
+        caption = content.get(caption_key)
+        if caption is None and text_folder is not None:
+            caption = _first_line(text_folder, content.get("key"), encoding)
+    if not isinstance(caption, str | None):
+        raise CaptionError(rows.BAD_CELL)
+    if not (caption or "").strip():
+        raise CaptionError(rows.NO_CAPTIONS)
+    return {"caption": caption.strip()}
+
+
+def _first_line(folder: str, key, encoding: str) -> str:
+    if not isinstance(key, str) or not re.fullmatch(r"[\w-]+", key):  # so that no path leaves the folder
+        raise CaptionError("json without a plain key, which names the text file")
+    try:
+        with open(os.path.join(folder, f"{key}.txt"), encoding=encoding) as file:
+            return file.readline()
+    except FileNotFoundError as error:
+        raise CaptionError("no text file of this key (--text-folder)") from error
+    except UnicodeDecodeError as error:
+        raise CaptionError(NOT_IN_ENCODING) from error
+
+
 RELEASES = {
     "dreamlip": Release("CC3M, CC12M or YFCC15M with DreamLIP's captions, joined by URL", "tars", own=_dreamlip),
     "pixelprose": Release("PixelProse's descriptions, joined by URL", "tars", own=_pixelprose),
     "cc3m": Release("Conceptual Captions with its raw captions alone, which are in the tars", "tars", own=_cc3m),
     "folder": Release("your own images in a folder, and a file of captions", "folder", merged=True),
     "coco": Release("COCO's training images and their five captions each", "folder", merged=True),
+    "captioned": Release(
+        "tars with one caption an image, kept whole: FSC-CLIP's LAION-COCO and CC3M, or yours", "tars", own=_captioned
+    ),
+    "negclip": Release("COCO's images with NegCLIP's captions and hard negatives", "folder", merged=True),
     "flickr30k": Release("Flickr30k's training images and their five captions each", "folder", merged=True),
 }
 

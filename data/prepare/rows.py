@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TextIO
 
 from flair_jax.data.prepare.atomic import InputError
-from flair_jax.data.transforms.captions import FIELDS, CaptionError, field_sentences, split
+from flair_jax.data.transforms.captions import FIELDS, CaptionError, field_sentences, split, written_list
+from flair_jax.data.transforms.negatives import LISTED_CAPTIONS, LISTED_FIELD
 
 MAX_CELL = 1 << 24  # characters; what is longer is a quotation mark that was never closed
 PARQUET_ROWS = 1024  # read at a time
@@ -102,6 +103,18 @@ def pixelprose_captions(cells: Mapping, original: bool = False) -> dict[str, str
     return captions
 
 
+def negclip_captions(cells: Mapping) -> dict[str, list]:
+    """One caption and its list of negatives, which a cell may hold as a Python literal."""
+    title, negatives = cells.get("title"), cells.get("neg_caption")
+    if isinstance(negatives, str):
+        negatives = written_list(negatives)
+    if not isinstance(title, str) or not isinstance(negatives, list):
+        raise CaptionError(BAD_CELL)
+    if not title.strip():
+        raise CaptionError(NO_CAPTIONS)
+    return {LISTED_CAPTIONS: [title.strip()], LISTED_FIELD: [[text.strip() for text in negatives if text.strip()]]}
+
+
 def _row(key, captions_of: Callable[..., dict], *arguments, detail: str = "") -> Row | LeftOut:
     key = str(key).strip() if isinstance(key, str | int) else ""
     if not key:
@@ -170,6 +183,22 @@ def coco(path: str, progress: Progress, text: Text, splitting: str) -> Rows:
         yield _row(name, raw_captions, [caption], splitting)
 
 
+def negclip(path: str, progress: Progress, text: Text) -> Rows:
+    """NegCLIP's train_neg_clip.tsv: captions of COCO images, and for each a list of hard negatives.
+
+    Both stay whole: `caption`, a list of the image's captions, and `neg_caption`, a list of negatives for each. The
+    column `neg_image`, the rows of similar images, is not read.
+    """
+    needed = ("filepath", "title", "neg_caption")
+    for cells in _table(path, progress, text, needed):
+        if isinstance(cells, LeftOut):
+            yield cells
+        else:
+            key = _relative(cells.get("filepath"))
+            key = key.removeprefix("coco/") if isinstance(key, str) else key
+            yield _row(key, negclip_captions, cells, detail=_missing_keys(cells, needed))
+
+
 def flickr30k(
     path: str, progress: Progress, text: Text, part: str, names: Sequence[str] | None, splitting: str
 ) -> Rows:
@@ -232,6 +261,7 @@ READERS = {
     "pixelprose": pixelprose,
     "folder": table,
     "coco": coco,
+    "negclip": negclip,
     "flickr30k": flickr30k,
 }
 
