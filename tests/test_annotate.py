@@ -215,8 +215,6 @@ def test_batches_hold_the_caption_and_its_negatives(shards):
                 assert (tokens[image, 0] == original).all()
                 same = (tokens[image] == original).all(axis=1)
                 assert (same[1:] == ~batch["valid"][image, 1:]).all()
-            possible = PARSES[CAPTIONS[start]]
-            assert batch["valid"][0, 1] or sum(map(len, parses.swaps(possible).values())) < 4
         assert batches.masked > 0  # "Dogs" has no negative of any kind
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import fractions
+import functools
 import itertools
 import json
 import math
@@ -207,6 +208,7 @@ def test_replacements_are_written_as_the_original(word, original, expected):
     assert parses.written(word, original) == expected
 
 
+@functools.cache
 def wordnet() -> parses.WordNet:
     pytest.importorskip("nltk", reason="NLTK is not installed")
     pytest.importorskip("pyinflect", reason="pyinflect is not installed")
@@ -231,6 +233,12 @@ def test_replacements_are_the_references(records):
         parts = heaviest(record)
         for part, expected in parts.items():
             assert expected.keys() <= set(words.candidates(*part).words), part
+
+
+@pytest.mark.parametrize(("word", "replacement", "counts"), [("dog", "cat", (18, 1, 1)), ("dog", "boy", (16, 42))])
+def test_weights_are_counts_of_senses(word, replacement, counts):
+    """Each occurrence counts as often as WordNet's texts have that sense, at least once."""
+    assert wordnet().related(word, "n")[replacement] == sum(counts)
 
 
 @golden

@@ -387,7 +387,12 @@ class WordNet:
                 "WordNet is not installed: python -m nltk.downloader wordnet; or apt install wordnet-base "
                 "wordnet-sense-index; or name the folder of its files with --wordnet"
             )
+        if found not in nltk.data.path:
+            nltk.data.path.append(found)  # NLTK 3.10 reads no other folders
         self._wordnet = _reader(found)
+        with self._wordnet.open("cntlist.rev") as file:  # NLTK would search it on disk for each lemma
+            entries = [line.split() for line in file]
+        self._counts = {key: int(count) for key, _, count in entries}
         self._inflect = pyinflect.getInflection
         self.version = (
             f"nltk {nltk.__version__}, WordNet {self._wordnet.get_version()}, pyinflect {pyinflect.__version__}"
@@ -418,7 +423,7 @@ class WordNet:
             found += _cousins_of_adjective(synset) if pos == "a" else _cousins(synset)
             for lemma in found:
                 if lemma.name() not in synonyms:
-                    weights[lemma.name()] += max(lemma.count(), 1)
+                    weights[lemma.name()] += max(self._counts.get(lemma.key().lower(), 1), 1)
         return dict(weights)
 
     def _inflected(self, word: str, tag: str) -> str:
@@ -476,6 +481,9 @@ def _reader(folder: str):
                 return super().open(file)
             lines = [f"{number:02d}\t{entry}\n" for number, entry in enumerate(LEXICOGRAPHER_FILES)]
             return io.StringIO("".join(lines).replace(" ", "\t"))
+
+        def map_wn(self, version="wordnet"):
+            """For other languages; it would need NLTK's own copy."""
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other languages are missing
