@@ -50,7 +50,7 @@ EXTRAS = {
     # Shards and work directories in gs:// and s3:// (boto3: TensorBoard's files there), shards behind https://.
     "remote": ["aiohttp>=3.14", "boto3>=1.43", "gcsfs>=2026.9", "s3fs>=2026.9"],
     "prepare": ["apache-beam>=2.77", "pyarrow>=25.0"],
-    # Parses for hard negatives; with a model of spaCy and WordNet, see data/README.md. NLTK's 3.10 reads it as 3.8 does.
+    # Parses of captions for hard negatives; they need a model of spaCy and WordNet too, see data/README.md.
     "negatives": ["nltk>=3.8.1", "pyinflect>=0.5.1", "spacy>=3.8.18"],
     "cuda": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
