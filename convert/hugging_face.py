@@ -120,24 +120,25 @@ def section(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray], path: s
       ConversionError: naming every key under which the model computes something else than ours.
     """
     kind = config.get("model_type")
-    parts = {"clip": ("vision", "text"), "clip_text_model": ("text",), "clip_vision_model": ("vision",)}.get(kind)
+    parts = {"clip": ("vision", "text"), "clip_text_model": ("text",), "clip_vision_model": ("vision",)}.get(str(kind))
     if parts is None:
         what = SIGLIP if str(kind).startswith("siglip") else f"a model of type {kind!r:.50}"
         raise ConversionError(f"{path} describes {what}; expected clip, clip_text_model or clip_vision_model")
     found = {part: _part(config, part, alone=len(parts) == 1) for part in parts}
     problems = [problem for part, values in found.items() for problem in _differences(part, values)]
-    if len({values["hidden_act"] for values in found.values()}) > 1:
-        problems.append("hidden_act: the towers have different ones; expected one for both")
+    projections = {"text": "text_projection.weight", "vision": "visual_projection.weight"}
     if len(parts) == 2:
         width = config.get("projection_dim", 512)
+        if found["text"]["hidden_act"] != found["vision"]["hidden_act"]:
+            problems.append("hidden_act: the towers have different ones; expected one for both")
     else:
-        (values,) = found.values()
-        projection = "text_projection.weight" if parts == ("text",) else "visual_projection.weight"
-        width = values["projection_dim"] if projection in arrays else None
+        width = found[parts[0]]["projection_dim"] if projections[parts[0]] in arrays else None
+    if width is not None and not _is_size(width):
+        problems.append(f"projection_dim is {width!r:.50}; expected a positive integer")
     if problems:
         raise ConversionError("\n  ".join([f"{path} describes a model that ours is not:", *problems]))
     model = variants.clip().to_dict()
-    act = next(iter(found.values()))["hidden_act"]
+    act = found[parts[0]]["hidden_act"]
     model |= {"vision": None, "text": None, "embed_dim": width, "gelu": ACTIVATIONS[act]}
     for part, values in found.items():
         model[part] = {ours: values[theirs] for ours, theirs in KEYS[part].items()}
@@ -194,18 +195,25 @@ def _prefix(arrays: Mapping[str, np.ndarray]) -> str:
 
 def _part(config: Mapping[str, Any], part: str, *, alone: bool) -> dict[str, Any]:
     """All values of a tower, those that the file leaves out too."""
-    values = dict(config) if alone else dict(config.get(f"{part}_config") or {})
+    if alone:
+        return DEFAULTS[part] | dict(config)
+    values, older = config.get(f"{part}_config") or {}, config.get(f"{part}_config_dict")
+    if not isinstance(values, dict) or not isinstance(older, dict | None):
+        raise ConversionError(f"config.json: {part}_config is no object")
     # As transformers reads files that older versions of it wrote: this section wins, with its defaults.
-    older = None if alone else config.get(f"{part}_config_dict")
-    return DEFAULTS[part] | values | ({} if older is None else DEFAULTS[part] | dict(older))
+    return DEFAULTS[part] | values | ({} if older is None else DEFAULTS[part] | older)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _differences(part: str, values: Mapping[str, Any]) -> list[str]:
     """What our tower does not do, one line each."""
     problems = [
         f"{part}: {key} is {values[key]!r:.50}; expected a positive integer"
-        for key in {*KEYS[part].values(), "intermediate_size", "projection_dim"} - {"image_size"}
-        if type(values[key]) is not int or values[key] < 1
+        for key in KEYS[part].values()
+        if not _is_size(values[key])
     ]
     if problems:
         return problems
@@ -217,7 +225,7 @@ def _differences(part: str, values: Mapping[str, Any]) -> list[str]:
         for key, value in expected.items()
         if values[key] != value
     ]
-    if values["hidden_act"] not in ACTIVATIONS:
+    if values["hidden_act"] not in list(ACTIVATIONS):  # which may be anything, a list too
         problems.append(f"{part}: hidden_act is {values['hidden_act']!r:.50}; expected one of {sorted(ACTIVATIONS)}")
     # 2 stands in files from before this key had a meaning, and means the largest id (transformers, pull request 24773).
     if part == "text" and values["eos_token_id"] not in (2, values["vocab_size"] - 1):

@@ -8,11 +8,7 @@ import numpy as np
 
 from flair_jax.convert import hugging_face, names, torch_files, torch_script
 
-OPENAI_SIZES = {
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-}  # tensors that OpenAI's archives have, and only they
+OPENAI_SIZES = {"input_resolution", "context_length", "vocab_size"}  # tensors that only OpenAI's archives have
 
 
 class Weights(NamedTuple):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from flair_jax import checkpoint, models, state
 from flair_jax.config import normalize
-from flair_jax.convert import flax_files
+from flair_jax.convert import flax_files, hugging_face
 from flair_jax.convert.tables import flatten
 from flair_jax.data.transforms import images as image_rules
 from flair_jax.data.transforms.tokenizer import Tokenizer
@@ -25,21 +25,26 @@ from flair_jax.models.text import Text
 IMAGE_BATCH, TEXT_BATCH = 64, 512  # images, rows of texts
 
 
-def read(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+def read(
+    path: str | os.PathLike, model: Mapping[str, Any] | None = None, gelu: str | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Reads parameters from wherever they are.
 
     Args:
       path: a work directory of a run (its newest checkpoint, the average of the parameters where the run keeps one),
-        a .safetensors file of either side, or a .pt file.
+        a .safetensors file of either side, a .pt or .bin file (a state dict, or OpenAI's archive), or a folder of
+        Hugging Face's with config.json and model.safetensors.
       model: the `model` section; None: the one stored with the weights, or that of the published model
         whose widths a PyTorch file has.
+      gelu: "quick" or "exact", where neither the file nor `model` says it: state dicts of CLIP do not.
 
     Returns:
       The parameter tree, float32, and the `model` section.
 
     Raises:
       FileNotFoundError: nothing is there.
-      ValueError: it holds no FLAIR, one of another size or with another `model` section, or a number is not finite.
+      ValueError: it holds no such model, one of another size or with another `model` section, a number is not finite,
+        or nobody says which GELU the model has.
       TypeError: `path` is no path or `model` no mapping.
     """
     if not isinstance(path, str | os.PathLike):
@@ -50,11 +55,15 @@ def read(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tup
     folder = epath.Path(path).expanduser()
     if not folder.exists():
         raise FileNotFoundError(f"{path}: no such file or work directory")
-    if not folder.is_dir():
-        params, found = flax_files.load(folder, given)
+    has_checkpoints = (folder / "checkpoints").is_dir()
+    if not folder.is_dir() or (not has_checkpoints and hugging_face.is_folder(folder)):
+        params, found = flax_files.load(folder, given, gelu)
         return params, normalize(found)
-    if not (folder / "checkpoints").is_dir():
-        raise FileNotFoundError(f"{path}: a work directory holds a folder 'checkpoints', and this one does not")
+    if not has_checkpoints:
+        raise FileNotFoundError(
+            f"{path}: a work directory holds a folder 'checkpoints', a folder of Hugging Face's a config.json; "
+            "this one has neither"
+        )
     saved = checkpoint.Checkpoints(folder, keep=None)
     step = saved.latest()
     if step is None:
@@ -62,6 +71,7 @@ def read(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tup
     stored = saved.config(step)["model"]
     if given is not None:
         flax_files.check_same_model(stored, given, saved.folder / str(step))
+    flax_files.check_same_gelu(stored.get("gelu", "exact"), gelu, saved.folder / str(step))
     found = stored if given is None else given
     device = SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(functools.partial(state.init_params, models.create(found), seed=0))
@@ -72,13 +82,13 @@ def read(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tup
     return params, found
 
 
-def load(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> "Pretrained":
-    """Loads a model.
+def load(path: str | os.PathLike, config: Mapping[str, Any] | None = None, *, gelu: str | None = None) -> "Pretrained":
+    """Loads a model; from a checkpoint of one tower alone, that tower.
 
     Args:
-      path, config: `path` and `model` of `read`.
+      path, config, gelu: `path`, `model` and `gelu` of `read`.
     """
-    params, model = read(path, config)
+    params, model = read(path, config, gelu)
     return Pretrained(model, params)
 
 
@@ -100,7 +110,6 @@ class Pretrained:
         self.model = models.create(self.config)
         self._encoder = Encoder(self.model, pixels_or_floats, image_batch=IMAGE_BATCH, text_batch=TEXT_BATCH)
         self.params = self._encoder.place(params)
-        self._tokenizer = Tokenizer(self.model.context_length)
 
     def preprocess(self, images: Sequence[Image.Image] | Image.Image) -> np.ndarray:
         """Images of any size and mode -> (B, H, W, 3) float32, as the reference evaluates them.
@@ -121,7 +130,7 @@ class Pretrained:
 
     def tokenize(self, texts: Sequence[str] | str) -> np.ndarray:
         """Texts -> (N, T) int32; what does not fit the context is cut off."""
-        return self._tokenizer(texts)
+        return Tokenizer(self.model.context_length)(texts)
 
     def encode_image(self, images: np.ndarray) -> ImageFeatures:
         """Images -> `pooled` (B, D) and `local` (B, L, D), projected and not normalised.
@@ -141,21 +150,27 @@ class Pretrained:
         # Batches are equally full but for the last, which alone has padding.
         return jax.tree.map(lambda x: x[: len(images)], features)
 
-    def encode_text(self, texts: np.ndarray, *, local: bool = False) -> TextFeatures:
+    def encode_text(self, texts: np.ndarray, *, local: bool = False, hidden_states: bool = False) -> TextFeatures:
         """Texts -> `pooled` (N, D), projected and not normalised.
 
         Args:
           texts: integers (N, T) with T up to the context length, from `tokenize`. N may be 0.
           local: give `local` (N, T, D) and `mask` too, the features of all tokens. Without it several short texts share
             a row of the text tower, which is faster by their number.
+          hidden_states: give `local`, `mask` and `hidden` too, the states of the transformer before the projection:
+            `last` (N, T, W), `second_to_last` (N, T, W), `pooled` (N, W), which diffusion models are conditioned on.
+            They depend on the ids after the end of text too, see docs/using_clip.md.
 
         Raises:
           TypeError: something else than integers. ValueError: another shape, or an id outside of the vocabulary.
         """
         texts = self._checked_texts(texts)
         if not len(texts):
-            features = self.encode_text(np.zeros((1, texts.shape[1]), np.int32), local=local)
+            one = np.zeros((1, texts.shape[1]), np.int32)
+            features = self.encode_text(one, local=local, hidden_states=hidden_states)
             return jax.tree.map(lambda x: x[:0], features)
+        if hidden_states:
+            return self._encoder.apply("encode_text_with_hidden", self.params, Text.padded(jnp.asarray(texts)))
         if local:
             return self._encoder.apply("encode_text", self.params, Text.padded(jnp.asarray(texts)))
         return self._encoder.texts(self.params, texts)
