@@ -5,6 +5,7 @@ restricted reader only.
 """
 
 import contextlib
+import errno
 import os
 import re
 import types
@@ -145,9 +146,10 @@ def _reading(path: str | os.PathLike) -> Iterator[None]:
         pass
     try:
         yield
-    except (MemoryError, OSError):
-        raise
     except Exception as error:  # A damaged pickle can raise anything.
+        # PyTorch looks for the directory of a ZIP that is cut short at a negative position.
+        if isinstance(error, MemoryError | OSError) and getattr(error, "errno", None) != errno.EINVAL:
+            raise
         message = str(error)
         if type(error).__name__ == "UnpicklingError":
             # Only the name of what was found: the advice around it is to switch the protection off.

@@ -109,7 +109,7 @@ def test_names_go_both_ways(name):
     model = models.create(section(name))
     params = jax.device_get(state.init_params(model, 0))
     weights = names.to_torch(params, name)
-    assert names.recognize(weights) == name
+    assert names.recognize(weights).model == name
     assert ("logit_bias" in weights) == (name == "siglip") and weights["visual.proj"].shape == (96, 64)
     back = names.to_flax(weights, name, section(name))
     jax.tree.map(np.testing.assert_array_equal, back, params)
