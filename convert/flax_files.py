@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from flair_jax.configs import variants
 from flair_jax.convert import names, released, torch_files
-from flair_jax.convert.tables import ConversionError, flatten, refuse, unflatten
+from flair_jax.convert.tables import ConversionError, flatten, pair, refuse, unflatten
 
 KEY = "flair_jax"
 FORMAT = 1
@@ -115,7 +116,7 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         elif key == "image_size":
-            flat[f"{prefix}{key}"] = (value, value) if isinstance(value, int) else tuple(value)
+            flat[f"{prefix}{key}"] = pair(value)
         else:
             flat[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
     return flat
@@ -170,12 +171,17 @@ def from_torch(
         model = dict(model)
         if weights.section is not None:
             check_same_model(weights.section, model, path)
-        if "gelu" in model and gelu is not None:
-            check_same_gelu(gelu, model["gelu"], path)
-        elif "gelu" not in model and gelu is not None:
-            model["gelu"] = gelu
-        elif "gelu" not in model and model.get("name", "flair") != "flair":
+        flair = model.get("name", "flair") == "flair"
+        if gelu is not None:
+            check_same_gelu(gelu, model.setdefault("gelu", gelu), path)
+        elif "gelu" not in model and not flair:
             raise ConversionError(f"{path}: {names.ASK_GELU}")
+        elif not flair:
+            warnings.warn(
+                f"{path} does not say which GELU its model was trained with; it is taken as {model['gelu']!r}, as the "
+                "model section has it (OpenAI's weights and those fine-tuned from them need 'quick')",
+                stacklevel=2,
+            )
     return names.to_flax(weights.arrays, model.get("name", "flair"), model), dict(model)
 
 

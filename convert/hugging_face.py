@@ -15,7 +15,7 @@ import numpy as np
 from flair_jax.configs import variants
 from flair_jax.convert import names, torch_files
 from flair_jax.convert.errors import WeightsFileError
-from flair_jax.convert.tables import ConversionError
+from flair_jax.convert.tables import ConversionError, pair
 
 CONFIG, WEIGHTS, INDEX, PICKLE = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 LARGEST_JSON = 2**24  # bytes
@@ -180,10 +180,10 @@ def config_of(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _side(size: Any) -> int:
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) > 1:
+    height, width = pair(size)
+    if height != width:
         raise ConversionError(f"model.vision.image_size is {size}; Hugging Face's CLIP has square images only")
-    return sides.pop()
+    return height
 
 
 def _prefix(arrays: Mapping[str, np.ndarray]) -> str:

@@ -22,6 +22,7 @@ from flair_jax.convert.tables import (
     Sizes,
     Table,
     flatten,
+    pair,
     refuse,
     unflatten,
 )
@@ -404,8 +405,7 @@ def _sizes(config: Mapping[str, Any]) -> Sizes:
         if width % heads:
             raise ConversionError(f"model.{part}.heads is {heads}, which does not divide the width {width}")
     if vision is not None:
-        size = vision["image_size"]
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = pair(vision["image_size"])
         sizes["vision.tokens"] = 1 + (height // vision["patch_size"]) * (width // vision["patch_size"])
         sizes |= {f"vision.{key}": vision[key] for key in ("patch_size", "width", "depth")}
     if text is not None:

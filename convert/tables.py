@@ -190,6 +190,20 @@ class Table:
                 yield from ((rule.names(side, i), rule.names(other, i), rule) for rule in rules)
 
 
+def pair(size: Any) -> tuple[int, int]:
+    """The size of an image as (height, width): of a square's side, or of a pair, which JSON gives back as a list.
+
+    `data.transforms.images.pair` for files: weights are converted without the data's packages.
+
+    Raises:
+      ConversionError: it is neither.
+    """
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int] or min(sides) < 1:
+        raise ConversionError(f"model.vision.image_size is {size!r}; expected a positive integer or (height, width)")
+    return sides[0], sides[1]
+
+
 def refuse(problems: tuple[Problem, ...], names: int, model: str) -> None:
     """Raises a ConversionError if there are problems in a file of `names` arrays."""
     if not problems:

@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import pathlib
 import pickle
+import re
 import warnings
 import zipfile
 
@@ -178,6 +180,22 @@ def openai_clip(weights, images, tokens):
         model.half().float()
         features = [x.numpy() for x in model(torch.from_numpy(images), torch.from_numpy(tokens))]
         return torch.jit.trace(model, (torch.from_numpy(images), torch.from_numpy(tokens))).half(), features
+
+
+def tree_of(weights):
+    """A module of modules without any code, with these weights in half precision and OpenAI's sizes."""
+    root = torch.nn.Module()
+    for name, array in {**weights, **dict.fromkeys(released.OPENAI_SIZES, np.int64(24))}.items():
+        module, (*path, leaf) = root, name.split(".")
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        value = torch.from_numpy(np.array(array))
+        module.register_buffer(leaf, value.half() if value.is_floating_point() else value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        return torch.jit.script(root)
 
 
 def save_archive(module, path):
@@ -526,7 +544,8 @@ def test_a_training_checkpoint_of_open_clip(tmp_path):
     weights = golden_weights("exact")
     tensors = {f"module.{name}": torch.from_numpy(array) for name, array in weights.items()}
     torch.save({"epoch": 3, "name": "run", "state_dict": tensors, "optimizer": {"state": {}}}, tmp_path / "epoch_3.pt")
-    params, _ = flax_files.load(tmp_path / "epoch_3.pt", section(weights, gelu="exact"))
+    with pytest.warns(UserWarning, match=r"epoch_3\.pt does not say which GELU .* taken as 'exact'"):
+        params, _ = flax_files.load(tmp_path / "epoch_3.pt", section(weights, gelu="exact"))
     same(names.to_torch(params, "clip"), weights)
 
 
@@ -553,7 +572,8 @@ def test_published_sizes_are_known_from_shapes(size, layout):
         for name in found
     }
     assert sum(array.size for array in weights.values()) == count
-    assert names.recognize(weights) is table
+    found = names.recognize(weights)
+    assert (found.model, found.layout, len(found.rules)) == ("clip", layout, len(table.rules))
     assert names.infer_config(weights, "clip", "quick") == expected
     assert (expected["vision"]["heads"], expected["text"]["heads"]) == (heads, text_heads)
     assert (expected["vision"]["width"], expected["vision"]["depth"], expected["text"]["width"]) == (
@@ -592,14 +612,9 @@ def test_a_state_dict_without_its_activation_is_not_guessed(tmp_path, monkeypatc
 
 def _as_published(weights, monkeypatch):
     """As if the tiny CLIP were a published one, so that its heads are known."""
-    monkeypatch.setattr(
-        variants,
-        "clip",
-        lambda *_: variants.ConfigDict(
-            variants._dual_encoder("clip", "B/32")
-            | {key: value for key, value in section(weights).items() if key != "pooling"}
-        ),
-    )
+    published = variants.clip("B/32")
+    published.update(section(weights))
+    monkeypatch.setattr(variants, "clip", lambda *_: published)
     return (weights,)
 
 
@@ -899,8 +914,8 @@ def test_one_tower_of_a_state_dict(tmp_path):
     weights = golden_weights("exact")
     text = {name: a for name, a in weights.items() if not name.startswith("visual.") and name != "logit_scale"}
     torch_files.write(tmp_path / "text.safetensors", text)
-    config = section(weights, gelu="exact") | {"vision": None}
-    model = flair_jax.load(tmp_path / "text.safetensors", config)
+    config = section(weights) | {"vision": None}
+    model = flair_jax.load(tmp_path / "text.safetensors", config, gelu="exact")
     whole = models.create(section(weights, gelu="exact"))
     tokens = golden("exact")["in/tokens"]
     expected = whole.apply({"params": names.to_flax(weights, "clip")}, Text.padded(tokens), method="encode_text")
@@ -908,9 +923,9 @@ def test_one_tower_of_a_state_dict(tmp_path):
     assert names.recognize(text).model == "clip"
     same(names.to_torch(jax.device_get(model.params), "clip"), text)
     with pytest.raises(ConversionError, match="missing visual"):
-        flair_jax.load(tmp_path / "text.safetensors", section(weights, gelu="exact"))
+        flair_jax.load(tmp_path / "text.safetensors", section(weights), gelu="exact")
     with pytest.raises(ConversionError, match="both None"):
-        flair_jax.load(tmp_path / "text.safetensors", config | {"text": None})
+        flair_jax.load(tmp_path / "text.safetensors", config | {"text": None}, gelu="exact")
 
 
 # -- Another resolution ------------------------------------------------------------------------------------------------
@@ -933,3 +948,34 @@ def test_positions_for_another_resolution_are_open_clip_s():
         patches = torch.nn.functional.interpolate(patches, grid, mode="bicubic", antialias=True, align_corners=False)
         expected = torch.cat([table[:1], patches.flatten(2)[0].T])
         np.testing.assert_allclose(found["vision"]["position_embedding"], expected.numpy(), atol=1e-6)
+
+
+# -- The page of the documentation -------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*cast to float32")
+def test_the_page_s_code_runs(tmp_path, monkeypatch):
+    """On a CLIP of a few channels with CLIP's vocabulary, saved in the forms that the page names."""
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "using_clip.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    sizes = dict(vocab_size=49408, max_position_embeddings=77, bos_token_id=49406, eos_token_id=49407)
+    whole, text = hf_model(**sizes), hf_model("CLIPTextModel", **sizes)
+    whole.save_pretrained(tmp_path / "clip-vit-base-patch32")
+    text.save_pretrained(tmp_path / "text_encoder")
+    params, config = flax_files.load(tmp_path / "clip-vit-base-patch32")
+    weights = names.to_torch(params, "clip")
+    torch_files.write(tmp_path / "open_clip_model.safetensors", weights)
+    save_archive(tree_of(weights), tmp_path / "ViT-B-32.pt")
+    published = variants.ConfigDict(config)  # as if a published model had these widths
+    monkeypatch.setattr(variants, "clip", lambda *_: published)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for block in blocks:
+        exec(block, found)
+    np.testing.assert_allclose(found["probabilities"].sum(axis=1), 1, atol=1e-5)
+    assert found["patches"].shape == (2, 9, 20) and found["tokens"].shape == (2, 77, 20)
+    expected = text(input_ids=torch.from_numpy(found["repeated"].astype(np.int64)))
+    np.testing.assert_allclose(found["condition"], expected.last_hidden_state, atol=1e-5)
+    np.testing.assert_allclose(found["hidden"].pooled, expected.pooler_output, atol=1e-5)
+    assert (found["repeated"][1, 1:] == 49407).all()
