@@ -27,7 +27,6 @@ from flair_jax.convert import __main__ as command
 from flair_jax.convert import flax_files, hugging_face, names, released, torch_files, torch_script
 from flair_jax.convert.errors import UnsafeFileError, WeightsFileError
 from flair_jax.convert.tables import ConversionError, flatten
-from flair_jax.models.text import Text
 
 FORMS = {"quick": "fsc_clip/tiny_features_quickgelu.npz", "exact": "fsc_clip/tiny_features_gelu.npz"}
 
@@ -258,10 +257,10 @@ def test_what_an_archive_says_of_its_activation_counts(archive):
 def test_the_activation_of_an_archive(tmp_path, classes, tensors, gelu):
     opcodes = Opcodes().global_("__torch__", "CLIP").raw(b")\x81}(")
     for name in sorted(tensors):
-        opcodes.text(name).tensor(**GOOD)
+        opcodes.text(name).tensor(size=(1,), stride=(1,))
     for name in sorted(classes):
         opcodes.text(name.lower()).module(name=name)
-    path = write_archive(tmp_path / "a.pt", opcodes.raw(b"ub.").data, numbers=16)
+    path = write_archive(tmp_path / "a.pt", opcodes.raw(b"ub.").data)
     assert released.read(path).gelu == gelu
 
 
@@ -725,7 +724,6 @@ def test_folders_of_transformers_go_both_ways(tmp_path, inputs, kind):
         found = model.encode_text(np.zeros((0, CONTEXT), int), hidden_states=True)
         assert found.hidden.last.shape == found.hidden.second_to_last.shape == (0, CONTEXT, 24)
         assert found.hidden.pooled.shape == (0, 24) and found.pooled.shape == (0, 20)
-        assert model.encode_text(inputs[1]).hidden is None
 
     model.save(tmp_path / "flax.safetensors")
     assert command.main(["to-hf", str(tmp_path / "flax.safetensors"), str(tmp_path / "ours")]) == 0
@@ -916,10 +914,10 @@ def test_one_tower_of_a_state_dict(tmp_path):
     torch_files.write(tmp_path / "text.safetensors", text)
     config = section(weights) | {"vision": None}
     model = flair_jax.load(tmp_path / "text.safetensors", config, gelu="exact")
-    whole = models.create(section(weights, gelu="exact"))
-    tokens = golden("exact")["in/tokens"]
-    expected = whole.apply({"params": names.to_flax(weights, "clip")}, Text.padded(tokens), method="encode_text")
-    np.testing.assert_allclose(model.encode_text(tokens).pooled, expected.pooled, atol=1e-5)
+    numbers = golden("exact")
+    pooled = np.asarray(model.encode_text(numbers["in/tokens"]).pooled)
+    unit = pooled / np.linalg.norm(pooled, axis=-1, keepdims=True)
+    np.testing.assert_allclose(unit, numbers["eval/text_features"], atol=2e-6)
     assert names.recognize(text).model == "clip"
     same(names.to_torch(jax.device_get(model.params), "clip"), text)
     with pytest.raises(ConversionError, match="missing visual"):
