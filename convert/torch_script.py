@@ -12,13 +12,16 @@ numbers of it; and modules that contain each other without end.
 """
 
 import collections
+import contextlib
 import dataclasses
+import errno
 import math
 import os
 import pickletools
 import re
+import struct
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +35,10 @@ STORAGES = {
     "DoubleStorage": np.float64, "ByteStorage": np.uint8, "CharStorage": np.int8, "ShortStorage": np.int16,
     "IntStorage": np.int32, "LongStorage": np.int64, "BoolStorage": np.bool_,
 }  # fmt: skip
+# What zipfile, pickletools and numbers out of place raise for a damaged file.
+DAMAGE = (
+    zipfile.BadZipFile, ArithmeticError, EOFError, LookupError, RuntimeError, TypeError, ValueError, struct.error,
+)  # fmt: skip
 LARGEST_PICKLE = 2**24  # bytes; that of a CLIP has less than a million
 MOST_MODULES = 100_000
 DEEPEST = 64  # modules within modules
@@ -76,9 +83,9 @@ class _Module:
 def is_archive(path: str | os.PathLike) -> bool:
     """Whether a file is a TorchScript archive: those of plain tensors have no `constants.pkl`."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _open(path) as archive:
             return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+    except DAMAGE:
         return False
 
 
@@ -91,7 +98,7 @@ def read(path: str | os.PathLike) -> Archive:
     """
     path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _open(path) as archive:
             records = _records(archive, path.stat().st_size)
             root = _interpret(_read_record(archive, records, "data.pkl"))
             if not isinstance(root, _Module):
@@ -104,11 +111,22 @@ def read(path: str | os.PathLike) -> Archive:
         raise UnsafeFileError(
             f"{path}: {error}. Nothing of it was run. Ask for a file with the state dict alone, best as .safetensors"
         ) from error
-    except (ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+    except DAMAGE as error:
         raise WeightsFileError(
             f"{path} cannot be read as a TorchScript archive: {error or type(error).__name__}. It is cut short, "
             "damaged or of another format; fetch it again and compare its size"
         ) from error
+
+
+@contextlib.contextmanager
+def _open(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise WeightsFileError("a record begins before the file") from error
+        raise
 
 
 def _records(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipInfo]:
@@ -124,17 +142,15 @@ def _records(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipI
         raise WeightsFileError(f"expected one folder in the archive, found {sorted(folders)[:5]}")
     prefix = f"{folders.pop()}/"
     named = {info.filename.removeprefix(prefix): info for info in infos}
-    read = {name: info for name, info in named.items() if name == "data.pkl" or re.fullmatch(r"data/[0-9]+", name)}
+    read = {name: info for name, info in named.items() if re.fullmatch(r"data\.pkl|byteorder|data/[0-9]+", name)}
     for name, info in read.items():
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
             raise UnsafeFileError(f"the record {name!r} is compressed or encrypted, which PyTorch never does")
     # Records that are stored as they are can only be larger than the file if they overlap.
     if (total := sum(info.file_size for info in read.values())) > file_size:
         raise UnsafeFileError(f"records of {total:,} bytes in a file of {file_size:,} bytes: they overlap")
-    if "byteorder" in named:
-        with archive.open(named["byteorder"]) as file:
-            if file.read(16) != b"little":
-                raise WeightsFileError("the numbers are not little-endian")
+    if "byteorder" in read and archive.read(read["byteorder"]) != b"little":
+        raise WeightsFileError("the numbers are not little-endian")
     return read
 
 
