@@ -64,7 +64,7 @@ def test_training_beside_the_twin(config_file, tmp_path, alone):
 def test_encoding_and_scoring_beside_the_twin(config_file, tmp_path, alone):
     sizes = ["--images", "4", "--image-batch", "2", "--texts", "10", "--text-batch", "4"]
     arguments = ["--config", config_file, *sizes, "--turns", "1"]
-    for name, kinds in (("encode", ("images", "texts")), ("score", ("pairs",))):
+    for name, kinds in (("encode", ("images", "texts")), ("score", ("pairs", "original"))):
         figures = figures_of(encode.main, tmp_path, *arguments, "--beside", "eager", name=name)
         for kind in kinds:
             ratio = figures[f"{kind}_per_second"] / figures[f"eager_{kind}_per_second"]

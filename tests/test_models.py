@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY, load_golden, losses, model_section, nhwc
 from optional import torch
 
-from flair_jax import models, objectives
+from flair_jax import cpu, models, objectives
 from flair_jax.configs import variants
 from flair_jax.models import layers
 from flair_jax.models.text import Text
@@ -99,6 +99,15 @@ def test_scanned_and_rematerialised_blocks_read_the_same_parameters(tiny_params,
     actual, grads = jax.jit(jax.value_and_grad(value), static_argnums=1)(tiny_params, changed)
     close(actual, expected, 1e-4)
     jax.tree.map(lambda a, b: close(a, b, 1e-4 * (1e-3 + np.abs(b).max())), grads, jax.device_get(expected_grads))
+
+
+def test_scores_image_by_image_are_the_same(tiny_model, tiny_params, encoded, monkeypatch):
+    """On a single CPU device."""
+    bound = tiny_model.bind({"params": tiny_params})
+    image, text = encoded
+    together = bound.score(image, text)
+    monkeypatch.setattr(cpu, "alone", lambda: True)
+    close(bound.score(image, text), together, 1e-5)
 
 
 def test_bfloat16_keeps_parameters_and_scores_in_float32(tiny_params):
