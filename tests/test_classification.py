@@ -282,7 +282,8 @@ def test_class_vectors_and_accuracy_are_those_of_clip_benchmark():
     batches = [(torch.from_numpy(images), torch.from_numpy(labels))]
     logits, _ = clip_benchmark.run_classification(Theirs, classifier, batches, "cpu", amp=False)
 
-    data = ClassificationSet("words", list(prompts), images, labels, texts(*range(40)), np.repeat(np.arange(8), 5))
+    tokens = np.stack([np.arange(40), np.full(40, 50)], axis=1).astype(np.int32)  # a word and the end
+    data = ClassificationSet("words", list(prompts), images, labels, tokens, np.repeat(np.arange(8), 5))
     run = evaluator(data, Words(4), modes=("global",), image_batch=7, mesh=mesh(1))
     length = np.linalg.norm(images.mean((1, 2)), axis=1, keepdims=True)  # which ColourModel's scores keep
     np.testing.assert_allclose(100 * run.scores({})["global"] / length, logits.numpy(), rtol=1e-4, atol=1e-3)
