@@ -54,6 +54,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     # The reference's kind of loader, to measure beside: the newest webdataset with its way of reading.
     "bench": ["psutil>=7.2", "regex>=2026.9", "torch>=2.13", "webdataset==0.2.86"],
+    "torch-test": ["torchmetrics>=1.9"],  # beside PyTorch: metrics that tests compare with
     "notebook": ["nbformat>=5.11", "nbclient>=0.11", "ipykernel>=7.4"],
 }
 # Without PyTorch, which the Makefile installs where there is a CPU build: tests that need it are skipped elsewhere.
@@ -83,7 +84,7 @@ setup(
     packages=[*FOLDERS, *(f"{name}.{part}" for name, folder in FOLDERS.items() for part in find_packages(folder))],
     package_dir=FOLDERS,
     package_data={
-        "flair_jax.data.benchmarks.prompts": ["*.json"],
+        "flair_jax.data.benchmarks.prompts": ["*.json", "*.txt"],
         "flair_jax.data.transforms": ["*.txt.gz"],
         "flair_jax.convert": ["*.ipynb"],
     },

@@ -1,156 +1,20 @@
-"""Public evaluation sets as evaluators: pictures become pixels, texts become tokens, what is missing is counted."""
+"""Public evaluation sets as evaluators: each is read when its turn comes, and what is missing or broken is counted."""
 
 import collections
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
 from absl import logging
 
-from flair_jax import initialize
-from flair_jax.data.benchmarks import base, prompts, table
-from flair_jax.data.transforms import images as image_rules
-from flair_jax.data.transforms import windows as text_windows
-from flair_jax.data.transforms.tokenizer import Tokenizer
-from flair_jax.evaluators import Classification, ClassificationSet, Retrieval, RetrievalSet
+from flair_jax.data.benchmarks import base, suites, table
+from flair_jax.evaluation_tasks import TASKS, UnusableSet
 from flair_jax.evaluators.features import BrokenImages, session
 from flair_jax.progress import progress
-from flair_jax.report import Missing, Result, SetDetails, missing_lines
-
-
-class Pixels(Sequence):
-    """Pictures as uint8 pixels (H, W, 3) of one size, by index; decoded when asked for.
-
-    Attributes:
-      keys: for the feature store: a text per picture that identifies its pixels and how they were prepared.
-
-    Args:
-      pictures: of a set.
-      size: height and width.
-      crop: RGB image, size -> pixels; by default the reference's, `images.evaluation_crop`.
-    """
-
-    def __init__(
-        self,
-        pictures: Sequence[base.Picture],
-        size: tuple[int, int],
-        crop: Callable[[Any, tuple[int, int]], np.ndarray] = image_rules.evaluation_crop,
-    ):
-        self._pictures, self._size, self._crop = pictures, size, crop
-
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return len(self._pictures), *self._size, 3
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """
-        Raises:
-          ImageError: naming the file. OSError: it cannot be read.
-        """
-        return self._crop(image_rules.to_rgb(self._pictures[index].decode()), self._size)
-
-    @property
-    def keys(self) -> list[str]:
-        return [f"{self._crop.__name__} {self._size} {picture.key()}" for picture in self._pictures]
-
-
-def retrieval(
-    model: nn.Module, benchmark: base.Benchmark, data: base.Retrieval, options: Mapping[str, Any]
-) -> Iterator[Retrieval]:
-    """Retrieval with texts as the model takes them, and in other ways that options ask for, an evaluator for each.
-
-    Options, beside those of `Retrieval`:
-      windows: a way or several of `windows.WAYS`, of what is done with texts that are longer than the context.
-      context_length: evaluates with a longer context, too, of stretched position embeddings; None: no.
-    """
-    options = dict(options)
-    ways = options.pop("windows", "truncate")
-    longer = options.pop("context_length", None)
-    modes = options.pop("modes", None)
-    pixels = Pixels(data.pictures, model.image_size)
-
-    def evaluator(model, way, label, **more):
-        tokens, rows = text_windows.text_rows(data.texts, model.context_length, way)
-        rows = None if way == "truncate" else rows
-        known = modes if modes is None or rows is None else [mode for mode in modes if mode != "topk"]
-        texts = RetrievalSet(benchmark.name, pixels, tokens, data.image_of_text, rows, data.texts)
-        return Retrieval(model, texts, preprocess=image_rules.normalize, modes=known, label=label, **more, **options)
-
-    for way in (ways,) if isinstance(ways, str) else ways:
-        yield evaluator(model, way, "" if way == "truncate" else way)
-    if longer is not None and longer > model.context_length:
-        long_model = model.clone(text_options={**model.text_options, "context_length": longer})
-        stretch = functools.partial(initialize.stretch_context, length=longer)
-        yield evaluator(long_model, "truncate", f"{longer} tokens", prepare=stretch)
-
-
-def classification(
-    model: nn.Module, benchmark: base.Benchmark, data: base.Classification, options: Mapping[str, Any]
-) -> Iterator[Classification]:
-    """`evaluators.Classification`, with prompts of the set's templates.
-
-    Options besides the evaluator's own:
-      templates: texts with `{c}` for the name of a class; or the name of a set whose templates `prompts` has.
-      names: of each class its name or a list of names, in the order of the labels; or a JSON file with this list.
-      descriptions: a JSON file {class: [description, …]}; prompts are then as in `prompts.from_descriptions`, with
-        templates that a relative clause can follow.
-
-    Raises:
-      ValueError: names, descriptions and classes do not fit together, or a template has no `{c}`.
-    """
-    options = dict(options)
-    templates, names, descriptions = (options.pop(key, None) for key in ("templates", "names", "descriptions"))
-    classes = data.classes
-    if names is not None:
-        classes = prompts.read_names(names) if isinstance(names, str) else prompts.as_classes(names)
-    if len(classes) != len(data.classes):
-        raise ValueError(f"{benchmark.name}: {len(classes)} names for {len(data.classes)} classes")
-    if isinstance(templates, str):
-        templates = (templates,) if prompts.SLOT in templates else prompts.templates(templates)
-    if descriptions is None:
-        texts = prompts.from_templates(classes, templates or data.templates)
-    else:
-        described = prompts.read_descriptions(descriptions)
-        texts = prompts.from_descriptions(classes, described, templates or prompts.DESCRIBED)
-    if isinstance(options.get("modes"), str):
-        options["modes"] = (options["modes"],)
-    tokens = Tokenizer(model.context_length)([text for own in texts for text in own])
-    owner = np.repeat(np.arange(len(classes)), [len(own) for own in texts])
-    titles = [names[0] for names in classes]
-    pixels = Pixels(data.pictures, model.image_size)
-    found = ClassificationSet(benchmark.name, titles, pixels, data.labels, tokens, owner)
-    yield Classification(model, found, preprocess=image_rules.normalize, **options)
-
-
-# Task -> (model, set, data, options) -> evaluators.
-Build = Callable[[nn.Module, base.Benchmark, Any, Mapping[str, Any]], Iterator[Any]]
-TASKS: dict[str, Build] = {"retrieval": retrieval, "classification": classification}
-
-
-class UnusableSet(Exception):
-    """A set that cannot be evaluated: files or images are missing or broken. The others can.
-
-    Attributes:
-      benchmark: its entry in the table.
-      reason: what is missing or wrong.
-      files: those that are not there, relative to the root.
-    """
-
-    def __init__(self, benchmark: base.Benchmark, reason: str, files: Sequence[str] = ()):
-        self.benchmark, self.reason, self.files = benchmark, reason, tuple(files)
-        super().__init__(f"{benchmark.name}: {reason}")
-
-    def missing(self) -> Missing:
-        """Its row in the report."""
-        entry = self.benchmark
-        reason = "" if self.files else self.reason
-        return Missing(entry.task, entry.name, entry.title, self.files, entry.licence, entry.source, reason)
+from flair_jax.report import Result, SetDetails, missing_lines
 
 
 class SetEvaluator:
@@ -296,6 +160,36 @@ def evaluators(
         lines = missing_lines([problem.missing() for problem in unusable])
         logging.warning("evaluators.%s: %d of %d sets cannot be evaluated\n%s", name, len(unusable), len(chosen), lines)
     yield from chosen
+
+
+def averages(results: Sequence[Result], details: Sequence[SetDetails]) -> Iterator[tuple[list[Result], SetDetails]]:
+    """The averages of papers over sets that were all evaluated, with what the report says about them.
+
+    Args:
+      results, details: of single sets.
+    """
+    about = {(one.task, one.set): one for one in details}
+    for suite in suites.SUITES:
+        found, members = [], set()
+        for mode in dict.fromkeys(result.mode for result in results):
+            values = {(one.task, one.set, one.metric): one.value for one in results if one.mode == mode}
+            for name, value in suite.of(values).items():
+                found.append(Result("average", suite.name, name, value, mode))
+                members |= {member[:2] for member in suite.averages[name]}
+        if found:
+            parts = [about[member] for member in sorted(members) if member in about]
+            yield (
+                found,
+                SetDetails(
+                    "average",
+                    suite.name,
+                    title=suite.title,
+                    left_out=sum(part.left_out for part in parts),
+                    parts=[part.title for part in parts] if any(part.parts for part in parts) else (),
+                    source=suite.source,
+                    published=suite.published,
+                ),
+            )
 
 
 def _problem(evaluator: SetEvaluator) -> UnusableSet | None:

@@ -11,7 +11,7 @@ import pytest
 from colour_model import ColourModel
 from PIL import Image
 
-from flair_jax import evaluation_sets, sharding
+from flair_jax import evaluation_sets, evaluation_tasks, sharding
 from flair_jax.data.benchmarks import base, classification, prompts, table
 from flair_jax.data.benchmarks.base import AnnotationError, MissingError
 from flair_jax.data.transforms.tokenizer import Tokenizer
@@ -542,7 +542,7 @@ def own(tmp_path):
 
 def tokens_of(own, **options):
     """Texts' tokens and classes of the evaluator that the options give."""
-    (evaluator,) = evaluation_sets.TASKS["classification"](*own, options)
+    (evaluator,) = evaluation_tasks.TASKS["classification"](*own, options)
     data = evaluator._data
     return data, [data.tokens[data.class_of_prompt == number] for number in range(len(data.classes))]
 

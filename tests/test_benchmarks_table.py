@@ -10,11 +10,15 @@ from shard_files import write_tar
 from flair_jax.data.benchmarks import __main__ as command
 from flair_jax.data.benchmarks import base, table
 
+# No source gives the number of items that count: of ARO's and VL-CheckList's rows some are left out, and so on.
+UNCOUNTED = {"aro", "fg_ovd", "spec", "svo_probes", "vl_checklist"}
+
 
 def test_names_are_plain_and_every_set_says_where_it_comes_from():
     for name, entry in table.ALL.items():
         assert name == entry.name and not set(name) & set("/ *?["), name  # a part of a result's name, and a pattern
-        assert entry.licence and entry.source and entry.title and entry.expected(), name
+        assert entry.licence and entry.source and entry.title, name
+        assert bool(entry.expected()) == (name not in UNCOUNTED), name
         for published in entry.published:
             assert published.source and published.model and 0 <= published.value <= 1, name
 

@@ -3,10 +3,35 @@
 import fnmatch
 from collections.abc import Iterable
 
-from flair_jax.data.benchmarks import classification, clip_benchmark, long_captions, retrieval
+from flair_jax.data.benchmarks import (
+    aro,
+    choose_image,
+    classification,
+    clip_benchmark,
+    crepe,
+    fg_ovd,
+    long_captions,
+    pairs,
+    pointing,
+    retrieval,
+    segmentation,
+    sugarcrepe,
+    valse,
+    vl_checklist,
+    whatsup,
+)
 from flair_jax.data.benchmarks.base import Benchmark
 
-FAMILIES = (retrieval, long_captions, clip_benchmark, classification)  # modules with a tuple BENCHMARKS
+CHOICE = (aro, crepe, sugarcrepe, valse, vl_checklist, whatsup, choose_image, pairs, fg_ovd)
+FAMILIES = (  # modules with a tuple BENCHMARKS
+    retrieval,
+    long_captions,
+    clip_benchmark,
+    classification,
+    segmentation,
+    *CHOICE,
+    pointing,
+)
 
 ALL: dict[str, Benchmark] = {}
 for family in FAMILIES:

@@ -35,9 +35,7 @@ class Values:
         """
         measured, chance, parts, of_first, without_images = {}, {}, {}, {}, 0
         for result in results:
-            metric, _, part = (
-                f"iou/{result.metric}".partition("/") if result.mode == "iou" else result.metric.partition("/")
-            )
+            metric, _, part = result.metric.partition("/")
             if part:
                 parts.setdefault(metric, {}).setdefault(part, {})[result.mode] = result.value
             elif metric == WITHOUT_IMAGES:
@@ -53,6 +51,11 @@ class Values:
             chance[first] = {**chance.get(first, {}), **of_first}
         return cls(measured, chance, parts, without_images)
 
+    def by_mode(self, metric: str) -> Mapping[str, float]:
+        """Mode -> value of a metric of the whole set, or of a part such as "iou/cat"; empty: not measured."""
+        name, _, part = metric.partition("/")
+        return self.parts.get(name, {}).get(part, {}) if part else self.measured.get(name, {})
+
     def modes(self) -> list[str]:
         """In the order of the results."""
         return list(dict.fromkeys(mode for values in self.measured.values() for mode in values))
@@ -67,8 +70,8 @@ def by_set(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
 
 
 def is_rank(metric: str) -> bool:
-    """Whether values count from 1; all others are fractions."""
-    return metric.endswith("rank")
+    """Whether values of a metric, or of a part of it, count from 1; all others are fractions."""
+    return metric.partition("/")[0].endswith("_rank")
 
 
 def text(metric: str, value: float) -> str:
