@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from colour_model import ColourModel, canvas, texts
 from conftest import load_golden, nhwc
-from optional import Optional, torch
+from optional import Optional, torch, torchmetrics
 
 from flair_jax.evaluators import Classification, ClassificationSet, classification
 from flair_jax.evaluators.classification import (
@@ -27,7 +27,6 @@ from flair_jax.models.text import Text
 from flair_jax.report import flat
 
 # Each test compares with scikit-learn first: what needs PyTorch may be missing, and skips the rest.
-torchmetrics = Optional("torchmetrics.functional.classification", "torchmetrics")
 sklearn = Optional("sklearn.metrics", "scikit-learn")
 clip_benchmark = Optional("clip_benchmark.metrics.zeroshot_classification", "clip-benchmark")
 
@@ -68,7 +67,7 @@ def test_accuracy_is_that_of_torchmetrics_and_scikit_learn(random_case):
     assert metrics["acc5"] == pytest.approx(sklearn.top_k_accuracy_score(labels, scores, k=5, labels=range(12)))
     assert classification_metrics(scores, labels, "first") == metrics
     for k in (1, 5):
-        theirs = torchmetrics.multiclass_accuracy(
+        theirs = torchmetrics.functional.classification.multiclass_accuracy(
             torch.from_numpy(scores), torch.from_numpy(labels), 12, average="micro", top_k=k
         )
         assert metrics[f"acc{k}"] == pytest.approx(theirs.item())
@@ -102,7 +101,7 @@ def test_precision_is_that_of_the_libraries(levels):
         precision, recall = precision[:-1], recall[:-1]  # without the point (1, 0) that it adds
         eleven = [precision[recall >= tenth / 10 - 1e-9].max() for tenth in range(11)]
         assert voc_11_point(scores[:, c], labels[:, c]) == pytest.approx(np.mean(eleven))
-    theirs = torchmetrics.multilabel_average_precision(
+    theirs = torchmetrics.functional.classification.multilabel_average_precision(
         torch.from_numpy(scores[:, :5] / 10), torch.from_numpy(labels[:, :5].astype(int)), 5
     )
     assert metrics["average_precision"] == pytest.approx(theirs.item(), abs=1e-6)
@@ -121,7 +120,9 @@ def test_roc_auc_is_that_of_scikit_learn(levels):
     metrics = classification_metrics(scores, labels)
     assert list(metrics) == ["acc1", "mean_per_class", "roc_auc"]  # two classes have no top-5
     assert metrics["roc_auc"] == pytest.approx(sklearn.roc_auc_score(labels, scores[:, 1] - scores[:, 0]))
-    theirs = torchmetrics.binary_auroc(torch.from_numpy(scores[:, 1] - scores[:, 0]), torch.from_numpy(labels))
+    theirs = torchmetrics.functional.classification.binary_auroc(
+        torch.from_numpy(scores[:, 1] - scores[:, 0]), torch.from_numpy(labels)
+    )
     assert metrics["roc_auc"] == pytest.approx(theirs.item(), abs=1e-6)
 
 
