@@ -76,7 +76,8 @@ def test_the_wheel_brings_one_top_level_name(wheel):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"flair_jax"}
     # Files that are not Python come along.
     vocabulary = "flair_jax/data/transforms/bpe_simple_vocab_16e6.txt.gz"
-    assert {vocabulary, "flair_jax/convert/parity.ipynb", "flair_jax/configs/scenes.py"} <= set(names)
+    prompts = "flair_jax/data/benchmarks/prompts/templates.json"
+    assert {vocabulary, prompts, "flair_jax/convert/parity.ipynb", "flair_jax/configs/scenes.py"} <= set(names)
 
 
 def test_every_source_file_is_in_the_wheel(wheel):

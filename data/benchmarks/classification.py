@@ -238,7 +238,7 @@ def located(name: str) -> Benchmark:
     else:
         raise ValueError(f"{name!r}; expected {FOLDERS}DIR or {TFDS}NAME?split=…")
     title = where.strip("/").replace("/", "_")
-    return Benchmark(title, "classification", title, files, read, licence="not known", source="not known")
+    return Benchmark(title, "classification", title, files, read, licence="not known", source=name)
 
 
 def _read_folders(root: pathlib.Path, where: str) -> Classification:

@@ -244,7 +244,7 @@ class Classification:
                 modes = tuple(mode for mode in modes if mode != "flair_after")
                 self._note(
                     f"Mode flair_after is left out: it would pool {pairs:.1e} pairs of an image and a prompt. "
-                    "Named in modes it runs all the same"
+                    "Named in modes it runs all the same."
                 )
         if not modes or set(modes) - set(available):
             raise ValueError(f"classification modes are {tuple(modes)}; expected one or more of {available}")
@@ -255,14 +255,14 @@ class Classification:
         metric = first if metric is None else metric
         two = data.labels.ndim == 1 and len(data.classes) == 2
         if metric == "roc_auc" and two and metric not in self._chance:
-            self._note(f"One of the two classes has no image, so that {metric} is not defined")
+            self._note(f"One of the two classes has no image, so that {metric} is not defined.")
             metric = first
         if metric not in self._chance:
             raise ValueError(f"classification/{data.name}: metric {metric!r}; its labels allow {tuple(self._chance)}")
         if alike := self._alike(data):
-            self._note(f"Classes with the same prompts as another one, with which they tie: {', '.join(alike)}")
+            self._note(f"Classes with the same prompts as another one, with which they tie: {', '.join(alike)}.")
         if data.labels.ndim == 1:
-            self.notes.append(f"Among equal scores {TIES[ties]}")
+            self.notes.append(f"Among equal scores {TIES[ties]}.")
         self._modes, self._metric, self._ties = tuple(modes), metric, ties
         self._encoder = Encoder(model, preprocess, image_batch=image_batch, text_batch=text_batch, mesh=mesh)
         order = np.argsort(data.class_of_prompt, kind="stable")
