@@ -11,9 +11,10 @@ from conftest import load_golden, nhwc
 from optional import torch, torchmetrics
 
 from flair_jax import initialize
-from flair_jax.evaluators import Segmentation, SegmentationSet, segmentation
+from flair_jax.evaluators import Segmentation, SegmentationSet, features, segmentation
 from flair_jax.evaluators.features import BrokenImages
 from flair_jax.evaluators.segmentation import IGNORE, UNDECIDED, ConfusionMatrix, Grid, Windows
+from flair_jax.evaluators.store import FeatureStore
 from flair_jax.models.text import Text
 from flair_jax.report import flat
 
@@ -469,6 +470,42 @@ def test_broken_images_are_named_by_their_number(tiny_model, tiny_params, photos
     with pytest.raises(BrokenImages) as caught:
         evaluator.confusion(tiny_params)
     assert caught.value.reasons == {1: "photo 1 is gone"}
+
+
+class Keyed(list):
+    """Images with keys for a store; what is loaded is noted, and one may be broken."""
+
+    keys = tuple("abc")
+
+    def __init__(self, images, broken=None):
+        super().__init__(images)
+        self.loaded, self.broken = [], broken
+
+    def __getitem__(self, index):
+        self.loaded.append(index)
+        if index == self.broken:
+            raise OSError("gone")
+        return super().__getitem__(index)
+
+
+def test_windows_that_a_store_has_already_come_first_and_change_nothing(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [rng.random((*size, 3)).astype(np.float32) for size in ((16, 70), (40, 30), (20, 50))]
+    labels = [rng.integers(0, 3, image.shape[:2]) for image in images]
+
+    def confusion(images):
+        data = colour_set(images=images, labels=labels, sizes=np.array([label.shape for label in labels]))
+        evaluator = Segmentation(Colours(4), data, preprocess=plain, modes=("projected",), image_batch=3, mesh=mesh(1))
+        return evaluator.confusion({})["projected"].counts
+
+    expected = confusion(images)
+    with features.session(store=FeatureStore(tmp_path, "weights")):
+        with pytest.raises(BrokenImages):
+            confusion(Keyed(images, broken=1))
+        again = Keyed(images)
+        assert (confusion(again) == expected).all()
+        assert set(again.loaded) == {1}
+        assert len(again.loaded) == 1  # for all of its windows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
