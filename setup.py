@@ -63,6 +63,7 @@ EXTRAS["test"] = [
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff>=0.17",
+    "scikit-learn>=1.9",  # metrics to compare with; torchmetrics and clip-benchmark need PyTorch, and are optional
     "setuptools>=77",  # a test builds the wheel without network
     "tensorboard>=2.21",
     "transformers>=5.23",
@@ -83,7 +84,7 @@ setup(
     packages=[*FOLDERS, *(f"{name}.{part}" for name, folder in FOLDERS.items() for part in find_packages(folder))],
     package_dir=FOLDERS,
     package_data={
-        "flair_jax.data.benchmarks": ["prompts/*.txt"],
+        "flair_jax.data.benchmarks.prompts": ["*.json", "*.txt"],
         "flair_jax.data.transforms": ["*.txt.gz"],
         "flair_jax.convert": ["*.ipynb"],
     },

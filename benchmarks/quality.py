@@ -44,7 +44,7 @@ METRICS = {  # row of the table -> name in a report, of each set
     "whole R@1": "retrieval/{}/flair/text_to_image_R@1",
     "whole R@5": "retrieval/{}/flair/text_to_image_R@5",
     "whole R@1, global": "retrieval/{}/global/text_to_image_R@1",
-    "pointing": "pointing/{}/accuracy",
+    "pointing": "pointing/{}/attention/accuracy",
     "colour mIoU": "segmentation/{}_colour/value/miou",
     "shape mIoU": "segmentation/{}_shape/value/miou",
 }

@@ -1,146 +1,20 @@
-"""Public evaluation sets as evaluators: pictures become pixels, texts become tokens, what is missing is counted."""
+"""Public evaluation sets as evaluators: each is read when its turn comes, and what is missing or broken is counted."""
 
 import collections
+import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
 from absl import logging
 
-from flair_jax.data.benchmarks import base, table
-from flair_jax.data.benchmarks import segmentation as segmentation_sets
-from flair_jax.data.transforms import images as image_rules
-from flair_jax.data.transforms.tokenizer import Tokenizer
-from flair_jax.evaluators import Segmentation, SegmentationSet
-from flair_jax.evaluators.features import BrokenImages
-from flair_jax.report import Result
-
-
-class Pixels(Sequence):
-    """Pictures as uint8 pixels (H, W, 3) of one size, by index; decoded when asked for.
-
-    Attributes:
-      keys: for the feature store: a text per picture that identifies its pixels and how they were prepared.
-
-    Args:
-      pictures: of a set.
-      size: height and width.
-      crop: RGB image, size -> pixels; by default the reference's, `images.evaluation_crop`.
-    """
-
-    def __init__(
-        self,
-        pictures: Sequence[base.Picture],
-        size: tuple[int, int],
-        crop: Callable[[Any, tuple[int, int]], np.ndarray] = image_rules.evaluation_crop,
-    ):
-        self._pictures, self._size, self._crop = pictures, size, crop
-
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return len(self._pictures), *self._size, 3
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """
-        Raises:
-          ImageError: naming the file. OSError: it cannot be read.
-        """
-        return self._crop(image_rules.to_rgb(self._pictures[index].decode()), self._size)
-
-    @property
-    def keys(self) -> list[str]:
-        return [f"{self._crop.__name__} {self._size} {picture.key()}" for picture in self._pictures]
-
-
-def segmentation(
-    model: nn.Module, benchmark: base.Benchmark, data: base.Segmentation, options: Mapping[str, Any]
-) -> Iterator[Segmentation]:
-    """Zero-shot segmentation of pictures of any size.
-
-    Args:
-      options: of `evaluators.Segmentation`, and
-        classes: lines with the name or names of a class, see `segmentation_sets.parse_classes`, or a file of such
-            lines, in place of the set's own.
-        templates: prompts in which `{c}` is the name, or a file of such lines; None: the 80 of ImageNet.
-
-    Raises:
-      ValueError: another number of classes than the set has, or a template without `{c}`.
-    """
-    options = {"short_side": 1.5, **options}
-    classes, templates = (_lines(options.pop(name, None)) for name in ("classes", "templates"))
-    classes = data.classes if classes is None else segmentation_sets.parse_classes(classes)
-    if len(classes) != len(data.classes):
-        raise ValueError(f"{benchmark.name}: names of {len(classes)} classes; the set has {len(data.classes)}")
-    templates = segmentation_sets.templates() if templates is None else templates
-    if wrong := [template for template in templates if "{c}" not in template]:
-        raise ValueError(f"{benchmark.name}: the templates {wrong} have no {{c}} for the name of a class")
-    names = [name for synonyms in classes for name in synonyms]
-    prompts = [template.replace("{c}", name) for name in names for template in templates]
-    yield Segmentation(
-        model,
-        SegmentationSet(
-            benchmark.name,
-            ["background" if number == data.background else names[0] for number, names in enumerate(classes)],
-            Pixels(data.pictures, model.image_size, _as_stored),
-            data.masks,
-            Tokenizer(model.context_length)(prompts),
-            np.repeat(np.arange(len(names)), len(templates)),
-            class_of_query=np.repeat(np.arange(len(classes)), [len(synonyms) for synonyms in classes]),
-            sizes=_sizes(data.pictures),
-            background=data.background,
-        ),
-        preprocess=image_rules.normalize,
-        **options,
-    )
-
-
-def _lines(option: str | Sequence[str] | None) -> Sequence[str] | None:
-    """Lines of text, or those of the file that is named."""
-    return base.read_text(pathlib.Path(option)).splitlines() if isinstance(option, str) else option
-
-
-def _sizes(pictures: Sequence[base.Picture]) -> np.ndarray:
-    """Height and width of each picture, int (I, 2), from their headers. Raises BrokenImages."""
-    sizes, broken = np.zeros((len(pictures), 2), int), {}
-    for number, picture in enumerate(pictures):
-        try:
-            sizes[number] = segmentation_sets.image_size(picture)
-        except (image_rules.ImageError, OSError) as error:
-            broken[number] = str(error)
-    if broken:
-        raise BrokenImages(broken)
-    return sizes
-
-
-def _as_stored(image: Any, size: tuple[int, int]) -> np.ndarray:
-    """The pixels of the whole picture in its own size."""
-    del size
-    return np.asarray(image)
-
-
-# Task -> (model, set, data, options) -> evaluators.
-Build = Callable[[nn.Module, base.Benchmark, Any, Mapping[str, Any]], Iterator[Any]]
-TASKS: dict[str, Build] = {
-    "segmentation": segmentation,
-}
-
-
-class UnusableSet(Exception):
-    """A set that cannot be evaluated: files or images are missing or broken. The others can.
-
-    Attributes:
-      benchmark: its entry in the table.
-      reason: what is missing or wrong.
-    """
-
-    def __init__(self, benchmark: base.Benchmark, reason: str):
-        self.benchmark, self.reason = benchmark, reason
-        super().__init__(f"{benchmark.name}: {reason}")
+from flair_jax.data.benchmarks import base, suites, table
+from flair_jax.evaluation_tasks import TASKS, UnusableSet
+from flair_jax.evaluators.features import BrokenImages, session
+from flair_jax.progress import progress
+from flair_jax.report import Result, SetDetails, missing_lines
 
 
 class SetEvaluator:
@@ -182,7 +56,9 @@ class SetEvaluator:
         """
         try:
             self.data = self.benchmark.read(self._root)
-        except (base.MissingError, base.AnnotationError, OSError) as error:
+        except base.MissingError as error:
+            raise UnusableSet(self.benchmark, str(error), error.files) from error
+        except (base.AnnotationError, OSError) as error:
             raise UnusableSet(self.benchmark, str(error)) from error
         absent = [number for number, picture in enumerate(self.data.pictures) if not picture.exists()]
         self._leave_out(dict.fromkeys(absent, "missing"))
@@ -198,14 +74,32 @@ class SetEvaluator:
         while True:
             self._evaluators, results = [], []
             try:
-                for evaluator in TASKS[self.benchmark.task](self._model, self.benchmark, self.data, self._options):
-                    self._evaluators.append(evaluator)
-                    results += evaluator.run(params)
+                with session(progress=functools.partial(progress, title=self.benchmark.name)):
+                    for evaluator in TASKS[self.benchmark.task](self._model, self.benchmark, self.data, self._options):
+                        self._evaluators.append(evaluator)
+                        results += evaluator.run(params)
                 return results
             except BrokenImages as broken:
                 for reason in broken.reasons.values():
                     logging.warning("%s: %s", self.benchmark.name, reason)
                 self._leave_out(dict.fromkeys(broken.reasons, "broken"))
+
+    def details(self) -> SetDetails:
+        """What the report says about the set, after `run`."""
+        benchmark = self.benchmark
+        return SetDetails(
+            benchmark.task,
+            benchmark.name,
+            title=benchmark.title,
+            counts=self.data.counts(),
+            expected=benchmark.expected(),
+            left_out=self.left_out.total(),
+            parts=self.data.parts,
+            licence=benchmark.licence,
+            source=benchmark.source,
+            published=benchmark.published,
+            notes=[note for evaluator in self._evaluators for note in getattr(evaluator, "notes", ())],
+        )
 
     def figures(self, params: Any) -> Iterator[tuple[str, Any]]:
         """(title, PIL image) of what `run` found."""
@@ -263,15 +157,39 @@ def evaluators(
         chosen.append(SetEvaluator(model, benchmark, pathlib.Path(root), allow_missing=allow_missing, options=options))
     unusable = list(filter(None, map(_problem, chosen)))
     if unusable:
-        lines = [
-            f"  {set_.benchmark.name}: {set_.reason}. From {set_.benchmark.source} ({set_.benchmark.licence})"
-            for set_ in unusable
-        ]
-        logging.warning(
-            "evaluators.%s: %d of %d sets cannot be evaluated:\n%s",
-            *(name, len(unusable), len(chosen), "\n".join(lines)),
-        )
+        lines = missing_lines([problem.missing() for problem in unusable])
+        logging.warning("evaluators.%s: %d of %d sets cannot be evaluated\n%s", name, len(unusable), len(chosen), lines)
     yield from chosen
+
+
+def averages(results: Sequence[Result], details: Sequence[SetDetails]) -> Iterator[tuple[list[Result], SetDetails]]:
+    """The averages of papers over sets that were all evaluated, with what the report says about them.
+
+    Args:
+      results, details: of single sets.
+    """
+    about = {(one.task, one.set): one for one in details}
+    for suite in suites.SUITES:
+        found, members = [], set()
+        for mode in dict.fromkeys(result.mode for result in results):
+            values = {(one.task, one.set, one.metric): one.value for one in results if one.mode == mode}
+            for name, value in suite.of(values).items():
+                found.append(Result("average", suite.name, name, value, mode))
+                members |= {member[:2] for member in suite.averages[name]}
+        if found:
+            parts = [about[member] for member in sorted(members) if member in about]
+            yield (
+                found,
+                SetDetails(
+                    "average",
+                    suite.name,
+                    title=suite.title,
+                    left_out=sum(part.left_out for part in parts),
+                    parts=[part.title for part in parts] if any(part.parts for part in parts) else (),
+                    source=suite.source,
+                    published=suite.published,
+                ),
+            )
 
 
 def _problem(evaluator: SetEvaluator) -> UnusableSet | None:

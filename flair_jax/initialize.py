@@ -97,6 +97,33 @@ def resize_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
     return np.asarray(resized)
 
 
+def stretch_text_positions(positions: jax.Array, length: int, kept: int = 20) -> jax.Array:
+    """Position embeddings (T, W) for a longer context, without new training: (length, W).
+
+    The first `kept` positions stay, which most training captions reach; the ones after them are spread over the rest of
+    the longer context, with linear interpolation between them and linear extrapolation past the last one. From 77 to
+    248 this is Long-CLIP's knowledge-preserved stretching (Zhang et al., ECCV 2024, arXiv:2403.15378).
+
+    Raises:
+      ValueError: the new context is not longer, or shorter than what is kept.
+    """
+    old = positions.shape[0]
+    if length <= old or not 0 <= kept < old - 1:
+        raise ValueError(f"context of {old} tokens, {kept} kept: cannot be stretched to {length}")
+    place = np.arange(length, dtype=np.float64)
+    place[kept:] = kept + (place[kept:] - kept) * (old - kept) / (length - kept)
+    low = np.minimum(place.astype(int), old - 2)
+    high_weight = (place - low).astype(np.float32)[:, None]  # above 1 past the last position
+    positions = jnp.asarray(positions)
+    return (1 - high_weight) * positions[low] + high_weight * positions[low + 1]
+
+
+def stretch_context(params: Any, length: int) -> Any:
+    """Parameters, a nested dict, for a longer `text.context_length`, see `stretch_text_positions`."""
+    positions = stretch_text_positions(params["text"]["position_embedding"], length)
+    return {**params, "text": {**params["text"], "position_embedding": positions}}
+
+
 def table(origins: list[Origin]) -> str:
     """Counts by kind, then every parameter that was not simply loaded."""
     counts = collections.Counter(origin.kind for origin in origins)

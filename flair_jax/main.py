@@ -74,6 +74,8 @@ def main(arguments: list[str]) -> None:
         if results:
             print((epath.Path(workdir) / "report.md").read_text())
         print(f"report and pictures: {workdir}" if results else f"nothing was evaluated; checkpoints: {workdir}")
+    if _MODE.value == "evaluate" and not results:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

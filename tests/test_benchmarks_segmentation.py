@@ -9,8 +9,8 @@ from colour_model import ColourModel
 from PIL import Image
 from scipy.io import savemat
 
-from flair_jax import evaluation_sets
-from flair_jax.data.benchmarks import segmentation, table
+from flair_jax import evaluation_tasks
+from flair_jax.data.benchmarks import prompts, segmentation, table
 from flair_jax.data.benchmarks.base import AnnotationError, MissingError
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators.features import BrokenImages
@@ -80,7 +80,7 @@ def test_names_of_the_protocol():
     assert len(segmentation.class_names("voc21")[0]) == len(segmentation.class_names("coco_object")[0]) == 26
     assert segmentation.class_names("context60")[0] == ("background",)
     assert segmentation.class_names("context60")[1:] == segmentation.class_names("context59")
-    templates = segmentation.templates()
+    templates = prompts.templates("imagenet1k")
     assert len(set(templates)) == 80
     assert all(template.count("{c}") == 1 for template in templates)
 
@@ -405,14 +405,14 @@ def test_from_files_to_the_result(tmp_path):
     Image.fromarray(pixels).save(data.pictures[0].path, format="PNG")
     options = {"image_batch": 8, "templates": ["{c}"], "modes": ("projected",)}
     options["classes"] = [word(1), word(2), word(0)]
-    (evaluator,) = evaluation_sets.TASKS["segmentation"](Words(1), benchmark, data, options)
+    (evaluator,) = evaluation_tasks.TASKS["segmentation"](Words(1), benchmark, data, options)
     results = flat(evaluator.run({}))
     assert results.pop("segmentation/coco_panoptic/chance") < 0.25
     assert set(results.values()) == {1.0}
     assert len(results) == 6
     assert len(list(evaluator.figures({}))) == 2
     options["classes"] = [word(2), word(1), word(0)]
-    (evaluator,) = evaluation_sets.TASKS["segmentation"](Words(1), benchmark, data, options)
+    (evaluator,) = evaluation_tasks.TASKS["segmentation"](Words(1), benchmark, data, options)
     results = flat(evaluator.run({}))
     assert results["segmentation/coco_panoptic/projected/accuracy"] == pytest.approx(1 / 42)  # the wall, of 42 labelled
 
@@ -423,20 +423,20 @@ def test_options_reach_the_evaluator(tmp_path):
     benchmark = table.ALL["coco_object"]
     data = benchmark.read(tmp_path)
     options = {**benchmark.options, "image_batch": 8, "templates": ["a {c}."], "modes": ("projected",)}
-    (evaluator,) = evaluation_sets.TASKS["segmentation"](Words(2), benchmark, data, options)
+    (evaluator,) = evaluation_tasks.TASKS["segmentation"](Words(2), benchmark, data, options)
     assert evaluator._decision["temperature"] == 50
     assert evaluator._data.class_of_query.tolist() == [0] * 26 + [1] * 8 + list(range(2, 81))
     assert evaluator._data.sizes.tolist() == [list(SIZE)] * 2
     assert evaluator._data.classes[:3] == ["background", "person", "bicycle"]
     names = tmp_path / "names.txt"
     lines(names, *["thing, object"] * 81)
-    (evaluator,) = evaluation_sets.TASKS["segmentation"](Words(2), benchmark, data, options | {"classes": str(names)})
+    (evaluator,) = evaluation_tasks.TASKS["segmentation"](Words(2), benchmark, data, options | {"classes": str(names)})
     assert len(evaluator._data.tokens) == 162
     with pytest.raises(ValueError, match="coco_object: names of 2 classes; the set has 81"):
-        list(evaluation_sets.TASKS["segmentation"](Words(2), benchmark, data, options | {"classes": ["a", "b"]}))
-    with pytest.raises(ValueError, match=r"have no \{c\}"):
-        list(evaluation_sets.TASKS["segmentation"](Words(2), benchmark, data, options | {"templates": ["a photo"]}))
+        list(evaluation_tasks.TASKS["segmentation"](Words(2), benchmark, data, options | {"classes": ["a", "b"]}))
+    with pytest.raises(ValueError, match=r"expected one or more, each with \{c\}"):
+        list(evaluation_tasks.TASKS["segmentation"](Words(2), benchmark, data, options | {"templates": ["a photo"]}))
     pathlib.Path(data.pictures[1].path).write_bytes(b"no image")
     with pytest.raises(BrokenImages) as broken:
-        list(evaluation_sets.TASKS["segmentation"](Words(2), benchmark, data, options))
+        list(evaluation_tasks.TASKS["segmentation"](Words(2), benchmark, data, options))
     assert list(broken.value.reasons) == [1]

@@ -18,7 +18,7 @@ from flair_jax import models, optimizer, plan, sharding, state, step
 from flair_jax.data.transforms import captions
 
 ROOT = pathlib.Path(__file__).parents[1]
-TOOLS = {"__init__", "variants", "flair_recipe"}
+TOOLS = {"__init__", "variants", "flair_recipe", "eval_all"}
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in TOOLS)
 # spec/flair.md section 1: GPUs, images a GPU, K, samples, steps an epoch, decay, epsilon. The length of PixelProse is
 # COSMOS's; all that is not in a script is CC12M's.
@@ -127,7 +127,7 @@ def test_the_step_compiles_for_the_reference_s_number_of_devices(name, tmp_path)
     figures = compiled(name, tmp_path)
     assert (figures["parameters"], figures["devices"]) == (PARAMETERS, gpus)
     assert figures["steps"] == read(name).get_config().steps
-    # spec/anchors.md 2.1: 35.1 GFLOP an image, 5.96 a text of 77 tokens, about 2.1 one of 27, 0.93e-3 a pair; thrice.
+    # spec/anchors.md 2.1: 35.1 GFLOP per image, 5.96 a text of 77 tokens, about 2.1 one of 27, 0.93e-3 a pair; thrice.
     pairs = gpus * (images + count - 1)
     assert figures["gflop_an_image"] == pytest.approx(3 * (35.1 + 2.07 * count + 0.93e-3 * pairs), rel=0.03)
     # Replicated: the whole state on each device, and its share of the pixels and of the captions' rows and ends.

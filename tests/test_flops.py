@@ -13,7 +13,7 @@ FLAIR = variants.flair_objectives().to_dict()
 
 
 def test_towers_are_the_published_figures():
-    """open_clip's model_profile.csv: 35.13 GFLOP an image, 5.96 a text of 77 tokens; projections come on top."""
+    """open_clip's model_profile.csv: 35.13 GFLOP per image, 5.96 a text of 77 tokens; projections come on top."""
     projection = 197 * 2 * 768 * 512
     assert (flops.encode_image(B16) - projection) / 1e9 == pytest.approx(35.13, abs=0.01)
     assert (flops.encode_text(B16, 77) - 2 * 512 * 512) / 1e9 == pytest.approx(5.96, abs=0.01)

@@ -122,7 +122,7 @@ def test_a_run_killed_and_resumed_equals_an_unbroken_one_bit_for_bit(tmp_path):
         "retrieval/scenes/flair/text_to_image_R@1",
         "retrieval/scenes_parts/global/text_to_image_R@1",
         "retrieval/scenes_parts/chance/text_to_image_R@1",
-        "pointing/scenes/accuracy",
+        "pointing/scenes/attention/accuracy",
         "pointing/scenes/chance",
         "segmentation/scenes_colour/value/miou",
         "segmentation/scenes_shape/chance",

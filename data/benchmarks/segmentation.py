@@ -177,11 +177,6 @@ def class_names(name: str) -> list[tuple[str, ...]]:
     return parse_classes(_prompts(f"segmentation_{name}.txt"))
 
 
-def templates() -> list[str]:
-    """The 80 prompts of CLIP's release for ImageNet, with `{c}` for the name of a class."""
-    return _prompts("imagenet_templates.txt")
-
-
 def _prompts(name: str) -> list[str]:
     """The lines of a file in `prompts`."""
     file = importlib.resources.files("flair_jax.data.benchmarks") / "prompts" / name
