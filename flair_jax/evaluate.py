@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from flair_jax import attention_maps, evaluation_sets, models, pretrained, report, sharding
+from flair_jax import attention_maps, evaluation_sets, evaluation_tasks, models, pretrained, report, sharding
 from flair_jax import config as configuration
 from flair_jax.data import scenes
 from flair_jax.data.benchmarks import base, table
@@ -244,7 +244,7 @@ def run(
         for evaluator in KINDS[kind][0](model, name, **options):
             try:
                 new = list(evaluator.run(params))
-            except evaluation_sets.UnusableSet as unusable:
+            except evaluation_tasks.UnusableSet as unusable:
                 logging.warning("not evaluated: %s", unusable)
                 found.missing.append(unusable.missing())
                 continue

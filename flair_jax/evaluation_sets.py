@@ -1,201 +1,20 @@
-"""Public evaluation sets as evaluators: pictures become pixels, texts become tokens, what is missing is counted."""
+"""Public evaluation sets as evaluators: each is read when its turn comes, and what is missing or broken is counted."""
 
 import collections
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
 from absl import logging
 
-from flair_jax import initialize
 from flair_jax.data.benchmarks import base, suites, table
-from flair_jax.data.transforms import images as image_rules
-from flair_jax.data.transforms import windows as text_windows
-from flair_jax.data.transforms.tokenizer import Tokenizer
-from flair_jax.evaluators import Choice, ChoiceSet, Pointing, PointingSet, Retrieval, RetrievalSet
+from flair_jax.evaluation_tasks import TASKS, UnusableSet
 from flair_jax.evaluators.features import BrokenImages, session
-from flair_jax.evaluators.pointing import boxes_after_crop
 from flair_jax.progress import progress
-from flair_jax.report import Missing, Result, SetDetails, missing_lines
-
-
-class Pixels(Sequence):
-    """Pictures as uint8 pixels (H, W, 3) of one size, by index; decoded when asked for.
-
-    Attributes:
-      keys: for the feature store: a text per picture that identifies its pixels and how they were prepared.
-
-    Args:
-      pictures: of a set.
-      size: height and width.
-      crop: RGB image, size -> pixels; by default the reference's, `images.evaluation_crop`.
-    """
-
-    def __init__(
-        self,
-        pictures: Sequence[base.Picture],
-        size: tuple[int, int],
-        crop: Callable[[Any, tuple[int, int]], np.ndarray] = image_rules.evaluation_crop,
-    ):
-        self._pictures, self._size, self._crop = pictures, size, crop
-
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return len(self._pictures), *self._size, 3
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """
-        Raises:
-          ImageError: naming the file. OSError: it cannot be read.
-        """
-        return self._crop(image_rules.to_rgb(self._pictures[index].decode()), self._size)
-
-    @property
-    def keys(self) -> list[str]:
-        return [f"{self._crop.__name__} {self._size} {picture.key()}" for picture in self._pictures]
-
-
-def retrieval(
-    model: nn.Module, benchmark: base.Benchmark, data: base.Retrieval, options: Mapping[str, Any]
-) -> Iterator[Retrieval]:
-    """Retrieval with texts as the model takes them, and in other ways that options ask for, an evaluator for each.
-
-    Options, beside those of `Retrieval`:
-      windows: a way or several of `windows.WAYS`, of what is done with texts that are longer than the context.
-      context_length: evaluates with a longer context, too, of stretched position embeddings; None: no.
-    """
-    options = dict(options)
-    ways = options.pop("windows", "truncate")
-    longer = options.pop("context_length", None)
-    modes = options.pop("modes", None)
-    pixels = Pixels(data.pictures, model.image_size)
-
-    def evaluator(model, way, label, **more):
-        tokens, rows = text_windows.text_rows(data.texts, model.context_length, way)
-        rows = None if way == "truncate" else rows
-        known = modes if modes is None or rows is None else [mode for mode in modes if mode != "topk"]
-        texts = RetrievalSet(benchmark.name, pixels, tokens, data.image_of_text, rows, data.texts)
-        return Retrieval(model, texts, preprocess=image_rules.normalize, modes=known, label=label, **more, **options)
-
-    for way in (ways,) if isinstance(ways, str) else ways:
-        yield evaluator(model, way, "" if way == "truncate" else way)
-    if longer is not None and longer > model.context_length:
-        long_model = model.clone(text_options={**model.text_options, "context_length": longer})
-        stretch = functools.partial(initialize.stretch_context, length=longer)
-        yield evaluator(long_model, "truncate", f"{longer} tokens", prepare=stretch)
-
-
-class SizedPixels(Pixels):
-    """Pixels of images that boxes were measured in; images of other proportions are refused.
-
-    Args:
-      sizes: int (I, 2), width and height of each image where its boxes were measured.
-    """
-
-    def __init__(self, pictures: Sequence[base.Picture], sizes: np.ndarray, size: tuple[int, int]):
-        super().__init__(pictures, size)
-        self._sizes = sizes
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        picture = self._pictures[index]
-        image = picture.decode()
-        base.check_proportions(picture.path, image.size, tuple(int(side) for side in self._sizes[index]))
-        return self._crop(image_rules.to_rgb(image), self._size)
-
-
-def choice(model: nn.Module, benchmark: base.Benchmark, data: base.Choice, options: Mapping[str, Any]) -> Iterator[Any]:
-    """Which of some texts or images is right.
-
-    Raises:
-      UnusableSet: no item has all its images.
-    """
-    if not data.items:
-        raise UnusableSet(benchmark, "no item has all its images")
-    pixels = Pixels(data.pictures, image_rules.pair(model.image_size))
-    tokens = Tokenizer(model.context_length)(data.texts)
-    yield Choice(
-        model,
-        ChoiceSet(benchmark.name, pixels, tokens, data.items, data.texts),
-        preprocess=image_rules.normalize,
-        **options,
-    )
-
-
-def pointing(
-    model: nn.Module, benchmark: base.Benchmark, data: base.Pointing, options: Mapping[str, Any]
-) -> Iterator[Any]:
-    """Where phrases point. Those of which the evaluation's crop leaves nothing to hit are left out, and counted.
-
-    Raises:
-      UnusableSet: no phrase is left.
-    """
-    size = image_rules.pair(model.image_size)
-    boxes = [
-        boxes_after_crop(own, data.sizes[image], size)
-        for own, image in zip(data.boxes, data.image_of_text, strict=True)
-    ]
-    seen = np.array([len(own) > 0 for own in boxes])
-    if not seen.any():
-        raise UnusableSet(benchmark, f"the crop to {size[0]} x {size[1]} pixels cuts all boxes away")
-    texts = [text for text, visible in zip(data.texts, seen, strict=True) if visible]
-    boxes = [own for own in boxes if len(own)]
-    owners = data.image_of_text[seen]
-    # The objects of an image are those that its phrases name.
-    objects = np.array([len(np.unique(np.concatenate(rows), axis=0)) for rows in _grouped(boxes, owners)])
-    yield Pointing(
-        model,
-        PointingSet(
-            benchmark.name,
-            SizedPixels(data.pictures, data.sizes, size),
-            Tokenizer(model.context_length)(texts),
-            owners,
-            boxes,
-            objects[np.unique(owners, return_inverse=True)[1]],
-            texts,
-            int((~seen).sum()),
-        ),
-        preprocess=image_rules.normalize,
-        **options,
-    )
-
-
-def _grouped(rows: Sequence[Any], owners: np.ndarray) -> list[list[Any]]:
-    """The rows of each owner, owners in ascending order."""
-    found: dict[int, list[Any]] = {int(owner): [] for owner in np.unique(owners)}
-    for row, owner in zip(rows, owners, strict=True):
-        found[int(owner)].append(row)
-    return list(found.values())
-
-
-# Task -> (model, set, data, options) -> evaluators.
-Build = Callable[[nn.Module, base.Benchmark, Any, Mapping[str, Any]], Iterator[Any]]
-TASKS: dict[str, Build] = {"retrieval": retrieval, "choice": choice, "pointing": pointing}
-
-
-class UnusableSet(Exception):
-    """A set that cannot be evaluated: files or images are missing or broken. The others can.
-
-    Attributes:
-      benchmark: its entry in the table.
-      reason: what is missing or wrong.
-      files: those that are not there, relative to the root.
-    """
-
-    def __init__(self, benchmark: base.Benchmark, reason: str, files: Sequence[str] = ()):
-        self.benchmark, self.reason, self.files = benchmark, reason, tuple(files)
-        super().__init__(f"{benchmark.name}: {reason}")
-
-    def missing(self) -> Missing:
-        """Its row in the report."""
-        entry = self.benchmark
-        reason = "" if self.files else self.reason
-        return Missing(entry.task, entry.name, entry.title, self.files, entry.licence, entry.source, reason)
+from flair_jax.report import Result, SetDetails, missing_lines
 
 
 class SetEvaluator:

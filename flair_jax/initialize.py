@@ -3,10 +3,13 @@
 import collections
 from typing import Any, NamedTuple
 
+import flax.core
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flair_jax.models.vision import grid as grid_of
 from flair_jax.optimizer import path_of
 
 VISION_POSITIONS, TEXT_POSITIONS = "vision/position_embedding", "text/position_embedding"
@@ -68,6 +71,24 @@ def resize_image_positions(positions: np.ndarray, old: tuple[int, int], new: tup
     first, grid = positions[:1], positions[1:].reshape(*old, -1)
     resized = jax.image.resize(jnp.asarray(grid), (*new, grid.shape[-1]), "cubic", antialias=True)
     return np.concatenate([first, np.asarray(resized).reshape(-1, grid.shape[-1])])
+
+
+def with_image_size(model: nn.Module, params: Any, size: tuple[int, int]) -> tuple[nn.Module, Any]:
+    """A model for images of another size, and its parameters with resized position embeddings.
+
+    Args:
+      model: a `DualEncoder`.
+      params: its parameters, a nested dict.
+      size: height and width, multiples of its patches.
+    """
+    patch = model.vision_options["patch_size"]
+    resized = model.clone(vision_options=flax.core.freeze({**model.vision_options, "image_size": tuple(size)}))
+    old, new = grid_of(model.image_size, patch), grid_of(size, patch)
+
+    def resize(keys, leaf):
+        return resize_image_positions(np.asarray(leaf), old, new) if path_of(keys) == VISION_POSITIONS else leaf
+
+    return resized, jax.tree_util.tree_map_with_path(resize, params)
 
 
 def resize_text_positions(positions: np.ndarray, length: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from conftest import load_golden
 from PIL import Image
 from word_model import WordModel
 
-from flair_jax import evaluation_sets
+from flair_jax import evaluation_sets, evaluation_tasks
 from flair_jax.data.benchmarks import aro, compositional, pairs, sugarcrepe, suites, table, valse, vl_checklist
 from flair_jax.data.benchmarks.base import AnnotationError, Item, MissingError, Picture
 from flair_jax.data.transforms.images import ImageError
@@ -526,7 +526,7 @@ def test_a_set_is_evaluated_by_name(tmp_path):
     options = dict(root=str(tmp_path), sets=["sugarcrepe"], choice={"modes": ["global"]})
     model = WordModel(8)
     [refused] = evaluation_sets.evaluators(model, "sets", **options)
-    with pytest.raises(evaluation_sets.UnusableSet, match="1 of 3 images are missing"):
+    with pytest.raises(evaluation_tasks.UnusableSet, match="1 of 3 images are missing"):
         refused.run({})
     [evaluator] = evaluation_sets.evaluators(model, "sets", allow_missing=True, **options)
     results = {result.name: result.value for result in evaluator.run({})}

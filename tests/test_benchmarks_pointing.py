@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from word_model import WordModel
 
-from flair_jax import evaluation_sets
+from flair_jax import evaluation_sets, evaluation_tasks
 from flair_jax.data.benchmarks import table
 from flair_jax.data.benchmarks.base import AnnotationError, MissingError, Pointing
 
@@ -171,5 +171,5 @@ def test_a_set_is_evaluated_by_name(scale, tmp_path):
     [evaluator] = evaluation_sets.evaluators(
         WordModel(4), "sets", root=str(tmp_path), sets=["coco_pointing"], allow_missing=True
     )
-    with pytest.raises(evaluation_sets.UnusableSet, match="1 of 1 images are broken"):
+    with pytest.raises(evaluation_tasks.UnusableSet, match="1 of 1 images are broken"):
         evaluator.run({})

@@ -10,7 +10,7 @@ from test_evaluation_sets import Loads
 from test_faults import document, picture
 
 from flair_jax import config as configuration
-from flair_jax import evaluate, evaluation_sets, report
+from flair_jax import evaluate, evaluation_tasks, report
 from flair_jax.data.benchmarks import shards
 from flair_jax.report import Result
 
@@ -149,14 +149,14 @@ def test_shards_with_captions_under_another_key(pixelprose, monkeypatch, caplog)
         sets.append((benchmark, data, options))
         return iter([Fixed([], "", RESULTS[:1])])
 
-    monkeypatch.setitem(evaluation_sets.TASKS, "retrieval", retrieval)
+    monkeypatch.setitem(evaluation_tasks.TASKS, "retrieval", retrieval)
     section = {"kind": "shards", "shards": pixelprose, "fields": ("caption",), "topk": 7}
     assert evaluate.run(config_of(val=section), Sizes, None) == RESULTS[:1]
     ((benchmark, data, options),) = sets
     assert benchmark.name == "val" and options == {"topk": 7}
     assert data.image_of_text.tolist() == [0, 0, 1, 1, 2, 2]
     assert data.texts == ["n 0", "Another", "n 1", "Another", "n 2", "Another"]
-    pixels = evaluation_sets.Pixels(data.pictures, Sizes.image_size)
+    pixels = evaluation_tasks.Pixels(data.pictures, Sizes.image_size)
     assert [pixels[number].shape for number in range(3)] == [(32, 48, 3)] * 3
     assert len(set(pixels.keys)) == 3
     assert evaluate.run(config_of(val={**section, "fields": ("raw_caption",)}), Sizes, None) == []
@@ -180,7 +180,7 @@ def test_records_that_cannot_be_used_are_counted(tmp_path, monkeypatch, caplog):
     def retrieval(model, benchmark, data, options):
         return iter([Loads(model, benchmark, data, options)])
 
-    monkeypatch.setitem(evaluation_sets.TASKS, "retrieval", retrieval)
+    monkeypatch.setitem(evaluation_tasks.TASKS, "retrieval", retrieval)
     section = {"kind": "shards", "shards": str(tmp_path / "0.tar"), "fields": ("caption",)}
     results = {result.metric: result.value for result in evaluate.run(config_of(val=section), Sizes, None)}
     assert results == {"images": 2, "texts": 2}

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from flair_jax import config as configuration
-from flair_jax import evaluate, evaluation_sets
+from flair_jax import evaluate, evaluation_sets, evaluation_tasks
 from flair_jax.data.benchmarks import base, table
 from flair_jax.evaluators.features import BrokenImages
 from flair_jax.report import Result
@@ -20,14 +20,14 @@ class Loads:
 
     def __init__(self, model, benchmark, data, options):
         self.name, self.data = benchmark.name, data
-        self.pixels = evaluation_sets.Pixels(data.pictures, (8, 8))
+        self.pixels = evaluation_tasks.Pixels(data.pictures, (8, 8))
 
     def run(self, params):
         broken = {}
         for number in range(len(self.pixels)):
             try:
                 assert self.pixels[number].shape == (8, 8, 3)
-            except evaluation_sets.image_rules.ImageError as error:
+            except evaluation_tasks.image_rules.ImageError as error:
                 broken[number] = str(error)
         if broken:
             raise BrokenImages(broken)
@@ -52,7 +52,7 @@ def root(tmp_path, monkeypatch):
 
     sets = {name: entry(name) for name in ("whole", "gaps", "absent")}
     monkeypatch.setattr(table, "ALL", sets)
-    monkeypatch.setitem(evaluation_sets.TASKS, "retrieval", lambda *arguments: iter([Loads(*arguments)]))
+    monkeypatch.setitem(evaluation_tasks.TASKS, "retrieval", lambda *arguments: iter([Loads(*arguments)]))
     for name in ("whole", "gaps"):
         (tmp_path / name).mkdir()
         for colour, pixel in COLOURS.items():
@@ -67,7 +67,7 @@ def run(root, **options):
     for evaluator in evaluation_sets.evaluators(types.SimpleNamespace(), "public", root=str(root), **options):
         try:
             results |= {result.name: result.value for result in evaluator.run({})}
-        except evaluation_sets.UnusableSet as unusable:
+        except evaluation_tasks.UnusableSet as unusable:
             reasons[unusable.benchmark.name] = unusable.reason
     return results, reasons
 

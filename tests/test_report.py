@@ -264,7 +264,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
         Result("choice", EVIL, PLAIN_EVIL, 0.5, EVIL),
     ]
     details = [
-        retrieval_details(source="https://example.org/a?b&c", licence=EVIL, notes=(EVIL,)),
+        retrieval_details(source='https://example.org/a?b&c; tars: http://x.org/"y<', licence=EVIL, notes=(EVIL,)),
         SetDetails(
             "choice", EVIL, EVIL, source="javascript:alert(1)", published=[published(PLAIN_EVIL, 0.5, EVIL, EVIL, EVIL)]
         ),
@@ -281,13 +281,14 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     links = [attributes["href"] for attributes in page.all("a")]
     assert {link[1:] for link in links if link.startswith("#")} <= ids
-    outside = ["https://example.org/dci", "https://example.org/a?b&c"]
+    outside = ["https://example.org/a?b&c", 'http://x.org/"y<', "https://example.org/dci"]
     assert [link for link in links if not link.startswith("#")] == outside
     assert [EVIL, "50.0", ""] in page.rows and [f"choice/{EVIL}", EVIL] in page.rows
     assert [EVIL, EVIL, PLAIN_EVIL, "50.0", "50.0", "0.0", EVIL] in page.rows
-    assert (
-        "@import" not in (tmp_path / "report.html").read_text() and "url(" not in (tmp_path / "report.html").read_text()
-    )
+    source = (tmp_path / "report.html").read_text()
+    assert "@import" not in source and "url(" not in source
+    text = (tmp_path / "report.md").read_text()
+    assert "<" not in text.replace("\\<", "") and text.count("a|b") == 0 < text.count("a\\|b")
 
 
 def test_pictures_are_in_the_page_and_beside_it(tmp_path):
@@ -402,14 +403,14 @@ def classification(name, mean, top1, classes=10):
         (retrieval("a", 0.001, 0.5), [], ["retrieval/a"]),  # in one of two modes
         (retrieval("a", 1.0, images=4), ["retrieval/a"], ["retrieval/a"]),  # 4 of 4: 1 in 256
         (retrieval("a", 1.0, images=8), [], ["retrieval/a"]),
-        (classification("b", 0.10, 0.7), ["classification/b"], ["classification/b"]),  # says the largest class always
+        (classification("b", 0.118, 0.7), ["classification/b"], ["classification/b"]),  # says the largest class always
         (classification("b", 0.14, 0.14), [], ["classification/b"]),
         ([Result("choice", "c", "accuracy", 0.5), Result("choice", "c", "chance", 0.5)], [], []),
         (RESULTS[4:], [], []),
     ],
 )
 def test_results_at_chance(results, low, judged):
-    details = [SetDetails("classification", "b", counts={"images": 1000, "classes": 11})]
+    details = [SetDetails("classification", "b", counts={"images": 3000, "classes": 11})]
     assert report.at_chance(results, details) == (low, judged)
 
 
@@ -497,6 +498,9 @@ def test_stacked_blocks_are_counted_one_by_one(fresh):
     moved["blocks"]["ln_1"]["scale"] = moved["blocks"]["ln_1"]["scale"] + [[0], [1e-6]]
     (text,) = untrained.looks_untrained({"text": moved})
     assert "4 of 5 LayerNorms" in text
+    moved["ln_final"]["bias"] = moved["ln_final"]["bias"] + np.eye(8)[3] * 1e-6
+    (text,) = untrained.looks_untrained({"text": moved})
+    assert "3 of 5 LayerNorms" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

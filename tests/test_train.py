@@ -124,7 +124,7 @@ def test_a_run_killed_and_resumed_equals_an_unbroken_one_bit_for_bit(tmp_path):
         "retrieval/scenes_parts/chance/text_to_image_R@1",
         "pointing/scenes/attention/accuracy",
         "pointing/scenes/chance",
-        "segmentation/scenes_colour/miou",
+        "segmentation/scenes_colour/value/miou",
         "segmentation/scenes_shape/chance",
     } <= report.keys()
     for name in ("report.md", "pictures/loss.png", "pictures/attention_scenes.png"):

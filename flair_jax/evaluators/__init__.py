@@ -5,6 +5,7 @@ the methods that they name. They take their data as plain arrays and sequences: 
 """
 
 from flair_jax.evaluators.choice import Choice, ChoiceSet
+from flair_jax.evaluators.classification import Classification, ClassificationSet
 from flair_jax.evaluators.pointing import Pointing, PointingSet
 from flair_jax.evaluators.retrieval import Retrieval, RetrievalSet
 from flair_jax.evaluators.segmentation import Segmentation, SegmentationSet
@@ -12,6 +13,8 @@ from flair_jax.evaluators.segmentation import Segmentation, SegmentationSet
 __all__ = [
     "Choice",
     "ChoiceSet",
+    "Classification",
+    "ClassificationSet",
     "Pointing",
     "PointingSet",
     "Retrieval",

@@ -40,8 +40,9 @@ def recall_curves(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Image.Image
             label = f"{mode}: {100 * recall[0]:.1f} %"
             panel.plot(np.arange(1, len(recall) + 1), 100 * recall, marker="." if len(recall) < 20 else "", label=label)
         panel.set(xscale="log", ylim=(0, 100), title=title, xlabel="k", ylabel="Recall@k in %")
+        panel.xaxis.set_major_formatter("{x:.0f}")
         panel.grid(alpha=0.3, which="both")
-        panel.legend(loc="lower right", title="Recall@1", fontsize=8)
+        panel.legend(loc="best", title="Recall@1", fontsize=8)
     return to_image(figure)
 
 

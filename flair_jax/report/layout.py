@@ -221,7 +221,8 @@ def _named(figures: Iterable[Figure]) -> list[tuple[str, Figure]]:
     """Figures with file names that are different, and safe on any disk and in any URL."""
     used, named = set(), []
     for figure in figures:
-        words = re.sub(r"[^A-Za-z0-9-]+", "_", f"{figure.task} {figure.set} {figure.title}").strip("_").lower()
+        names = [name for name in (figure.task, figure.set) if name not in figure.title]
+        words = re.sub(r"[^A-Za-z0-9-]+", "_", " ".join([*names, figure.title])).strip("_").lower()
         stem, number = words[:80] or "picture", 1
         while (name := stem if number == 1 else f"{stem}_{number}") in used:
             number += 1

@@ -16,8 +16,6 @@ def render(document: layout.Document) -> str:
             table(summary._replace(head=(f"summary: {task}", *summary.head[1:])))
             for task, summary, _ in document.summary
         ]
-    if document.missing:
-        parts.append(table(layout.missing_table(document.missing)))
     for section in document.sections:
         source = [f"source: {section.details.source}"] if section.details.source else []
         facts = " · ".join([*section.facts(), *source])
@@ -31,6 +29,8 @@ def render(document: layout.Document) -> str:
         parts += _list(section.remarks())
         parts += _pictures(section.figures)
     parts += _pictures(document.figures)
+    if document.missing:
+        parts.append(table(layout.missing_table(document.missing)))
     return "\n".join(parts)
 
 

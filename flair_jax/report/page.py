@@ -1,6 +1,7 @@
 """The report as one HTML page: pictures inside, no script, nothing loaded from elsewhere."""
 
 import base64
+import re
 from collections.abc import Iterable
 from html import escape
 
@@ -35,7 +36,8 @@ th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align
   overflow-wrap: normal; }
 thead th { background: var(--panel); font-weight: 600; vertical-align: bottom; } tbody th { font-weight: 400; }
 tbody th, thead th:first-child { position: sticky; left: 0; }
-tbody th { background: var(--back); max-width: 45vw; }
+tbody th { background: var(--back); min-width: 7rem; }
+td a { display: inline-block; min-width: 10rem; overflow-wrap: anywhere; }
 .number { text-align: right; white-space: nowrap; }
 summary { cursor: pointer; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; background: #fff; }
@@ -56,22 +58,23 @@ def render(document: layout.Document) -> str:
     for task, table, sections in document.summary:
         parts.append(f"<h3>{escape(task.capitalize())}</h3>\n")
         parts.append(_table(table, [anchors[section.name] for section in sections]))
-    if document.missing:
-        parts.append('<h2 id="missing">Not evaluated</h2>\n')
-        parts.append(_table(layout.missing_table(document.missing)))
     for number, (task, _, sections) in enumerate(document.summary, 1):
         parts.append(f'<h2 id="task-{number}">{escape(task.capitalize())}</h2>\n')
         parts += [_section(section, anchors[section.name]) for section in sections]
     if document.figures:
         parts += ['<h2 id="pictures">Pictures</h2>\n', *(_figure(figure) for _, figure in document.figures)]
+    if document.missing:
+        parts.append('<h2 id="missing">Not evaluated</h2>\n')
+        parts.append(_table(layout.missing_table(document.missing)))
     return "".join([*parts, "</body>\n</html>\n"])
 
 
 def _contents(document: layout.Document) -> str:
     """Links to the parts of the page; the rows of the summary are links to the sets."""
-    links = {"summary": "Summary"} | ({"missing": "Not evaluated"} if document.missing else {})
+    links = {"summary": "Summary"}
     links |= {f"task-{number}": task.capitalize() for number, (task, _, _) in enumerate(document.summary, 1)}
     links |= {"pictures": "Pictures"} if document.figures else {}
+    links |= {"missing": "Not evaluated"} if document.missing else {}
     items = [f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in links.items()]
     return f"<nav>{' · '.join(items)}</nav>\n"
 
@@ -99,7 +102,7 @@ def _table(table: layout.Table, anchors: Iterable[str] = ()) -> str:
     head = "".join(f'<th scope="col"{c}>{_breakable(cell)}</th>' for cell, c in zip(table.head, classes, strict=True))
     rows = []
     for number, (first, *rest) in enumerate(table.rows):
-        name = f'<a href="#{anchors[number]}">{escape(first)}</a>' if anchors else escape(first)
+        name = f'<a href="#{anchors[number]}">{_breakable(first)}</a>' if anchors else _breakable(first)
         cells = "".join(f"<td{c}>{_cell(cell)}</td>" for cell, c in zip(rest, classes[1:], strict=True))
         rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>\n')
     body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(rows)}</tbody>"
@@ -107,7 +110,7 @@ def _table(table: layout.Table, anchors: Iterable[str] = ()) -> str:
 
 
 def _breakable(name: str) -> str:
-    """A name that may be broken after each underscore: a column of numbers is narrower than `text_to_image_R@1`."""
+    """A name that may be broken after each underscore: `text_to_image_R@1` would fill half a phone."""
     return escape(name).replace("_", "_<wbr>")
 
 
@@ -116,10 +119,11 @@ def _cell(text: str) -> str:
 
 
 def _link(text: str) -> str:
-    """A text that is a web address as a link: it is followed by hand, never loaded."""
-    if text.startswith(("https://", "http://")) and len(text.split()) == 1:
-        return f'<a href="{escape(text)}" rel="noreferrer">{escape(text)}</a>'
-    return escape(text)
+    """A text with its web addresses as links: they are followed by hand, never loaded."""
+    parts = re.split(r"(https?://[^\s;,]+)", text)  # texts and addresses in turn
+    for number, part in enumerate(parts):
+        parts[number] = f'<a href="{escape(part)}" rel="noreferrer">{escape(part)}</a>' if number % 2 else escape(part)
+    return "".join(parts)
 
 
 def _list(texts: Iterable[str], style: str) -> str:
