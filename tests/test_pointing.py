@@ -101,7 +101,7 @@ def test_a_hit_in_any_box_counts(image_batch, devices):
         "pointing/colours/chance": pytest.approx((2 + 2 + 2 + 3) / 6 / 4),
         "pointing/colours/chance_object": pytest.approx((1 + 0.5 + 1 + 1) / 4),
     }
-    assert evaluator.notes == ["pointing/colours: 3 phrases left out: cut away by the crop"]
+    assert evaluator.notes == ["3 phrases are left out: the crop cuts their boxes away."]
     pictures = dict(evaluator.figures({}))
     assert list(pictures) == ["colours: hits and misses (attention)", "colours: hits and misses (projected)"]
     assert all(np.asarray(picture).std() > 0 for picture in pictures.values())
