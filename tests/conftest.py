@@ -1,12 +1,14 @@
 """What several tests share: the tiny FLAIR whose numbers the original code computed."""
 
+import gc
 import os
 import tempfile
 
+from processes import QUICK
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices on one CPU, so that sharded code runs as it does on eight chips. Most of a test's time is compilation,
-# which takes half as long without LLVM's optimisations, and a quarter with XLA's older way to write loops.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Eight devices on one CPU, so that sharded code runs as it does on eight chips.
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
 # What several tests or their processes compile is compiled once. jax locks the folder only if its size has a bound.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     programs = tempfile.TemporaryDirectory(prefix="programs-")
@@ -52,7 +54,7 @@ def model_section(reference: dict, **overrides) -> dict:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--golden", metavar="ROOT", help="numbers of the reference to compare with; see golden_files.py")
+    parser.addoption("--golden", metavar="ROOT", help="numbers of the references to compare with; see golden_files.py")
 
 
 def pytest_configure(config):
@@ -60,6 +62,12 @@ def pytest_configure(config):
     golden_files.use(config.getoption("--golden"))
     if golden_files.exists("tiny.json"):
         TINY.update(model_section(golden_files.sections("tiny")))
+
+
+def pytest_collection_finish():
+    """What was imported stays; the garbage collector need not look at it again and again while jax traces."""
+    gc.collect()
+    gc.freeze()
 
 
 load_golden = golden_files.load

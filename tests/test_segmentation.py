@@ -8,6 +8,7 @@ from conftest import load_golden, nhwc
 from optional import torch
 
 from flair_jax.evaluators import Segmentation, SegmentationSet
+from flair_jax.evaluators.features import patch_grid
 from flair_jax.evaluators.segmentation import IGNORE, ConfusionMatrix
 from flair_jax.models.text import Text
 from flair_jax.report import flat
@@ -120,7 +121,7 @@ def test_a_class_is_the_mean_of_its_prompts_and_absent_classes_do_not_count():
 def test_predictions_equal_torch_interpolation(tiny_model, tiny_params):
     """Both modes on labels of another size than the images, in two batches."""
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, (4, 37, 53))
+    labels = rng.integers(0, 3, (len(IMAGES), 37, 53))
     labels[rng.random(labels.shape) < 0.2] = IGNORE
     owner = np.array([0, 0, 1, 2, 1, 2])
     data = SegmentationSet("tiny", "abc", IMAGES, labels, TOKENS[:6], owner)
@@ -138,7 +139,9 @@ def test_predictions_equal_torch_interpolation(tiny_model, tiny_params):
     image, text = apply("encode_image", IMAGES), unit(np.asarray(apply("encode_text", Text.padded(TOKENS[:6])).pooled))
     vectors = unit(np.stack([text[owner == name].mean(0) for name in range(3)]))
     for mode, local in (("value", apply("dense_features", image)), ("projected", image.local)):
-        cosine = (unit(np.asarray(local)) @ vectors.T).reshape(4, 4, 4, 3).transpose(0, 3, 1, 2)
+        cosine = unit(np.asarray(local)) @ vectors.T  # (images, patches, 3)
+        rows, columns = patch_grid(*IMAGES.shape[1:3], cosine.shape[1])
+        cosine = cosine.reshape(-1, rows, columns, 3).transpose(0, 3, 1, 2)
         large = torch.nn.functional.interpolate(torch.from_numpy(cosine), (37, 53), mode="bilinear")
         expected = ConfusionMatrix(3)
         expected.add(labels, large.argmax(1).numpy())

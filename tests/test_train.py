@@ -1,7 +1,6 @@
 """The loop: resume bit for bit after a real kill, signals, faults, many devices, and the commands of the README."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from processes import one_device
 
 from flair_jax import checkpoint, evaluate, metrics, pretrained, train
 from flair_jax.configs import base
@@ -83,8 +83,7 @@ def command(workdir, *arguments):
 
 
 def start(workdir, log):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return subprocess.Popen(command(workdir), stdout=log, stderr=log, cwd=ROOT, env=environment)
+    return subprocess.Popen(command(workdir), stdout=log, stderr=log, cwd=ROOT, env=one_device())
 
 
 def interrupt(workdir, steps, number, log):
