@@ -17,10 +17,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import golden_files
+import jax
 import numpy as np
 import pytest
 
-from flair_jax import models
+from flair_jax import models, sharding
 from flair_jax.convert import names
 
 GOLDEN = golden_files.COPIES
@@ -83,6 +84,21 @@ def losses(mps: bool = True, **options) -> dict:
 
 
 TINY = model_section(golden_files.sections("tiny"))  # the tiny FLAIR; of `--golden ROOT` where it is given
+
+
+def take_devices(monkeypatch, count: int) -> None:
+    """Runs take so many of the eight devices: fewer compile and save faster, where a test is not about their number."""
+    create = sharding.create_mesh
+    monkeypatch.setattr(
+        sharding,
+        "create_mesh",
+        lambda data=-1, fsdp=1, devices=None: create(data, fsdp, devices or jax.devices()[:count]),
+    )
+
+
+@pytest.fixture
+def on_one_device(monkeypatch):
+    take_devices(monkeypatch, 1)
 
 
 @pytest.fixture(scope="session")
