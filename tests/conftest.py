@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import pytest
 
-from flair_jax import models, sharding
+from flair_jax import models, sharding, state
 from flair_jax.convert import names
 
 GOLDEN = golden_files.COPIES
@@ -105,6 +105,11 @@ def on_one_device(monkeypatch):
 def tiny_params():
     """Weights of the tiny FLAIR as a Flax tree."""
     return names.to_flax(load_golden("tiny.safetensors"), config=TINY)
+
+
+def fresh_params(model):
+    """Fresh parameters of a model as numpy, in one program where `state.init_params` alone would compile hundreds."""
+    return jax.device_get(jax.jit(lambda: state.init_params(model, 0))())
 
 
 @pytest.fixture(scope="session")

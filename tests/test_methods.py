@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, load_golden, nhwc
+from conftest import TINY, fresh_params, load_golden, nhwc
 from optional import torch, torch_flair
 
 from flair_jax import metrics, models, objectives, sharding, state, train
@@ -122,7 +122,7 @@ def test_without_pooling_models_rank_by_pooled_features(tiny_params):
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_names_go_both_ways(name):
     model = models.create(section(name))
-    params = jax.device_get(state.init_params(model, 0))
+    params = fresh_params(model)
     weights = names.to_torch(params, name)
     assert names.recognize(weights) == name
     assert ("logit_bias" in weights) == (name == "siglip") and weights["visual.proj"].shape == (96, 64)

@@ -163,7 +163,7 @@ def test_patch_dropout_keeps_a_random_share_in_order(tiny_params):
     assert np.abs(encode(IMAGES * ~pixels, rng).local - before.local).min(axis=-1).max() > 1e-3
 
     # Evaluation leaves nothing out.
-    close(model.apply({"params": tiny_params}, IMAGES, method="encode_image").local, OUTPUTS["image_local"])
+    close(encode(IMAGES, None).local, OUTPUTS["image_local"])
 
 
 def test_patch_dropout_is_for_training(tiny_params):
@@ -346,7 +346,7 @@ def test_gelu_is_pytorch_s():
 def test_unknown_ways_to_compute_are_refused_by_name(change):
     [value] = change.values()
     with pytest.raises(ValueError, match=f"'{value}'; expected"):
-        models.create({**TINY, **change}).init(jax.random.key(0), IMAGES, TOKENS)
+        jax.eval_shape(models.create({**TINY, **change}).init, jax.random.key(0), IMAGES, TOKENS)
 
 
 def test_remat_saves_memory():
@@ -370,9 +370,9 @@ def test_unknown_names_are_refused():
         models.create({**TINY, "towers": 3})
     with pytest.raises(ValueError, match="sometimes"):
         model = models.create({**TINY, "remat": "sometimes"})
-        model.init(jax.random.key(0), IMAGES[:1], TOKENS[:1])
+        jax.eval_shape(model.init, jax.random.key(0), IMAGES[:1], TOKENS[:1])
     with pytest.raises(ValueError, match="no multiple of patch_size"):
         model = models.create({**TINY, "vision": {**TINY["vision"], "patch_size": 24}})
-        model.init(jax.random.key(0), IMAGES[:1], TOKENS[:1])
+        jax.eval_shape(model.init, jax.random.key(0), IMAGES[:1], TOKENS[:1])
     with pytest.raises(KeyError, match="XXL"):
         variants.flair("XXL")
