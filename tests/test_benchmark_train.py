@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from processes import QUICK
 
 from benchmarks import encode, inputs, processes, sides, train
 from flair_jax.data import scenes
@@ -39,7 +40,7 @@ def config_file(tmp_path_factory):
 @pytest.fixture
 def alone(monkeypatch):
     """The sides of a comparison start with one device each, as a user's do."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
 
 
 def figures_of(main, tmp_path, *arguments, **options):
