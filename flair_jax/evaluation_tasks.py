@@ -101,9 +101,11 @@ def retrieval(
       context_length: evaluates with a longer context, too, of stretched position embeddings; None: no.
     """
     options = dict(options)
-    ways = options.pop("windows", "truncate")
+    for key in ("windows", "modes", "pooling"):
+        if isinstance(options.get(key), str):
+            options[key] = (options[key],)
+    ways, modes = options.pop("windows", ("truncate",)), options.pop("modes", None)
     longer = options.pop("context_length", None)
-    modes = options.pop("modes", None)
     pixels = Pixels(data.pictures, model.image_size)
 
     def evaluator(context_length, way, label, text_tower=None):
@@ -115,7 +117,7 @@ def retrieval(
             model, texts, preprocess=image_rules.normalize, modes=known, label=label, text_tower=text_tower, **options
         )
 
-    for way in (ways,) if isinstance(ways, str) else ways:
+    for way in ways:
         yield evaluator(model.context_length, way, "" if way == "truncate" else way)
     if longer is not None and longer > model.context_length:
         long_model = model.clone(text_options=freeze({**model.text_options, "context_length": longer}))

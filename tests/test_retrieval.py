@@ -534,6 +534,7 @@ def test_a_public_set_is_evaluated_in_all_ways(public, tiny_model, tiny_params, 
     names = ["flair", "topk", "global"]
     names += [f"{mode} {way} mean" for way in ("windows", "sentences") for mode in ("flair", "global")]
     assert list(found) == names + [f"{mode} 120 tokens" for mode in ("flair", "topk", "global")]
+    assert list(scores(dict(windows="windows", modes="global", pooling="max"))) == ["global windows max"]
     alone = scores(dict(context_length=120, windows=(), topk=2))
     for name, values in alone.items():
         np.testing.assert_allclose(found[name], values, atol=1e-5)
