@@ -198,7 +198,7 @@ def test_equal_scores_are_never_right(mode):
 def test_only_asked_pairs_are_scored_and_equal_the_reference(tiny_model, tiny_params):
     """Many texts of one image, few of another, none of a third; also in the order that the items name them."""
     images, tokens = nhwc(load_golden("tiny_inputs.npz")["images"]), load_golden("tiny_inputs.npz")["tokens"]
-    items = [Item((3,), tuple(range(12))), Item((0,), (5, 2)), Item((0, 3), (7,)), Item((3, 1), (0, 4))]
+    items = [Item((3,), tuple(range(len(tokens)))), Item((0,), (5, 2)), Item((0, 3), (7,)), Item((3, 1), (0, 4))]
     data = ChoiceSet("tiny", images, tokens, items)
     evaluators = [
         Choice(tiny_model, data, preprocess=lambda x: x, image_batch=batch, mesh=mesh(devices))
