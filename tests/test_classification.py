@@ -120,9 +120,8 @@ def test_roc_auc_is_that_of_scikit_learn(levels):
     metrics = classification_metrics(scores, labels)
     assert list(metrics) == ["acc1", "mean_per_class", "roc_auc"]  # two classes have no top-5
     assert metrics["roc_auc"] == pytest.approx(sklearn.roc_auc_score(labels, scores[:, 1] - scores[:, 0]))
-    theirs = torchmetrics.functional.classification.binary_auroc(
-        torch.from_numpy(scores[:, 1] - scores[:, 0]), torch.from_numpy(labels)
-    )
+    difference = torch.from_numpy(scores[:, 1] - scores[:, 0])
+    theirs = torchmetrics.functional.classification.binary_auroc(difference, torch.from_numpy(labels))
     assert metrics["roc_auc"] == pytest.approx(theirs.item(), abs=1e-6)
 
 
