@@ -751,7 +751,7 @@ BENCHMARKS = (
     _entry(
         *("resisc45", "RESISC45, whole", _read_resisc45, 31_500, 45),
         (File(_RESISC, 31_500, count_images),),
-        "https://1drv.ms/u/s!AmgKYzARBl5ca3HNaHIlzp_IXjs",
+        "https://www.tensorflow.org/datasets/catalog/resisc45",
     ),
     _entry(
         *("country211", "Country211", _of_folders(_COUNTRY, "country211"), 21_100, 211),
@@ -774,6 +774,6 @@ BENCHMARKS = (
     _entry(
         *("coco_objects", "COCO val2017, categories of objects", _read_coco, 5_000, 80),
         (File(_COCO, 5_000, _count_coco), File("coco/images/val2017|coco/val2017")),
-        *("https://cocodataset.org/#download", "CC-BY-4.0"),
+        *("https://cocodataset.org/#download", "annotations CC-BY-4.0, images: Flickr terms"),
     ),
 )
