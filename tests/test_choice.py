@@ -187,9 +187,9 @@ def test_equal_scores_are_never_right(mode):
     evaluator = Choice(ColourModel(8), colours(items), preprocess=jnp.zeros_like, text_to_text=True, modes=[mode])
     results = flat(evaluator.run({}))
     assert {value for name, value in results.items() if f"/{mode}/" in name} == {0.0}
-    assert evaluator.notes == ["choice/colours: a tie is wrong"]
+    assert evaluator.notes == ["A tie is wrong."]
     flattering = Choice(ColourModel(8), colours(), preprocess=jnp.zeros_like, ties="first")
-    assert flattering.notes == ["choice/colours: of equal scores the first one listed wins"]
+    assert flattering.notes == ["Of equal scores the first one listed wins."]
     assert flat(flattering.run({}))["choice/colours/global/accuracy"] == 1
 
 

@@ -11,9 +11,10 @@ from conftest import load_golden, nhwc
 from optional import torch, torchmetrics
 
 from flair_jax import initialize
-from flair_jax.evaluators import Segmentation, SegmentationSet, segmentation
+from flair_jax.evaluators import Segmentation, SegmentationSet, features, segmentation
 from flair_jax.evaluators.features import BrokenImages
 from flair_jax.evaluators.segmentation import IGNORE, UNDECIDED, ConfusionMatrix, Grid, Windows
+from flair_jax.evaluators.store import FeatureStore
 from flair_jax.models.text import Text
 from flair_jax.report import flat
 
@@ -161,7 +162,7 @@ def test_sizes_of_other_protocols_and_models():
     assert segmentation.whole((500, 281), 224, 16, 1.5) == Grid((576, 336), (0,), (0,))
 
 
-def test_an_image_is_loaded_once_for_its_windows_and_keys_tell_windows_apart():
+def test_an_image_is_loaded_once_for_its_windows_and_keys_tell_windows_apart(monkeypatch):
     loaded = []
 
     class Images(list):
@@ -181,7 +182,8 @@ def test_an_image_is_loaded_once_for_its_windows_and_keys_tell_windows_apart():
     assert loaded == [0, 0, 1]  # one of the two was the line above
     assert windows.image_of(np.array([0, 5, 6])).tolist() == [0, 0, 1]
     assert len(set(windows.keys)) == 7
-    assert Windows(images, np.array([0, 1]), grids, (20, 20), keep=False).keys is None
+    monkeypatch.setattr(segmentation, "KEPT_WINDOWS", 6)
+    assert windows.keys is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,6 +473,55 @@ def test_broken_images_are_named_by_their_number(tiny_model, tiny_params, photos
     assert caught.value.reasons == {1: "photo 1 is gone"}
 
 
+class Keyed(list):
+    """Images with keys for a store; what is loaded is noted, and one may be broken."""
+
+    keys = tuple("abc")
+
+    def __init__(self, images, broken=None):
+        super().__init__(images)
+        self.loaded, self.broken = [], broken
+
+    def __getitem__(self, index):
+        self.loaded.append(index)
+        if index == self.broken:
+            raise OSError("gone")
+        return super().__getitem__(index)
+
+
+def test_windows_that_a_store_has_already_come_first_and_change_nothing(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [rng.random((*size, 3)).astype(np.float32) for size in ((16, 70), (40, 30), (20, 50))]
+    labels = [rng.integers(0, 3, image.shape[:2]) for image in images]
+
+    def confusion(images):
+        data = colour_set(images=images, labels=labels, sizes=np.array([label.shape for label in labels]))
+        evaluator = Segmentation(Colours(4), data, preprocess=plain, modes=("projected",), image_batch=3, mesh=mesh(1))
+        return evaluator.confusion({})["projected"].counts
+
+    expected = confusion(images)
+    with features.session(store=FeatureStore(tmp_path)):
+        with pytest.raises(BrokenImages):
+            confusion(Keyed(images, broken=1))
+        again = Keyed(images)
+        assert (confusion(again) == expected).all()
+        assert set(again.loaded) == {1}
+        assert len(again.loaded) == 1  # for all of its windows
+
+
+def test_labels_that_cannot_be_read_are_broken_images():
+    class Labels(list):
+        def __getitem__(self, index):
+            if index == 1:
+                raise ValueError("mask.png: a mask of 3 x 3 pixels")
+            return super().__getitem__(index)
+
+    data = colour_set(labels=Labels(colour_set().labels))
+    with pytest.raises(BrokenImages) as caught:
+        evaluate(data, modes=("projected",))
+    assert caught.value.reasons == {1: "mask.png: a mask of 3 x 3 pixels"}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures, and what is refused
 
@@ -481,6 +532,10 @@ def test_figures_show_masks_and_bars():
     list(evaluator.run({}))
     (title, masks), (_, bars) = evaluator.figures({})
     assert title == "colours: true and predicted masks (projected)"
+    assert evaluator.notes == [
+        "Scores of patches come from windows of 16 x 24 pixels at a stride of half a window; "
+        "the mean IoU is over classes that are true or predicted."
+    ]
     assert bars.width > 400
     pixels = np.asarray(masks)
     column = 256 + 6

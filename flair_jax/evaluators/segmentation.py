@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from flair_jax import initialize
-from flair_jax.evaluators.features import BrokenImages, Encoder, call, check_texts, one_behind, patch_grid
+from flair_jax.evaluators.features import BrokenImages, Encoder, call, check_texts, one_behind, patch_grid, raise_broken
 from flair_jax.figures import segmentation as figures
 from flair_jax.models.layers import normalize
 from flair_jax.report import Result
@@ -249,7 +249,6 @@ class Windows(Sequence):
       numbers: int (I,), which of them.
       grids: of each of those.
       window: height and width.
-      keep: whether features of windows may be kept in a store.
     """
 
     def __init__(
@@ -258,9 +257,7 @@ class Windows(Sequence):
         numbers: np.ndarray,
         grids: Sequence[Grid],
         window: tuple[int, int],
-        keep: bool = True,
     ):
-        self._keep = keep
         self._images, self._numbers, self._grids, self._window = images, numbers, grids, window
         self.counts = np.array([len(grid.tops) * len(grid.lefts) for grid in grids])
         self.ends = np.cumsum(self.counts)
@@ -303,7 +300,7 @@ class Windows(Sequence):
         accelerator has computed them again before they are read.
         """
         keys = getattr(self._images, "keys", None)
-        if keys is None or len(self) > KEPT_WINDOWS or not self._keep:
+        if keys is None or len(self) > KEPT_WINDOWS:
             return None
         found = []
         for index in range(len(self)):
@@ -496,19 +493,21 @@ class Segmentation:
         """Counts over the whole set, by mode.
 
         Raises:
+          BrokenImages: images or their labels cannot be read.
           ValueError: a score is not finite, or a label is no class.
         """
         data = self._data
         matrices = {mode: ConfusionMatrix(len(data.classes)) for mode in self._modes}
         mine = self._mine()
         shown = set(mine[np.linspace(0, len(mine) - 1, min(FIGURE_IMAGES, len(mine))).astype(int)].tolist())
-        self._shown = []
-        for number, labels, predictions in one_behind(self._predictions(params)):
+        self._shown, broken = [], {}
+        for number, labels, predictions in one_behind(self._predictions(params, broken)):
             for mode, prediction in predictions.items():
                 prediction = np.asarray(prediction)[: labels.shape[0], : labels.shape[1]]
                 matrices[mode].add(labels, prediction)
                 if mode == self._modes[0] and number in shown:
                     self._shown.append((number, prediction))
+        raise_broken(broken, len(data.images))
         if jax.process_count() > 1:
             for matrix in matrices.values():
                 matrix.sum_over_processes()
@@ -548,6 +547,23 @@ class Segmentation:
         if self._iou:
             yield f"{data.name}: intersection over union", figures.bars(data.classes, self._iou)
 
+    @property
+    def notes(self) -> list[str]:
+        """What the report says about the way of evaluation."""
+        height, width = self._model.image_size
+        found = f"windows of {height} x {width} pixels at a stride of half a window"
+        if self._whole_image:
+            found = "whole images with resized position embeddings"
+        if self._short_side is not None:
+            found += f", on images whose shorter side has {self._short_side * min(height, width):.0f} pixels"
+        notes = [f"Scores of patches come from {found}; the mean IoU is over classes that are true or predicted."]
+        if self._data.background is not None:
+            rule = f"probability is below {self._decision['threshold']} (temperature {self._decision['temperature']:g})"
+            if self._decision["area"] is not None:
+                rule += f", and classes that would get no more than {self._decision['area']:.0%} of the foreground"
+            notes.append(f"Background is where the best {rule}.")
+        return notes
+
     def _mine(self) -> np.ndarray:
         """Numbers of the images whose pixels this process decides about and counts."""
         return np.arange(jax.process_index(), len(self._data.images), jax.process_count())
@@ -576,8 +592,13 @@ class Segmentation:
         order = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         return members[[texts.index(text) for text in order]], np.array([order[text] for text in texts])
 
-    def _predictions(self, params: Any) -> Iterator[tuple[int, np.ndarray, dict[str, jax.Array]]]:
-        """Starts the work on each image: its number, its labels, and by mode the best class of every pixel, padded."""
+    def _predictions(
+        self, params: Any, broken: dict[int, str]
+    ) -> Iterator[tuple[int, np.ndarray, dict[str, jax.Array]]]:
+        """Starts the work on each image: its number, its labels, and by mode the best class of every pixel, padded.
+
+        Images whose labels cannot be read are added to `broken` and left out.
+        """
         data = self._data
         base = self._encoder(self._model)
         members, texts = self._queries()
@@ -591,14 +612,17 @@ class Segmentation:
             model, resized = self._model, params
             if size != tuple(model.image_size):
                 model, resized = initialize.with_image_size(model, params, size)
-            # Rows of the store have one shape, that of the model's own images.
-            windows = Windows(data.images, numbers, grids, size, keep=model is self._model)
+            windows = Windows(data.images, numbers, grids, size)
             try:
                 for image, scores in self._scores(model, resized, windows, (queries, vectors)):
                     number = int(numbers[image])
                     if number not in mine:
                         continue
-                    labels = np.asarray(data.labels[number])
+                    try:
+                        labels = np.asarray(data.labels[number])
+                    except (OSError, ValueError) as error:  # as readers of annotations raise
+                        broken[number] = str(error)
+                        continue
                     decide = functools.partial(self._decide, grid=grids[image], window=size, labels=labels, texts=texts)
                     yield number, labels, {mode: decide(x, mode=mode) for mode, x in scores.items()}
             except BrokenImages as broken:
