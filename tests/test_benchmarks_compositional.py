@@ -424,6 +424,7 @@ def parts_of(name: str, scores: dict[str, float]) -> tuple[list[float], list[str
     return [scores[key] for key, _, _ in rows], [group for _, group, _ in rows], [size for _, _, size in rows]
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize(
     "name",
     ["aro", "crepe", "sugarcrepe", "valse", "vl_checklist", "whatsup", "imagecode", "svo_probes", "eqben"],

@@ -564,5 +564,5 @@ def test_wrong_sets_and_options_are_refused():
     empty = colour_set(labels=[np.full((16, 24), IGNORE)] * 2)
     with pytest.raises(ValueError, match="segmentation/colours: no pixel has a label"):
         evaluate(empty, modes=("projected",))
-    with pytest.raises(ValueError, match="segmentation/colours: scores are not finite"):
+    with pytest.raises(ValueError, match="segmentation/colours: scores of image 0 are not finite"):
         flat(Segmentation(Colours(4), colour_set(), preprocess=lambda x: x * np.nan).run({}))

@@ -616,6 +616,11 @@ class Segmentation:
             try:
                 for image, scores in self._scores(model, resized, windows, (queries, vectors)):
                     number = int(numbers[image])
+                    if not all(np.isfinite(x).all() for x in scores.values()):  # on all processes
+                        raise ValueError(
+                            f"segmentation/{data.name}: scores of image {number} are not finite: "
+                            f"the weights or the image are broken"
+                        )
                     if number not in mine:
                         continue
                     try:
@@ -663,10 +668,6 @@ class Segmentation:
         mode: str,
     ) -> jax.Array:
         """Patch scores of an image's windows (windows, U, L) -> the best class of every pixel, padded."""
-        if not np.isfinite(scores).all():
-            raise ValueError(
-                f"segmentation/{self._data.name}: scores are not finite: the weights or an image are broken"
-            )
         patches = patch_grid(*window, scores.shape[-1])
         starts = grid.tops, grid.lefts
         scores = scores.reshape(*map(len, starts), -1, *patches).transpose(2, 0, 3, 1, 4)  # (U, rows, h, columns, w)
