@@ -434,7 +434,7 @@ def test_predictions_are_those_of_the_protocol(tiny_model, tiny_params, apply, p
     assert (found[0]["value"] != found[0]["projected"]).any()
 
 
-def test_whole_images_with_resized_positions(tiny_model, tiny_params, photos):
+def test_whole_images_with_resized_positions(tiny_model, tiny_params, apply, photos):
     """Each image at once, in the size nearest to the asked one; by hand for one of them."""
     options = dict(short_side=1.25, whole_image=True, modes=("projected",))
 
@@ -449,7 +449,7 @@ def test_whole_images_with_resized_positions(tiny_model, tiny_params, photos):
     model, params = initialize.with_image_size(tiny_model, tiny_params, size)
     pixels = segmentation.resize(photos.images[2], size)[None]
     local = jax.jit(lambda params, x: model.apply({"params": params}, x, method="encode_image").local)(params, pixels)
-    pooled = tiny_model.apply({"params": tiny_params}, Text.padded(TOKENS[:6]), method="encode_text").pooled
+    pooled = apply("encode_text", Text.padded(TOKENS[:6])).pooled
     vectors = unit(np.stack([unit(np.asarray(pooled))[query == OWNER].mean(0) for query in range(4)]))
     scores = (unit(np.asarray(local[0])) @ vectors.T).T.reshape(1, 4, size[0] // patch, size[1] // patch)
     large = torch.nn.functional.interpolate(torch.from_numpy(scores.copy()), size, mode="bilinear")
