@@ -163,6 +163,26 @@ def test_published_numbers_stand_beside_measured_ones(tmp_path):
     assert differences[:3] == pytest.approx([-0.033, -0.0004, 0.5]) and differences[3] is None
 
 
+@pytest.mark.parametrize(
+    ("metric", "value", "shown"),
+    [
+        ("miou", 0.5, "50.0"),
+        ("miou", 0.00042, "0.042"),
+        ("miou", 0.0, "0.0"),
+        ("text_to_image_mean_rank", 12.25, "12.2"),
+        ("iou/crank_rank", 0.25, "25.0"),  # a class
+    ],
+)
+def test_ranks_are_no_percentages(metric, value, shown):
+    assert values.text(metric, value) == shown
+
+
+def test_a_published_number_of_a_part_is_compared_with_the_part():
+    numbers = (published("iou/door/gate", 0.5, "projected"), published("iou/cat", 0.5), published("iou/dog", 0.5))
+    found = report.layout.compared(SetDetails("segmentation", "val", published=numbers), values.Values.of(RESULTS[7:]))
+    assert [measured for _, measured in found] == [0.125, 0.0, None]
+
+
 def test_a_published_number_without_a_mode_is_compared_with_the_first():
     details = SetDetails("retrieval", "val", published=(published("text_to_image_R@1", 0.4),))
     plain = values.Values.of([Result("retrieval", "val", "text_to_image_R@1", 0.3)])

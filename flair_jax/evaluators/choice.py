@@ -253,8 +253,7 @@ class Choice:
     @property
     def notes(self) -> list[str]:
         """What a reader of the results has to know."""
-        rule = "a tie is wrong" if self._ties == "wrong" else "of equal scores the first one listed wins"
-        return [f"choice/{self._data.name}: {rule}"]
+        return ["A tie is wrong." if self._ties == "wrong" else "Of equal scores the first one listed wins."]
 
     def scores(self, params: Any) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         """The score of each asked pair, float32 (P,), by mode; and the texts' unit vectors (N, D) if those are needed.

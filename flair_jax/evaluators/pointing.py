@@ -175,7 +175,7 @@ class Pointing:
     def notes(self) -> list[str]:
         """What a reader of the results has to know."""
         left_out = self._data.left_out
-        return [f"pointing/{self._data.name}: {left_out} phrases left out: cut away by the crop"] if left_out else []
+        return [f"{left_out:,} phrases are left out: the crop cuts their boxes away."] if left_out else []
 
     def heat(self, params: Any) -> dict[str, np.ndarray]:
         """Heat of each phrase over the patches of its image, float32 (N, L), by mode."""

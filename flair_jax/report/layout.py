@@ -163,7 +163,7 @@ def compared(details: SetDetails, values: Values) -> Iterator[tuple[Published, f
     """Each published number with the measured one of its metric and mode, if there is one; where it names no mode, with
     the one of the first mode."""
     for one in details.published:
-        by_mode = values.measured.get(one.metric, {})
+        by_mode = values.by_mode(one.metric)
         mode = one.mode if one.mode or "" in by_mode else next(iter(by_mode), "")
         yield one, by_mode.get(mode)
 

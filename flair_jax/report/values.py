@@ -35,9 +35,7 @@ class Values:
         """
         measured, chance, parts, of_first, without_images = {}, {}, {}, {}, 0
         for result in results:
-            metric, _, part = (
-                f"iou/{result.metric}".partition("/") if result.mode == "iou" else result.metric.partition("/")
-            )
+            metric, _, part = result.metric.partition("/")
             if part:
                 parts.setdefault(metric, {}).setdefault(part, {})[result.mode] = result.value
             elif metric == WITHOUT_IMAGES:
@@ -53,6 +51,11 @@ class Values:
             chance[first] = {**chance.get(first, {}), **of_first}
         return cls(measured, chance, parts, without_images)
 
+    def by_mode(self, metric: str) -> Mapping[str, float]:
+        """Mode -> value of a metric of the whole set, or of a part such as "iou/cat"; empty: not measured."""
+        name, _, part = metric.partition("/")
+        return self.parts.get(name, {}).get(part, {}) if part else self.measured.get(name, {})
+
     def modes(self) -> list[str]:
         """In the order of the results."""
         return list(dict.fromkeys(mode for values in self.measured.values() for mode in values))
@@ -67,8 +70,8 @@ def by_set(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
 
 
 def is_rank(metric: str) -> bool:
-    """Whether values count from 1; all others are fractions."""
-    return metric.endswith("rank")
+    """Whether values of a metric, or of a part of it, count from 1; all others are fractions."""
+    return metric.partition("/")[0].endswith("_rank")
 
 
 def text(metric: str, value: float) -> str:
@@ -91,7 +94,7 @@ def at_chance(results: Iterable[Result], details: Iterable[SetDetails] = ()) -> 
     """Sets whose results a random answer would reach too, and all sets that can be judged, as "task/set".
 
     Judged are what a model without knowledge cannot get, whatever its preferences:
-      retrieval: Recall@1 of both directions in all modes. n is the number of images, which is 1 / chance: the texts of
+      retrieval: Recall@k of both directions in all modes. n is the number of images, which is 1 / chance: the texts of
         an image are no independent queries.
       classification: mean recall per class, which an answer that is always the same leaves at chance, 1 / classes; n
         images. Both numbers are of `SetDetails.counts`.
@@ -111,7 +114,7 @@ def at_chance(results: Iterable[Result], details: Iterable[SetDetails] = ()) -> 
         values = Values.of(group)
         better = []
         for metric, modes in values.measured.items():
-            if key[0] == "retrieval" and metric.endswith("_R@1"):
+            if key[0] == "retrieval" and "_R@" in metric:
                 image_chance = values.chance.get("text_to_image_R@1", {}).get("chance")
                 chance = values.chance.get(metric, {}).get("chance")
                 number = round(1 / image_chance) if image_chance else None
