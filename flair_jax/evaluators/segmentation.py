@@ -330,6 +330,17 @@ def stitching(length: int, window: int, starts: tuple[int, ...], patches: int, o
 # On the devices
 
 
+@jax.jit
+def _query_vectors(members: jax.Array, pooled: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which prompts each query has, bool (U, P), and their features (P, D) -> two means of them, float32 (U, D).
+
+    The first is of the features as they are, which pooling takes; the second of their unit vectors, at unit length.
+    """
+    weights = members / members.sum(1, keepdims=True)
+    mean = functools.partial(jnp.matmul, weights, precision="highest")
+    return mean(pooled.astype(jnp.float32)), normalize(mean(normalize(pooled)))
+
+
 @functools.lru_cache(maxsize=16)
 def _patch_scores(model: nn.Module, out: NamedSharding, mode: str) -> Callable:
     """Features of windows and of Q queries -> the score of each patch, float32 (B, Q, L)."""
@@ -603,10 +614,8 @@ class Segmentation:
         base = self._encoder(self._model)
         members, texts = self._queries()
         text = base.texts(base.place(params), data.tokens)
-        mean = functools.partial(jnp.matmul, precision="highest")
-        vectors = normalize(mean(members.astype(np.float32), normalize(text.pooled)))  # (U, D)
-        # Pooling takes texts as they are, not normalised.
-        queries = text.replace(pooled=mean(members / np.float32(members.sum(1, keepdims=True)), text.pooled))
+        raw, vectors = _query_vectors(members, text.pooled)
+        queries = text.replace(pooled=raw)
         mine = set(self._mine().tolist())
         for size, numbers, grids in self._groups():
             model, resized = self._model, params
