@@ -49,7 +49,7 @@ def inputs():
     """8 images, some of them darker copies, and 2 captions each, of the golden inputs."""
     golden = load_golden("tiny_inputs.npz")
     images, tokens = golden["images"], golden["tokens"]
-    copies = np.float32(0.5) ** (np.arange(8) // len(images))
+    copies = (0.5 ** (np.arange(8) // len(images))).astype(np.float32)
     return (
         np.resize(images, (8, *images.shape[1:])) * copies[:, None, None, None],
         np.resize(tokens, (16, tokens.shape[1])),
