@@ -304,8 +304,7 @@ def row_loss(
     share = smoothing / (1 + valid.sum(axis=1, keepdims=True))
     wanted = jnp.where(missing, 0.0, share).at[:, 0].add(1 - smoothing)
     other = jnp.maximum(-jnp.expm1(log_p), jnp.finfo(jnp.float32).tiny)  # 1 - p; not 0, where a root has no gradient
-    focus = 1.0 if isinstance(gamma, int | float) and gamma == 0 else other**gamma
-    return jnp.where(any_valid, -jnp.sum(wanted * focus * log_p, axis=1), 0.0)
+    return jnp.where(any_valid, -jnp.sum(wanted * other**gamma * log_p, axis=1), 0.0)
 
 
 def mean_of_rows(losses: jax.Array, valid: jax.Array, reference_world_size: int, name: str) -> jax.Array:
