@@ -90,13 +90,16 @@ def _train(config, workdir, mesh, signals, lock):
     # 3. State: born on its devices, then restored, or started from other weights.
     steps = total_steps(config, len(stream.source))
     optimize = optimizer.create(total_steps=steps, **config["optimizer"])
-    current = state.create(model, optimize, mesh, config["seed"], ema=config["ema_decay"] is not None)
+    kept = dict(ema=config["ema_decay"] is not None, lora=config["lora"])
+    current = state.create(model, optimize, mesh, config["seed"], **kept)
     if latest is not None:
         current = saved.restore(latest, current)
         logging.warning("going on from step %d in %s", latest, saved.folder)
         warn_of_new_schedule(saved.config(latest), config, len(stream.source), latest)
     elif config["init_from"]:
-        current = current.start_from(initial_weights(config, current.params))
+        current = current.start_from(initial_weights(config, current.model_params))
+    elif config["lora"]:
+        raise ValueError("config.lora trains changes of weights that are there: set config.init_from")
     first = int(current.step)
 
     rate = schedule(config, steps)
@@ -261,7 +264,10 @@ def _work(config: Mapping[str, Any], texts: Mapping[str, np.ndarray]) -> tuple[f
     slots of this process's captions."""
     lengths = packing.text_lengths(texts)
     everywhere = np.tile(lengths, jax.process_count())
-    work = flops.train_step(config["model"], config["objectives"], config["batch_size"], everywhere)
+    negatives = dict(configuration.text_slots(config["data"])).get("negatives", 0)
+    work = flops.train_step(
+        config["model"], config["objectives"], config["batch_size"], everywhere, negatives=negatives
+    )
     return work, int(lengths.sum()), texts["tokens"].size
 
 
@@ -271,6 +277,8 @@ def open_stream(config: Mapping[str, Any], model: nn.Module, workdir: epath.Path
     With `data.scenes` the embedded data set is drawn into `WORKDIR/scenes` first and read from there like any other.
     """
     options = dict(config["data"])
+    if kinds := options.pop("negatives")["kinds"]:
+        raise ValueError(f"config.data.negatives.kinds is {kinds}; this version has no transform that makes them")
     if drawn := options.pop("scenes", None):
         folder = workdir / "scenes"
         if jax.process_index() == 0:

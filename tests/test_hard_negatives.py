@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from conftest import load_golden
 from jax.sharding import NamedSharding, PartitionSpec
-from optional import torch
-from test_objectives import mesh_of, sizes_of
+from test_objectives import mesh_of
 
 from flair_jax import objectives
-from flair_jax.data.transforms import packing
 from flair_jax.models.dual_encoder import Features, ImageFeatures, TextFeatures
 from flair_jax.models.layers import normalize
 from flair_jax.objectives import hard_negatives
@@ -152,7 +150,7 @@ def test_two_processes_of_the_reference_on_any_number_of_devices(devices, chunk_
     """What DDP averages: a process's own gradients, of the gathered CLIP loss and of its own hard negatives."""
     golden, arrays = load_golden("fsc_clip/ddp_two_ranks.json"), load_golden("fsc_clip/ddp_two_ranks.npz")
     world, images = golden["world_size"], golden["world_size"] * golden["local_batch"]
-    if images % devices or chunk_size and (images // devices) % chunk_size:
+    if images % devices or (chunk_size and (images // devices) % chunk_size):
         pytest.skip(f"{images} images on {devices} devices in chunks of {chunk_size}")
     ranks = [golden_inputs(arrays, f"in/rank{rank}") for rank in range(world)]
     # Texts image by image here, so that they can be split over devices.

@@ -74,7 +74,13 @@ class Features:
         return dict(self.slots or ((CAPTIONS, texts),)).get(slot, 0)
 
     def in_slot(self, slot: str, x: jax.Array) -> jax.Array:
-        """What a slot has of an array by image and text: (B, N / B, …) -> (B, count, …)."""
+        """What a slot has of an array by image and text: (B, N / B, …) -> (B, count, …).
+
+        Raises:
+          ValueError: the batch has other texts than its slots.
+        """
+        if self.slots and sum(count for _, count in self.slots) != x.shape[1]:
+            raise ValueError(f"the batch has {x.shape[1]} texts an image; expected those of the slots {self.slots}")
         first = sum(count for _, count in itertools.takewhile(lambda entry: entry[0] != slot, self.slots))
         return x[:, first : first + self.count(slot)]
 
