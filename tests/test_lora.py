@@ -1,5 +1,6 @@
 """LoRA and fine-tuning of CLIP against the numbers of FSC-CLIP's own code, and LoRA in the training loop."""
 
+import functools
 import json
 import math
 
@@ -7,12 +8,12 @@ import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from conftest import TINY, load_golden, nhwc
+from conftest import load_golden, nhwc
 
-from flair_jax import lora, models, objectives, optimizer, state
+from flair_jax import lora, models, optimizer, state
 from flair_jax.convert import lora_files, names
-from flair_jax.convert.tables import flatten
 from flair_jax.models.layers import normalize
 from flair_jax.models.text import Text
 from flair_jax.step import train_step
@@ -39,7 +40,7 @@ def section_of(golden, name):
     towers = {tower: {key: sizes[f"{tower}.{key}"] for key in keys} | {"heads": 2} for tower, keys in towers.items()}
     towers["vision"]["image_size"] = golden["in/images"].shape[-1]
     gelu = "quick" if "quick" in name else "exact"
-    return dict(name="clip", embed_dim=sizes["embed_dim"], gelu=gelu, **towers)
+    return dict(name="clip", embed_dim=sizes["embed_dim"], gelu=gelu, scan_blocks=True, **towers)
 
 
 def batch_of(golden, prefix):
@@ -57,28 +58,68 @@ def batch_of(golden, prefix):
     }
 
 
-def slots_of(batch):
-    return (("captions", 1), ("negatives", batch["valid"].shape[1] - 1))
+def recording(optimize):
+    """An optimizer that keeps the gradients that it was given last, as the first part of its state."""
+    record = optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, *_: (grads, grads)
+    )
+    return optimizer.Optimizer(optax.chain(record, optimize.tx), optimize.rules)
 
 
-def torch_options(**options):
-    """The reference's AdamW and schedule of the short runs."""
-    return optimizer.create(
-        warmup_steps=3, total_steps=8, weight_decay=0.1, b1=0.9, b2=0.98, eps=1e-6,
-        clamp=(("logit_scale", 0.0, math.log(100)),), **options,
-    )  # fmt: skip
+class Run:
+    """A model and the reference's training of it, one program for all its steps and gradients."""
+
+    def __init__(self, golden, steps, section, base, options=None):
+        self.rates = [step["lr"] for step in steps]
+        self.optimize = recording(
+            optimizer.create(
+                learning_rate=max(self.rates), warmup_steps=3, total_steps=len(steps), weight_decay=0.1, eps=1e-6,
+                clamp=(("logit_scale", 0.0, math.log(100)),),
+            )
+        )  # fmt: skip
+        self.model = models.create(section)
+        self.base, self.options = base, options
+        self.batches = [batch_of(golden, prefix) for prefix in ("in", "in2")]
+        slots = (("captions", 1), ("negatives", self.batches[0]["valid"].shape[1] - 1))
+        self.step = jax.jit(
+            functools.partial(
+                train_step, model=self.model, losses=PUBLISHED, optimizer=self.optimize, seed=0, slots=slots
+            )
+        )
+
+    def start(self, trained):
+        base = None if self.options is None else self.base
+        opt_state = self.optimize.init(trained, base)
+        return state.TrainState(jnp.int32(0), trained, opt_state, base=base, lora=self.options)
+
+    def loss_and_gradient(self, trained):
+        after, numbers = self.step(self.start(trained), self.batches[0])
+        return numbers, jax.device_get(after.opt_state[0])
+
+    def train(self, trained, steps):
+        """The reference's short run: two batches in turn; losses before each step must be its own."""
+        current = self.start(trained)
+        for number, expected in enumerate(steps):
+            current, numbers = self.step(current, self.batches[number % 2])
+            np.testing.assert_allclose(numbers["loss"], expected["total"], rtol=5e-5, err_msg=f"step {number}")
+            compare_terms(numbers, expected)
+        return current
+
+    def compare_final(self, found, golden):
+        """Parameters after the run. Adam divides gradients that are nearly zero by themselves: single numbers stray."""
+        expected, way = part(golden, "traj/final/"), sum(self.rates)
+        compare(found, expected, golden, atol=0.02 * way)
+        for name, array in expected.items():
+            assert np.sqrt(np.mean((found[name] - array) ** 2)) < 3e-3 * way, name
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    """Golden numbers, section, model and parameters of a tiny model by the name of its file."""
-    found = {}
-    for name in MODELS:
-        golden = load_golden(name)
-        section = section_of(golden, name)
-        model = models.create(section)
-        found[name] = golden, section, model, names.to_flax(part(golden, "param/"), "clip", section)
-    return found
+@functools.cache
+def tiny(name):
+    """Golden numbers of a tiny model, its `model` section, its parameters and its run."""
+    golden = load_golden(name)
+    section = section_of(golden, name)
+    params = names.to_flax(part(golden, "param/"), "clip", section)
+    return golden, section, params, Run(golden, json.loads(str(golden["traj/steps"])), section, params)
 
 
 def compare(found, expected, golden, **tolerance):
@@ -88,30 +129,28 @@ def compare(found, expected, golden, **tolerance):
         np.testing.assert_allclose(found[name], array, **tolerance, err_msg=name)
 
 
-def outputs(model, params, golden, prefix="in"):
+@functools.cache
+def encode(model):
+    def run(params, images, tokens):
+        text = Text.padded(tokens)
+        features = model.apply({"params": params}, images, text, local_text=True, method="features")
+        return {
+            "image_features": normalize(features.image.pooled),
+            "image_tokens": features.image.local,
+            "text_features": normalize(features.text.pooled),
+            "text_tokens": features.text.local,
+        }
+
+    return jax.jit(run)
+
+
+def compare_outputs(model, params, golden, *expected):
     """What the reference's model returns, of compact texts."""
-    text = Text.padded(jnp.asarray(golden[f"{prefix}/tokens"].astype(np.int32)))
-    features = jax.jit(lambda params, images: model.apply(
-        {"params": params}, images, text, local_text=True, method="features"
-    ))(params, nhwc(golden[f"{prefix}/images"]))  # fmt: skip
-    return {
-        "image_features": normalize(features.image.pooled),
-        "image_tokens": features.image.local,
-        "text_features": normalize(features.text.pooled),
-        "text_tokens": features.text.local,
-    }
-
-
-def loss_of(model, batch, merged):
-    """A jitted function of what is trained: loss, parts and gradient."""
-
-    def loss(trained):
-        features = model.apply(
-            {"params": merged(trained)}, batch["images"], Text(**batch["texts"]), local_text=True, method="features"
-        )
-        return objectives.weighted_sum(PUBLISHED, features.replace(slots=slots_of(batch)), batch, jax.random.key(0))
-
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    found = encode(model)(params, nhwc(golden["in/images"]), golden["in/tokens"].astype(np.int32))
+    for arrays in expected:
+        for name in found.keys() & arrays.keys():
+            np.testing.assert_allclose(found[name], arrays[name], atol=2e-5, err_msg=name)
+        assert {"image_features", "text_features"} <= arrays.keys()
 
 
 def compare_terms(parts, expected):
@@ -126,52 +165,29 @@ def gradient_tolerance(expected):
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", MODELS)
-def test_outputs_losses_and_gradients_of_the_tiny_model(tiny, name):
-    golden, _, model, params = tiny[name]
-    expected, found = part(golden, "train/"), outputs(model, params, golden)
-    for key, array in found.items():
-        np.testing.assert_allclose(array, expected[key], atol=1e-5, err_msg=key)
-    for key, array in part(golden, "eval/").items():
-        np.testing.assert_allclose(found[key], array, atol=1e-5, err_msg=key)
+def test_outputs_losses_and_gradients_of_the_tiny_model(name):
+    golden, _, params, run = tiny(name)
+    expected = part(golden, "train/")
+    compare_outputs(run.model, params, golden, expected, part(golden, "eval/"))
     np.testing.assert_allclose(np.exp(params["logit_scale"]), expected["logit_scale"], rtol=1e-6)
-    (value, parts), grads = loss_of(model, batch_of(golden, "in"), lambda params: params)(params)
-    compare_terms(parts, part(golden, "loss/"))
-    np.testing.assert_allclose(value, golden["loss/total"], rtol=1e-5)
+    numbers, grads = run.loss_and_gradient(params)
+    compare_terms(numbers, part(golden, "loss/"))
+    np.testing.assert_allclose(numbers["loss"], golden["loss/total"], rtol=1e-5)
     expected = part(golden, "grad/")
-    if expected:
-        compare(names.to_torch(jax.device_get(grads), "clip"), expected, golden, **gradient_tolerance(expected))
-
-
-def run_steps(golden, source, model, optimize, current):
-    """The reference's short run: batches "in" and "in2" in turn; the losses and rates must be its own."""
-    batches = [batch_of(source, prefix) for prefix in ("in", "in2")]
-    step = jax.jit(
-        lambda state, batch: train_step(
-            state, batch, model=model, losses=PUBLISHED, optimizer=optimize, seed=0, slots=slots_of(batch)
-        )
-    )
-    for number, expected in enumerate(json.loads(str(golden["traj/steps"]))):
-        current, numbers = step(current, batches[number % 2])
-        np.testing.assert_allclose(numbers["loss"], expected["total"], rtol=5e-5, err_msg=f"step {number}")
-        compare_terms(numbers, expected)
-    return current
+    compare(names.to_torch(grads, "clip"), expected, golden, **gradient_tolerance(expected))
 
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", MODELS)
-def test_eight_steps_of_full_fine_tuning(tiny, name):
-    golden, _, model, params = tiny[name]
+def test_eight_steps_of_full_fine_tuning(name):
+    golden, _, params, run = tiny(name)
     steps = json.loads(str(golden["traj/steps"]))
-    peak = max(step["lr"] for step in steps)
-    rate = optimizer.schedule(peak, 3, len(steps))
-    np.testing.assert_allclose([rate(step["step"]) for step in steps], [step["lr"] for step in steps], rtol=1e-5)
-    optimize = torch_options(learning_rate=peak)
-    current = state.TrainState(jnp.int32(0), params, optimize.init(params))
-    current = run_steps(golden, golden, model, optimize, current)
-    final = part(golden, "traj/final/")
-    if final:
-        compare(names.to_torch(jax.device_get(current.params), "clip"), final, golden, atol=2e-5)
-    decay = names.to_torch(jax.tree.map(lambda x, d: np.full(x.shape, d), params, optimize.rules.decay(params)), "clip")
+    rate = optimizer.schedule(max(run.rates), 3, len(steps))
+    np.testing.assert_allclose([rate(step["step"]) for step in steps], run.rates, rtol=1e-5)
+    current = run.train(params, steps)
+    run.compare_final(names.to_torch(jax.device_get(current.params), "clip"), golden)
+    decay = run.optimize.rules.decay(params)
+    decay = names.to_torch(jax.tree.map(lambda x, decays: np.full(x.shape, decays, np.float32), params, decay), "clip")
     for ours, theirs in ((True, "decay_names"), (False, "no_decay_names")):
         assert {name for name, array in decay.items() if array.all() == ours} == set(golden[f"traj/{theirs}"])
 
@@ -189,21 +205,27 @@ def test_the_schedule_is_the_reference_s():
 # LoRA
 
 
-@pytest.fixture(scope="module")
-def adapted(tiny):
-    """Golden numbers of LoRA, those of its model, the model, its parameters, and the options of the reference."""
+@functools.cache
+def adapted():
+    """Golden numbers of LoRA, those of its model, the model's parameters, and its run with the reference's options."""
     golden = load_golden(LORA)
-    source, section, model, params = tiny[QUICK]
-    rank = golden["init/visual.transformer.resblocks.0.mlp.c_fc.lora_A"].shape[0]
-    return golden, source, model, params, section, lora.LoraOptions(rank=rank)
+    source, section, params, _ = tiny(QUICK)
+    options = lora.LoraOptions(rank=golden["init/visual.transformer.resblocks.0.mlp.c_fc.lora_A"].shape[0])
+    return golden, source, params, Run(source, json.loads(str(golden["traj/steps"])), section, params, options)
+
+
+@functools.cache
+def merging(options):
+    return jax.jit(functools.partial(lora.merge, options=options))
 
 
 @pytest.mark.golden
-def test_pairs_are_the_reference_s_in_shape_and_distribution(adapted):
-    golden, _, _, params, _, options = adapted
+def test_pairs_are_the_reference_s_in_shape_and_distribution():
+    golden, _, params, run = adapted()
     expected = part(golden, "init/")
     assert sorted(expected) == sorted(golden["trainable"])
-    trees = [lora_files.to_torch(jax.device_get(lora.init(params, options, seed))) for seed in range(3)]
+    draw = jax.jit(lambda seed: lora.init(params, run.options, seed))
+    trees = [lora_files.to_torch(jax.device_get(draw(seed))) for seed in range(3)]
     assert {name: array.shape for name, array in trees[0].items()} == {n: a.shape for n, a in expected.items()}
     for name, theirs in expected.items():
         ours = np.stack([tree[name] for tree in trees])
@@ -216,8 +238,8 @@ def test_pairs_are_the_reference_s_in_shape_and_distribution(adapted):
 
 
 @pytest.mark.golden
-def test_names_go_both_ways(adapted):
-    weights = part(adapted[0], "init/")
+def test_names_go_both_ways():
+    weights = part(adapted()[0], "init/")
     back = lora_files.to_torch(lora_files.to_flax(weights))
     assert back.keys() == weights.keys()
     for name, array in weights.items():
@@ -225,12 +247,11 @@ def test_names_go_both_ways(adapted):
 
 
 @pytest.mark.golden
-def test_changes_of_weights(adapted):
-    golden, _, _, params, _, options = adapted
+def test_changes_of_weights():
+    golden, _, params, run = adapted()
     tree = lora_files.to_flax(part(golden, "random/param/"))
-    merged = names.to_torch(jax.device_get(lora.merge(params, tree, options)), "clip")
-    before = names.to_torch(params, "clip")
-    expected = part(golden, "random/delta/")
+    merged = names.to_torch(jax.device_get(merging(run.options)(params, tree)), "clip")
+    before, expected = names.to_torch(params, "clip"), part(golden, "random/delta/")
     assert "visual.conv1.weight" in expected
     for name, change in expected.items():
         np.testing.assert_allclose(merged[name] - before[name], change, atol=2e-6, err_msg=name)
@@ -238,31 +259,26 @@ def test_changes_of_weights(adapted):
 
 @pytest.mark.golden
 @pytest.mark.parametrize("where", ["at_init", "random"])
-def test_outputs_losses_and_gradients_with_pairs(adapted, where):
-    golden, source, model, params, _, options = adapted
+def test_outputs_losses_and_gradients_with_pairs(where):
+    golden, source, params, run = adapted()
     tree = lora_files.to_flax(part(golden, "init/" if where == "at_init" else "random/param/"))
-    found = outputs(model, lora.merge(params, tree, options), source)
-    for key, array in (part(golden, f"{where}/out/") | part(golden, f"{where}/eval/")).items():
-        np.testing.assert_allclose(found[key], array, atol=2e-5, err_msg=key)
-    (_, parts), grads = loss_of(model, batch_of(source, "in"), lambda tree: lora.merge(params, tree, options))(tree)
-    compare_terms(parts, part(golden, f"{where}/loss/"))
+    merged = merging(run.options)(params, tree)
+    compare_outputs(run.model, merged, source, part(golden, f"{where}/out/"))
+    if where == "random":
+        compare_outputs(run.model, merged, source, part(golden, "random/eval/"))
+    numbers, grads = run.loss_and_gradient(tree)
+    compare_terms(numbers, part(golden, f"{where}/loss/"))
     expected = part(golden, f"{where}/grad/")
-    compare(lora_files.to_torch(jax.device_get(grads)), expected, golden, **gradient_tolerance(expected))
+    compare(lora_files.to_torch(grads), expected, golden, **gradient_tolerance(expected))
 
 
 @pytest.mark.golden
-def test_eight_steps_of_lora_and_wise_ft(adapted):
-    golden, source, model, params, _, options = adapted
-    steps = json.loads(str(golden["traj/steps"]))
-    optimize = torch_options(learning_rate=max(step["lr"] for step in steps))
-    tree = jax.tree.map(jnp.asarray, lora_files.to_flax(part(golden, "init/")))
-    current = state.TrainState(jnp.int32(0), tree, optimize.init(tree, params), base=params, lora=options)
-    current = run_steps(golden, source, model, optimize, current)
-    final = part(golden, "traj/final/")
-    compare(lora_files.to_torch(jax.device_get(current.params)), final, golden, atol=2e-4)
+def test_eight_steps_of_lora_and_wise_ft():
+    golden, source, params, run = adapted()
+    tree = lora_files.to_flax(part(golden, "init/"))
+    current = run.train(tree, json.loads(str(golden["traj/steps"])))
+    run.compare_final(lora_files.to_torch(jax.device_get(current.params)), golden)
     jax.tree.map(np.testing.assert_array_equal, current.base, params)  # the weights themselves stay
-    assert all(jax.tree.leaves(optimize.rules.decay(tree))) and len(golden["traj/no_decay_names"]) == 0
-    half = lora.merge(params, lora.scale(lora_files.to_flax(final), 0.5), options)
-    found = outputs(model, half, source)
-    for key, array in part(golden, "wise_ft_0.5/eval/").items():
-        np.testing.assert_allclose(found[key], array, atol=2e-5, err_msg=key)
+    assert all(jax.tree.leaves(run.optimize.rules.decay(tree))) and len(golden["traj/no_decay_names"]) == 0
+    half = lora.scale(lora_files.to_flax(part(golden, "traj/final/")), 0.5)
+    compare_outputs(run.model, merging(run.options)(params, half), source, part(golden, "wise_ft_0.5/eval/"))
