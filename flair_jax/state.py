@@ -36,9 +36,14 @@ class TrainState:
     lora: LoraOptions | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
+    def trained(self) -> Any:
+        """What is trained, as it is to be used: the average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+    @property
     def weights(self) -> Any:
         """The parameters of the model to evaluate and to use: the average where there is one."""
-        trained = self.params if self.ema is None else self.ema
+        trained = self.trained
         if self.base is None:
             return trained
         shardings = jax.tree.map(lambda x: x.sharding, self.base)

@@ -34,8 +34,8 @@ def train_step(
     Args:
       state: before the step.
       batch: `images` (N, H, W, 3), uint8 pixels or normalised floats; `texts`, the fields of `Text`, text c of image i
-        at i * C + c; and what the objectives ask for, such as `valid` (N, C). Where there are `crop_boxes` (N, 4), `images` are canvases
-        (N, C, C, 3), see `augmentation.crop_and_resize`.
+        at i * C + c; and what the objectives ask for, such as `valid` (N, C). Where there are `crop_boxes` (N, 4),
+        `images` are canvases (N, S, S, 3), see `augmentation.crop_and_resize`.
       model, optimizer: what to train and how.
       losses: the `objectives` section of a config.
       seed: with the number of the step, the only source of chance.

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import os
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ import optax
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from flair_jax import (
     checkpoint,
@@ -30,6 +33,7 @@ from flair_jax import (
     state,
 )
 from flair_jax import config as configuration
+from flair_jax.convert import lora_files
 from flair_jax.data import iterator_state, loader, scenes
 from flair_jax.data.transforms import packing
 from flair_jax.lock import WorkdirLock
@@ -178,6 +182,8 @@ def _train(config, workdir, mesh, signals, lock):
                 tracing = False
         final = report(*pending) if pending else {}
         saved.save(current, gather_positions(stream.position), config)
+        if config["lora"] is not None:
+            write_lora(workdir / "lora.safetensors", current, config, mesh)
     finally:
         if tracing:
             jax.profiler.stop_trace()
@@ -201,6 +207,16 @@ def _train(config, workdir, mesh, signals, lock):
         except Exception:  # the run is done
             logging.exception("the loss curve was not drawn")
     return flat(results)
+
+
+def write_lora(path: epath.Path, current: state.TrainState, config: Mapping[str, Any], mesh: Mesh) -> None:
+    """Writes what a run with `lora` has trained as a file of its own, for `flair_jax.load(path, pretrained=…)`."""
+    whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(current.trained)
+    if jax.process_index() == 0:
+        with tempfile.TemporaryDirectory() as folder:  # the work directory may be in a bucket
+            local = os.path.join(folder, path.name)
+            lora_files.write(local, jax.device_get(whole), config["model"], config["lora"])
+            path.write_bytes(epath.Path(local).read_bytes())
 
 
 def initial_weights(config: Mapping[str, Any], fresh: Any) -> Any:

@@ -40,7 +40,7 @@ def golden_inputs(arrays, prefix):
 
 def features_and_batch(inputs, leaves, rows, valid):
     """Our features and batch; `leaves` are the differentiable arrays by name, texts by compact row."""
-    images, count = rows.shape
+    count = rows.shape[1]
     text = leaves["text_features"][rows.reshape(-1)]
     local = leaves["text_tokens"][rows.reshape(-1)]
     tokens = jnp.asarray(inputs["tokens"])[rows.reshape(-1)].astype(jnp.int32)

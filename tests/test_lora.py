@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 
 import golden_files
 import jax
@@ -10,10 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import load_golden, nhwc
+from conftest import TINY, load_golden, nhwc
+from test_train import checkpoint_of
+from test_train import tiny as tiny_run
 
-from flair_jax import lora, models, optimizer, state
-from flair_jax.convert import lora_files, names
+import flair_jax
+from flair_jax import lora, metrics, models, optimizer, pretrained, sharding, state, train
+from flair_jax.configs import variants
+from flair_jax.convert import flax_files, lora_files, names
+from flair_jax.convert.tables import flatten
 from flair_jax.models.layers import normalize
 from flair_jax.models.text import Text
 from flair_jax.step import train_step
@@ -282,3 +288,148 @@ def test_eight_steps_of_lora_and_wise_ft():
     assert all(jax.tree.leaves(run.optimize.rules.decay(tree))) and len(golden["traj/no_decay_names"]) == 0
     half = lora.scale(lora_files.to_flax(part(golden, "traj/final/")), 0.5)
     compare_outputs(run.model, merging(run.options)(params, half), source, part(golden, "wise_ft_0.5/eval/"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the training loop
+
+
+SECTIONS = {
+    "clip": {**TINY, "name": "clip", "pooling": None, "init_logit_bias": None},
+    "flair": TINY,
+}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_fresh_model_is_the_one_it_starts_from_if_b_is_zero(name):
+    params = jax.eval_shape(lambda: state.init_params(models.create(SECTIONS[name]), 0))
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), params)
+    options = lora.LoraOptions(zero_init=True)
+    tree = lora.init(params, options, 0)
+    jax.tree.map(np.testing.assert_array_equal, lora.merge(params, tree, options), params)
+    adapted = {key.rpartition("/")[0] for key in flatten(tree)}
+    blocks = {f"{tower}/blocks_{i}/{layer}/kernel" for tower in ("vision", "text")
+              for i in range(SECTIONS[name][tower]["depth"])
+              for layer in ("attention/qkv", "attention/out", "mlp/fc", "mlp/proj")}  # fmt: skip
+    pooling = {"pooling/qkv/kernel", "pooling/out/kernel"} if name == "flair" else set()
+    assert adapted == blocks | pooling | {"vision/patch_embedding/kernel"}
+    changed = lora.merge(params, lora.init(params, lora.LoraOptions(), 0), lora.LoraOptions())
+    differs = {key for key, array in flatten(changed).items() if not np.array_equal(array, flatten(params)[key])}
+    assert differs == {key for key in adapted if key.endswith("qkv/kernel")}
+
+
+@pytest.mark.parametrize(
+    ("variant", "total", "convolution"),
+    [("B/32", 4_141_056, 3_158_016), ("B/16", 1_772_544, 789_504), ("L/14", 2_967_856, 805_168)],
+)
+def test_trainable_numbers_are_the_published_ones_and_nothing_else_has_moments(variant, total, convolution):
+    """spec/fsc_clip.md 1.4. The optimizer of full fine-tuning holds two numbers for each of 151 million parameters."""
+    model = models.create(variants.clip(variant).to_dict())
+    optimize = optimizer.create(1e-5, 50, 100, 0.1, clamp=(("logit_scale", 0.0, 4.6),))
+    shapes = jax.eval_shape(lambda: state.create(model, optimize, sharding.create_mesh(), 0, lora={"rank": 4}))
+
+    def numbers(tree):
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+    assert numbers(shapes.params) == total
+    assert numbers(shapes.params["vision"]["patch_embedding"]) == convolution
+    assert numbers(shapes.opt_state) == 2 * total + 2  # two moments, and the count of two transformations
+    assert numbers(shapes.base) > 30 * total
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"rank": 0}, r"config\.lora\.rank is 0"),
+        ({"alpha": 0.0}, r"config\.lora\.alpha is 0\.0"),
+        ({"ranks": 4}, r"config\.lora has \['ranks'\]; there are \['rank', 'alpha'"),
+        ({"patterns": ("vision/.*",)}, r"match vision/class_embedding of shape \(\d+,\)"),
+        ({"patterns": ("audio/.*",)}, r"'audio/\.\*' matches no parameter; their names begin with .*vision"),
+    ],
+)
+def test_what_does_not_fit_is_named(section, message):
+    params = jax.eval_shape(lambda: state.init_params(models.create(TINY), 0))
+    with pytest.raises(ValueError, match=message):
+        lora.init(params, lora.LoraOptions.of(section), 0)
+
+
+def test_pairs_of_another_model_are_refused():
+    options, params = lora.LoraOptions(), {"out": {"kernel": np.zeros((4, 6), np.float32)}}
+    with pytest.raises(ValueError, match=r"out/kernel has the shapes .*expected \{'a': \(4, 4\), 'b': \(4, 6\)\}"):
+        lora.merge(params, {"out": {"kernel": {"a": np.zeros((4, 2)), "b": np.zeros((2, 6))}}}, options)
+    with pytest.raises(ValueError, match="pairs for fc/kernel, which the model lacks"):
+        lora.merge(params, {"fc": {"kernel": {"a": np.zeros((4, 4)), "b": np.zeros((4, 6))}}}, options)
+
+
+BEFORE = "before.safetensors"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with the weights of a FLAIR and a short run of LoRA on them, and the config of the run."""
+    folder = tmp_path_factory.mktemp("lora")
+    config = {**tiny_run(steps=4), "lora": {"rank": 2}, "init_from": str(folder / BEFORE), "ema_decay": 0.9}
+    params = jax.device_get(state.init_params(models.create(config["model"]), 1))
+    flax_files.write(folder / BEFORE, params, config["model"])
+    train.train(config, folder / "lora")
+    return folder, config
+
+
+def weights_of(path):
+    return flatten(jax.device_get(pretrained.read(path)[0]))
+
+
+def test_training_changes_what_is_adapted_and_nothing_else(run):
+    folder, _ = run
+    before, after = weights_of(folder / BEFORE), weights_of(folder / "lora")
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {name for name in before if lora.LoraOptions().adapts(name)}
+    lines = metrics.read_json_lines(folder / "lora")
+    assert {line["logit_scale"] for line in lines} == {pytest.approx(float(np.exp(before["logit_scale"])))}
+
+
+def test_a_killed_run_goes_on_exactly_without_the_weights_it_started_from(run, tmp_path):
+    folder, config = run
+    saved = tmp_path / "stopped"
+    shutil.copytree(folder / "lora", saved)
+    shutil.rmtree(saved / "checkpoints" / "4")
+    with pytest.raises(ValueError, match=r"config\.lora\.rank is None, was 2"):
+        train.train({**config, "lora": None}, saved)
+    train.train({**config, "init_from": str(folder / "not_there")}, saved)
+    step, arrays, _ = checkpoint_of(saved)
+    assert step == 4
+    jax.tree.map(np.testing.assert_array_equal, arrays, checkpoint_of(folder / "lora")[1])
+    for name, array in weights_of(saved).items():
+        np.testing.assert_array_equal(array, weights_of(folder / "lora")[name])
+
+
+def test_pairs_alone_merged_and_part_of_the_way(run, tmp_path):
+    folder, _ = run
+    before, after = weights_of(folder / BEFORE), weights_of(folder / "lora")
+    alone = folder / "lora" / "lora.safetensors"
+    assert alone.stat().st_size < sum(array.nbytes for array in before.values()) / 4
+    merged = flair_jax.load(alone, pretrained=folder / BEFORE)
+    merged.save(tmp_path / "merged.safetensors")
+    for name, array in weights_of(tmp_path / "merged.safetensors").items():
+        np.testing.assert_allclose(array, after[name], atol=1e-6, err_msg=name)
+    with pytest.raises(ValueError, match="LoRA's changes alone"):
+        flair_jax.load(alone)
+    with pytest.raises(ValueError, match="give pretrained=PATH"):
+        flair_jax.load(alone, wise_ft=0.5)
+    with pytest.raises(ValueError, match=r"wise_ft is 1\.5"):
+        flair_jax.load(alone, pretrained=folder / BEFORE, wise_ft=1.5)
+    # LoRA: the change times the square, from the run or from the file. Whole weights: straight between them.
+    shares = {
+        0.25: [(alone, folder / BEFORE), (folder / "lora", None)],
+        0.5: [(tmp_path / "merged.safetensors", folder / BEFORE)],
+    }
+    for share, sources in shares.items():
+        for path, source in sources:
+            for name, array in flatten(jax.device_get(pretrained.read_fine_tuned(path, source, 0.5)[0])).items():
+                expected = before[name] + share * (after[name] - before[name])
+                np.testing.assert_allclose(array, expected, atol=1e-6, err_msg=f"{path} {name}")
+
+
+def test_lora_needs_weights_to_change(tmp_path):
+    with pytest.raises(ValueError, match=r"set config\.init_from"):
+        train.train({**tiny_run(steps=2), "lora": {"rank": 2}}, tmp_path)
