@@ -62,7 +62,9 @@ def get_config() -> ConfigDict:
     config.data.shuffle_window = config_dict.placeholder(int)  # samples, for slow stores; None: the whole epoch
     config.data.captions = ConfigDict()  # see CaptionOptions in data/transforms/captions.py
     config.data.captions.fields = DREAMLIP_FIELDS
-    config.data.captions.splitting = "every_stop"  # of a field that is one string; "sentences" knows abbreviations
+    config.data.captions.splitting = (
+        "every_stop"  # of a field that is one string; "sentences" knows abbreviations; "whole"
+    )
     config.data.captions.first = config_dict.placeholder(int)  # sentences to draw from; None: all
     config.data.captions.count = 8  # K, captions an image
     config.data.captions.min_merged = 1  # sentences a caption

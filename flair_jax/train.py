@@ -83,6 +83,8 @@ def _train(config, workdir, mesh, signals, lock):
     if latest is not None:
         configuration.check_resume(saved.config(latest), config)
         position = iterator_state.redistribute(saved.positions(latest), jax.process_count())[jax.process_index()]
+    elif config["lora"] and not config["init_from"]:
+        raise ValueError("config.lora trains changes of weights that are there: set config.init_from")
 
     # 2. Data: a position of its own for every process.
     try:
@@ -102,8 +104,6 @@ def _train(config, workdir, mesh, signals, lock):
         warn_of_new_schedule(saved.config(latest), config, len(stream.source), latest)
     elif config["init_from"]:
         current = current.start_from(initial_weights(config, current.model_params))
-    elif config["lora"]:
-        raise ValueError("config.lora trains changes of weights that are there: set config.init_from")
     first = int(current.step)
 
     rate = schedule(config, steps)

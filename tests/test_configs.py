@@ -18,7 +18,7 @@ from flair_jax import models, optimizer, plan, sharding, state, step
 from flair_jax.data.transforms import captions
 
 ROOT = pathlib.Path(__file__).parents[1]
-TOOLS = {"__init__", "variants", "flair_recipe"}
+TOOLS = {"__init__", "variants", "flair_recipe", "fsc_clip_recipe"}
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in TOOLS)
 # spec/flair.md section 1: GPUs, images a GPU, K, samples, steps an epoch, decay, epsilon. The length of PixelProse is
 # COSMOS's; all that is not in a script is CC12M's.

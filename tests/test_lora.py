@@ -305,7 +305,7 @@ def test_a_fresh_model_is_the_one_it_starts_from_if_b_is_zero(name):
     params = jax.eval_shape(lambda: state.init_params(models.create(SECTIONS[name]), 0))
     params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), params)
     options = lora.LoraOptions(zero_init=True)
-    tree = lora.init(params, options, 0)
+    tree = jax.jit(lambda: lora.init(params, options, 0))()
     jax.tree.map(np.testing.assert_array_equal, lora.merge(params, tree, options), params)
     adapted = {key.rpartition("/")[0] for key in flatten(tree)}
     blocks = {f"{tower}/blocks_{i}/{layer}/kernel" for tower in ("vision", "text")
@@ -313,7 +313,8 @@ def test_a_fresh_model_is_the_one_it_starts_from_if_b_is_zero(name):
               for layer in ("attention/qkv", "attention/out", "mlp/fc", "mlp/proj")}  # fmt: skip
     pooling = {"pooling/qkv/kernel", "pooling/out/kernel"} if name == "flair" else set()
     assert adapted == blocks | pooling | {"vision/patch_embedding/kernel"}
-    changed = lora.merge(params, lora.init(params, lora.LoraOptions(), 0), lora.LoraOptions())
+    options = lora.LoraOptions()
+    changed = jax.jit(lambda: lora.merge(params, lora.init(params, options, 0), options))()
     differs = {key for key, array in flatten(changed).items() if not np.array_equal(array, flatten(params)[key])}
     assert differs == {key for key in adapted if key.endswith("qkv/kernel")}
 
@@ -343,7 +344,7 @@ def test_trainable_numbers_are_the_published_ones_and_nothing_else_has_moments(v
         ({"rank": 0}, r"config\.lora\.rank is 0"),
         ({"alpha": 0.0}, r"config\.lora\.alpha is 0\.0"),
         ({"ranks": 4}, r"config\.lora has \['ranks'\]; there are \['rank', 'alpha'"),
-        ({"patterns": ("vision/.*",)}, r"match vision/class_embedding of shape \(\d+,\)"),
+        ({"patterns": ("vision/.*",)}, r"match vision/[\w/]+ of shape \(\d+,\)"),
         ({"patterns": ("audio/.*",)}, r"'audio/\.\*' matches no parameter; their names begin with .*vision"),
     ],
 )
@@ -385,7 +386,7 @@ def test_training_changes_what_is_adapted_and_nothing_else(run):
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {name for name in before if lora.LoraOptions().adapts(name)}
     lines = metrics.read_json_lines(folder / "lora")
-    assert {line["logit_scale"] for line in lines} == {pytest.approx(float(np.exp(before["logit_scale"])))}
+    np.testing.assert_allclose([line["logit_scale"] for line in lines], np.exp(before["logit_scale"]), rtol=1e-6)
 
 
 def test_a_killed_run_goes_on_exactly_without_the_weights_it_started_from(run, tmp_path):
