@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
 
     config.model = variants.flair("B/16")
     # Trains low-rank changes of the weights instead of them, such as {"rank": 4}; see LoraOptions in flair_jax/lora.py.
-    config.lora = config_dict.placeholder(dict)
+    config.lora = config_dict.placeholder(object)
 
     config.objectives = variants.flair_objectives()  # the loss: sum of weight * objective, see flair_jax/objectives
 

@@ -4,7 +4,7 @@
         --config.init_from=ViT-B-32.pt --config.data.shards='/data/laioncoco/train_subset_100K/{00000..00013}.tar'
 
 After a colon another run: `fsc_clip_laioncoco:lora`, `:vit_b16`, `:vit_b16_lora`, `:vit_l14`, `:vit_l14_lora` (OpenAI's
-weights of these sizes); `:datacomp`, `:datacomp_lora` (open_clip's `datacomp_xl_s13b_b90k` of ViT-B/32, exact GELU); and
+weights); `:datacomp`, `:datacomp_lora` (open_clip's `datacomp_xl_s13b_b90k` of ViT-B/32, exact GELU); and
 the baselines `:clip`, no negatives, and `:negclip`, NegCLIP's loss with its own kind of negatives.
 
 Hardware: the reference used one Quadro RTX 8000 of 48 GB for an hour, and 4 GPUs with 64 images each for ViT-L/14,

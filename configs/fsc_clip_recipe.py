@@ -1,9 +1,9 @@
 """What the fine-tunings of FSC-CLIP have in common, and the table of its runs; a file for each data set says the rest.
 
 Source: the reference's README at commit 604015d (Oh et al., EMNLP 2024): AdamW with betas 0.9 and 0.98 and epsilon
-1e-6, 50 steps of warm-up and a cosine to 0, 5 epochs, seed 0, no clipping; crops of at least 0.9 of the image; one whole
-caption an image. Three kinds of hard negatives, focal loss with gamma 2 and label smoothing 0.02. The paper gives the
-weights 0.5 (global) and 0.2 (local) for all; the README's others, in the table, are those of the released weights.
+1e-6, 50 steps of warm-up and a cosine to 0, 5 epochs, seed 0, no clipping; crops of at least 0.9 of the image; one
+whole caption an image. Three kinds of hard negatives, focal loss with gamma 2 and label smoothing 0.02. The paper gives
+the weights 0.5 (global) and 0.2 (local) for all; the README's others, in the table, are those of the released weights.
 
 The reference computes in float16 with a gradient scaler, and these in bfloat16; `--config.model.dtype=float32` is the
 third way. Its negatives are drawn anew in every epoch, and so are these.
@@ -106,6 +106,7 @@ def _objectives(run: Run) -> ConfigDict:
         objectives.update(variants.hard_negative_objectives())
         objectives.global_hard_negatives.weight = run.global_weight
         objectives.local_hard_negatives.weight = run.local_weight
+    if run.gpus > 1:
         for options in objectives.values():
             options.reference_world_size = run.gpus
     return objectives

@@ -87,8 +87,7 @@ def flair_objectives() -> ConfigDict:
 
 def clip_objectives() -> ConfigDict:
     """CLIP's softmax loss over the global batch."""
-    softmax = dict(weight=1.0, caption=0, reference_world_size=1, chunk_size=config_dict.placeholder(int))
-    return ConfigDict(dict(softmax=softmax))
+    return ConfigDict(dict(softmax=dict(weight=1.0, caption=0, chunk_size=config_dict.placeholder(int))))
 
 
 def negclip_objectives() -> ConfigDict:

@@ -63,6 +63,8 @@ class LoraOptions:
     def of(cls, section: Mapping[str, Any]) -> "LoraOptions":
         """From a `lora` section, whose keys all have defaults. Raises ValueError, naming the key that is wrong."""
         known = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(section, Mapping):
+            raise ValueError(f"config.lora is {section!r}; expected None or a section with {known}")
         if unknown := sorted(set(section) - set(known)):
             raise ValueError(f"config.lora has {unknown}; there are {known}")
         return cls(**section)
