@@ -20,7 +20,7 @@ DREAMLIP_FIELDS = (
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of the parameters, the order of the data, the crops and all draws
-    config.batch_size = 128  # images a step, over all devices
+    config.batch_size = 128  # images per step, over all devices
     config.steps = config_dict.placeholder(int)  # length of the run: this …
     config.epochs = config_dict.placeholder(float)  # … or this
     config.init_from = config_dict.placeholder(str)  # weights to start from: a workdir, .safetensors or .pt
@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
         "every_stop"  # of a field that is one string; "sentences" knows abbreviations; "whole"
     )
     config.data.captions.first = config_dict.placeholder(int)  # sentences to draw from; None: all
-    config.data.captions.count = 8  # K, captions an image
+    config.data.captions.count = 8  # K, captions per image
     config.data.captions.min_merged = 1  # sentences a caption
     config.data.captions.max_merged = 3
     config.data.captions.merging = "mixed"  # or "consecutive", "scattered"

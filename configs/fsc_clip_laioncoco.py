@@ -34,4 +34,4 @@ from flair_jax.configs import fsc_clip_recipe
 
 def get_config(run: str = "full") -> ConfigDict:
     """The config of a run; see `fsc_clip_recipe.RUNS`."""
-    return fsc_clip_recipe.recipe("laioncoco", run, fields=("caption",))
+    return fsc_clip_recipe.run_of("laioncoco", run, fields=("caption",))

@@ -9,104 +9,99 @@ The reference computes in float16 with a gradient scaler, and these in bfloat16;
 third way. Its negatives are drawn anew in every epoch, and so are these.
 """
 
-from typing import NamedTuple
-
 from ml_collections import ConfigDict, config_dict
 
 from flair_jax.configs import base, variants
 
 KINDS = ("negclip", "replace", "bigram_shuffle")  # of hard negatives
-
-
-class Run(NamedTuple):
-    """How one run differs.
-
-    Attributes:
-      variant: of the towers.
-      lora: True: rank 4, at ten times the learning rate.
-      batch_size: over all of the reference's GPUs.
-      gpus: of the reference, among which its means of hard negatives are split.
-      global_weight, local_weight: of the hard-negative losses; 0: there is none.
-      kinds: of hard negatives; the first two baselines have none or one.
-      gelu: of the weights to start from: "quick" is OpenAI's.
-    """
-
-    variant: str = "B/32"
-    lora: bool = False
-    batch_size: int = 256
-    gpus: int = 1
-    global_weight: float = 0.5
-    local_weight: float = 0.2
-    kinds: tuple[str, ...] = KINDS
-    gelu: str = "quick"
-
-
-CLIP = Run(global_weight=0, local_weight=0, kinds=())
-NEGCLIP = CLIP._replace(kinds=("negclip",))
-_B16 = Run("B/16", batch_size=128, local_weight=0.5)
-_L14 = Run("L/14", gpus=4, local_weight=0.5)
-_DATACOMP = Run(gelu="exact")
-# Data set -> what stands after the colon of `--config fsc_clip_DATA:RUN` -> the run.
+CLIP = dict(kinds=(), global_weight=0.0, local_weight=0.0)
+NEGCLIP = dict(kinds=("negclip",), global_weight=0.0, local_weight=0.0)
+CC3M = dict(global_weight=1.0)
+VIT_B16 = dict(variant="B/16", batch_size=128, local_weight=0.5)
+VIT_L14 = dict(variant="L/14", gpus=4, local_weight=0.5)
+DATACOMP = dict(gelu="exact")
+LORA = dict(lora=True)
+# Data set -> what stands after the colon of `--config fsc_clip_DATA:RUN` -> how the run differs, see `recipe`.
 RUNS = {
-    "coco": {"full": Run(), "lora": Run(lora=True), "clip": CLIP},
-    "cc3m": {"full": Run(global_weight=1.0), "lora": Run(global_weight=1.0, lora=True), "clip": CLIP},
+    "coco": {"full": {}, "lora": LORA, "clip": CLIP},
+    "cc3m": {"full": CC3M, "lora": CC3M | LORA, "clip": CLIP},
     "laioncoco": {
-        "full": Run(),
-        "lora": Run(lora=True),
-        "vit_b16": _B16,
-        "vit_b16_lora": _B16._replace(lora=True),
-        "vit_l14": _L14,
-        "vit_l14_lora": _L14._replace(lora=True),
-        "datacomp": _DATACOMP,
-        "datacomp_lora": _DATACOMP._replace(lora=True),
+        "full": {},
+        "lora": LORA,
+        "vit_b16": VIT_B16,
+        "vit_b16_lora": VIT_B16 | LORA,
+        "vit_l14": VIT_L14,
+        "vit_l14_lora": VIT_L14 | LORA,
+        "datacomp": DATACOMP,
+        "datacomp_lora": DATACOMP | LORA,
         "clip": CLIP,
         "negclip": NEGCLIP,
     },
 }
 
 
-def recipe(data: str, name: str, fields: tuple[str, ...]) -> ConfigDict:
-    """The config of a run.
+def run_of(data: str, name: str, fields: tuple[str, ...]) -> ConfigDict:
+    """The config of a run in `RUNS`.
 
     Args:
       data, name: keys of `RUNS`.
-      fields: of a sample's json, where its caption stands.
+      fields: see `recipe`.
 
     Raises:
       ValueError: there is no such run.
     """
     if name not in RUNS[data]:
         raise ValueError(f"no run {name!r}; there are {sorted(RUNS[data])}")
-    run = RUNS[data][name]
+    return recipe(fields, **RUNS[data][name])
+
+
+def recipe(
+    fields: tuple[str, ...],
+    variant: str = "B/32",
+    lora: bool = False,
+    batch_size: int = 256,
+    gpus: int = 1,
+    global_weight: float = 0.5,
+    local_weight: float = 0.2,
+    kinds: tuple[str, ...] = KINDS,
+    gelu: str = "quick",
+) -> ConfigDict:
+    """The config of a fine-tuning.
+
+    Args:
+      fields: of a sample's json, where its caption stands.
+      variant: of the towers.
+      lora: True: rank 4, at ten times the learning rate.
+      batch_size: over all of the reference's GPUs.
+      gpus: of the reference, among which its means of hard negatives are split.
+      global_weight, local_weight: of the hard-negative losses; both 0: NegCLIP's loss, or without kinds CLIP's.
+      kinds: of hard negatives.
+      gelu: of the weights to start from: "quick" is OpenAI's.
+    """
     config = base.get_config()
-    config.model = variants.clip(run.variant)
-    config.model.gelu = run.gelu
+    config.model = variants.clip(variant)
+    config.model.gelu = gelu
     config.model.dtype = "bfloat16"
-    config.objectives = _objectives(run)
-    config.batch_size = run.batch_size
+    if global_weight or local_weight:
+        config.objectives = variants.clip_objectives()
+        config.objectives.update(variants.hard_negative_objectives())
+        config.objectives.global_hard_negatives.weight = global_weight
+        config.objectives.local_hard_negatives.weight = local_weight
+    else:
+        config.objectives = variants.negclip_objectives() if kinds else variants.clip_objectives()
+    if gpus > 1:
+        for options in config.objectives.values():
+            options.reference_world_size = gpus
+    config.batch_size = batch_size
     config.epochs = 5.0
     config.optimizer.update(learning_rate=5e-6, warmup_steps=50, weight_decay=0.1, eps=1e-6)
-    if run.lora:
+    if lora:
         config.lora = ConfigDict(dict(rank=4, alpha=1.0))
         config.optimizer.learning_rate = 5e-5
     config.data.captions.update(fields=fields, splitting="whole", count=1, max_merged=1)
-    if run.kinds:
-        config.data.negatives.kinds = run.kinds
+    if kinds:
+        config.data.negatives.kinds = kinds
     config.data.packing.row_length = 80  # the same loss with a third of the text tower's work
     config.data.workers = 4
     config.evaluators.val = ConfigDict(dict(kind="shards", shards=config_dict.placeholder(str), modes=("global",)))
     return config
-
-
-def _objectives(run: Run) -> ConfigDict:
-    if run.kinds and not run.global_weight:
-        return variants.negclip_objectives()
-    objectives = variants.clip_objectives()
-    if run.kinds:
-        objectives.update(variants.hard_negative_objectives())
-        objectives.global_hard_negatives.weight = run.global_weight
-        objectives.local_hard_negatives.weight = run.local_weight
-    if run.gpus > 1:
-        for options in objectives.values():
-            options.reference_world_size = run.gpus
-    return objectives

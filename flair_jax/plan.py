@@ -187,7 +187,7 @@ def recipe(name: str) -> dict[str, Any]:
 def tables() -> str:
     """The tables of docs/scale.md that follow from formulas, in Markdown."""
     low, high = (f"{mfu:.0%}" for mfu in MFUS)
-    work = ["| recipe | GPUs of the reference | images a step | K | steps | GFLOP an image | EFLOP |", _rule(6)]
+    work = ["| recipe | GPUs of the reference | images per step | K | steps | GFLOP per image | EFLOP |", _rule(6)]
     hours = ["| chip-hours at " + f"{low} / {high} | " + " | ".join(CHIPS) + " |", _rule(len(CHIPS))]
     for name in RECIPES:
         config = recipe(name)

@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from flair_jax import cpu
 from flair_jax.data.transforms.base import CAPTIONS
 from flair_jax.data.transforms.images import pair
 from flair_jax.models import layers
@@ -193,9 +194,24 @@ class DualEncoder(nn.Module):
         """
         if self.pooling_options is None:
             return self.global_score(image_features, text_features)
-        pooled = self.pooling(text_features.pooled, image_features.local)  # (B, N, D)
-        cosine = jnp.einsum("bnd,nd->bn", layers.normalize(pooled), layers.normalize(text_features.pooled))
+        text = layers.normalize(text_features.pooled)
+        if cpu.alone() and not self.is_initializing():
+            cosine = self._cosine_by_image(image_features, text_features, text)
+        else:
+            pooled = self.pooling(text_features.pooled, image_features.local)  # (B, N, D)
+            cosine = jnp.einsum("bnd,nd->bn", layers.normalize(pooled), text)
         return jnp.exp(self.logit_scale) * cosine
+
+    def _cosine_by_image(self, image: ImageFeatures, text: TextFeatures, normalized: jax.Array) -> jax.Array:
+        """The cosines of `score`, one image after the other: its (N, D) stay in the caches of a CPU."""
+        parts = self._pooling_features(image, text)
+
+        def one(keys_values):
+            keys, values = (x[None] for x in keys_values)
+            pooled = parts.attend(parts.params, parts.queries[None], keys, values)[0]  # (N, D)
+            return jnp.einsum("nd,nd->n", layers.normalize(pooled), normalized)
+
+        return jax.lax.map(one, (parts.keys, parts.values))
 
     def global_score(self, image_features: ImageFeatures, text_features: TextFeatures) -> jax.Array:
         """Scaled cosine of the pooled features, as CLIP ranks: (B, N) float32."""
