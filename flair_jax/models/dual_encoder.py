@@ -1,5 +1,6 @@
 """Two towers, two projections and, if asked for, text-conditioned pooling: FLAIR, CLIP and SigLIP are its configs."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flair_jax import cpu
+from flair_jax.data.transforms.base import CAPTIONS
 from flair_jax.data.transforms.images import pair
 from flair_jax.models import layers
 from flair_jax.models.pooling import TextConditionedPooling
@@ -56,7 +58,8 @@ class Features:
     """What objectives see of a batch of B images and N texts, N a multiple of B, in image-major order.
 
     `logit_scale`: scalar, as its logarithm. `logit_bias`: scalar, or None where the model has none. `pooling`: None
-    where the model has no text-conditioned pooling.
+    where the model has no text-conditioned pooling. `slots`: (name, count) of the N / B texts of an image in their
+    order, such as (("captions", 1), ("negatives", 3)); (): all are captions.
     """
 
     image: ImageFeatures
@@ -64,6 +67,43 @@ class Features:
     logit_scale: jax.Array
     logit_bias: jax.Array | None = None
     pooling: PoolingFeatures | None = None
+    slots: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False, default=())
+
+    def count(self, slot: str) -> int:
+        """Texts an image in a slot, 0 where there is no such slot."""
+        texts = self.text.pooled.shape[0] // self.image.pooled.shape[0]
+        return dict(self.slots or ((CAPTIONS, texts),)).get(slot, 0)
+
+    def in_slot(self, slot: str, x: jax.Array) -> jax.Array:
+        """What a slot has of an array by image and text: (B, N / B, …) -> (B, count, …).
+
+        Raises:
+          ValueError: the batch has other texts than its slots.
+        """
+        if self.slots and sum(count for _, count in self.slots) != x.shape[1]:
+            raise ValueError(f"the batch has {x.shape[1]} texts an image; expected those of the slots {self.slots}")
+        first = sum(count for _, count in itertools.takewhile(lambda entry: entry[0] != slot, self.slots))
+        return x[:, first : first + self.count(slot)]
+
+    def of_slot(self, slot: str) -> "Features":
+        """The same features with the texts of one slot alone; without local text features, which are by row.
+
+        Raises:
+          ValueError: there are no such texts.
+        """
+        if not self.slots and slot == CAPTIONS:
+            return self
+        if not self.count(slot):
+            raise ValueError(f"the batch has no texts in the slot {slot!r}; its slots are {self.slots}")
+
+        images = self.image.pooled.shape[0]
+
+        def take(x):
+            return self.in_slot(slot, x.reshape(images, -1, *x.shape[1:])).reshape(-1, *x.shape[1:])
+
+        text = TextFeatures(take(self.text.pooled), local=None, mask=None)
+        pooling = self.pooling and self.pooling.replace(queries=take(self.pooling.queries))
+        return self.replace(text=text, pooling=pooling, slots=())
 
 
 class DualEncoder(nn.Module):
