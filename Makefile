@@ -22,6 +22,7 @@ $(CORE): setup.py
 $(TEST): $(CORE)
 	$(if $(strip $(TORCH)),.venv/bin/python -m pip install --quiet $(TORCH))
 	.venv/bin/python -m pip install --quiet -e '.[test]'
+	$(if $(strip $(TORCH)),.venv/bin/python -m pip install --quiet -e '.[torch-test]')
 	touch $@
 
 demo: $(CORE)

@@ -36,6 +36,7 @@ REQUIRES = [
     "pillow>=12.3",
     "protobuf>=6.33",
     "safetensors>=0.8",
+    "scipy>=1.17",
     "sentencex>=1.0.32",
     "simplejpeg>=1.9",
     "tensorboardX>=2.6.5",  # writes TensorBoard's files without TensorFlow; to look at them: pip install tensorboard
@@ -53,6 +54,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     # The reference's kind of loader, to measure beside: the newest webdataset with its way of reading.
     "bench": ["psutil>=7.2", "regex>=2026.9", "torch>=2.13", "webdataset==0.2.86"],
+    "torch-test": ["torchmetrics>=1.9"],  # beside PyTorch: metrics that tests compare with
     "notebook": ["nbformat>=5.11", "nbclient>=0.11", "ipykernel>=7.4"],
 }
 # Without PyTorch, which the Makefile installs where there is a CPU build: tests that need it are skipped elsewhere.
@@ -61,6 +63,7 @@ EXTRAS["test"] = [
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff>=0.17",
+    "scikit-learn>=1.9",  # metrics to compare with; torchmetrics and clip-benchmark need PyTorch, and are optional
     "setuptools>=77",  # a test builds the wheel without network
     "tensorboard>=2.21",
     "transformers>=5.23",
@@ -80,7 +83,11 @@ setup(
     python_requires=">=3.11",
     packages=[*FOLDERS, *(f"{name}.{part}" for name, folder in FOLDERS.items() for part in find_packages(folder))],
     package_dir=FOLDERS,
-    package_data={"flair_jax.data.transforms": ["*.txt.gz"], "flair_jax.convert": ["*.ipynb"]},
+    package_data={
+        "flair_jax.data.benchmarks.prompts": ["*.json", "*.txt"],
+        "flair_jax.data.transforms": ["*.txt.gz"],
+        "flair_jax.convert": ["*.ipynb"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

@@ -37,7 +37,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def config(arguments: argparse.Namespace, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """The config that the arguments give; without one, the recipe's model with 8 images a step.
+    """The config that the arguments give; without one, the recipe's model with 8 images per step.
 
     Args:
       arguments: with the options of `add_model`.

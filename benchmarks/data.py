@@ -123,7 +123,7 @@ def _reference(settings: Settings) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _turns(settings: Settings, loader: Callable[..., Iterator[Any]], *arguments) -> Iterator[Turn]:
-    """Turns of a loader: so many batches, behind those that it had made while it waited."""
+    """Turns of a loader: so many batches, after those that it made ahead."""
 
     def turn(count: int) -> dict[str, float]:
         _skip(batches, BUFFERED * settings.workers)

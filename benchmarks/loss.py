@@ -18,7 +18,7 @@ def measure(
 
     Args:
       images: N, of the global batch.
-      captions: K, captions an image.
+      captions: K, captions per image.
       block_size: B, images within which negatives are drawn.
       chunk_size: images that the chunked loss works on at a time on a device.
       devices: over which the batch is split.

@@ -44,9 +44,9 @@ METRICS = {  # row of the table -> name in a report, of each set
     "whole R@1": "retrieval/{}/flair/text_to_image_R@1",
     "whole R@5": "retrieval/{}/flair/text_to_image_R@5",
     "whole R@1, global": "retrieval/{}/global/text_to_image_R@1",
-    "pointing": "pointing/{}/accuracy",
-    "colour mIoU": "segmentation/{}_colour/miou",
-    "shape mIoU": "segmentation/{}_shape/miou",
+    "pointing": "pointing/{}/attention/accuracy",
+    "colour mIoU": "segmentation/{}_colour/value/miou",
+    "shape mIoU": "segmentation/{}_shape/value/miou",
 }
 LOSSES = ("unseen loss", "unseen tcs", "unseen mps")
 # What the original's own `main.py` gave at 2,000 steps on these shards, four seeds, on set 1.

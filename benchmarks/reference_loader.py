@@ -52,7 +52,7 @@ def batches(
       shards: paths of tars.
       batch_size: images, B.
       image_size: side in pixels.
-      captions: K, captions an image.
+      captions: K, captions per image.
       workers: processes of the DataLoader; 0: this one.
       tokenize: K captions to ids (K, T).
     """

@@ -1,7 +1,7 @@
 """Two or more sides of a comparison: processes of their own, in turns, of which medians count.
 
 In processes of their own, neither side takes memory, threads or caches of another; in turns, whatever else the machine
-does meets all of them.
+does affects all of them.
 """
 
 import contextlib

@@ -3,10 +3,10 @@
     python -m flair_jax.main --config configs/shards.py --workdir RUN \
         --config.data.shards='/data/mine/{00000..00099}.tar' --config.evaluators.val.shards=/data/mine_val
 
-Hardware: anything. 2 CPU cores take 0.7 s a step at 64 pixels and 2 captions an image, about 2 s as written.
-Expected: on 2,000 photographs of Flickr8k, 10 epochs at 64 pixels and 2 captions an image, the loss falls from 8 to 4.5
-and an unseen picture among 242 is found at two to three times chance (text→image R@5 0.060, chance 0.021): a check that
-data and training fit together. Real quality needs real data, see flair_cc3m.py.
+Hardware: anything. 2 CPU cores take 0.7 s a step at 64 pixels and 2 captions per image, about 2 s as written.
+Expected: on 2,000 photographs of Flickr8k, 10 epochs at 64 pixels and 2 captions per image, the loss falls from 8 to
+4.5 and an unseen picture among 242 is found at two to three times chance (text→image R@5 0.060, chance 0.021): a check
+that data and training fit together. Real quality needs real data, see flair_cc3m.py.
 """
 
 import ml_collections

@@ -19,7 +19,7 @@ import re
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -30,14 +30,13 @@ from grain.python import SharedMemoryArray
 from flair_jax.data import iterator_state, order
 from flair_jax.data.sources.base import Concatenation
 from flair_jax.data.sources.open import Shards, open_source, sets
-from flair_jax.data.transforms import captions, packing, tokenizer
+from flair_jax.data.transforms import packing, tokenizer
 from flair_jax.data.transforms.base import Transform
 from flair_jax.data.transforms.captions import CaptionOptions
 from flair_jax.data.transforms.images import AugmentationOptions
 from flair_jax.data.transforms.samples import (
     Captions,
     Crop,
-    LoadEvaluation,
     LoadTraining,
     Pixels,
     Skipped,
@@ -585,53 +584,3 @@ def _measured_packer(
             rows, captions_count, row_length=options.row_length, longest=longest, multiple_of=multiple_of
         )
     return packing.Packer(options.row_length, counts, devices, options.truncate)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-class EvaluationSamples:
-    """Iterable over (key, uint8 (H, W, 3), sentences) in the order of the shards; see `evaluation_samples`.
-
-    Attributes:
-      source: all samples, the bad ones included.
-      skipped: samples that could not be used, by reason, of the last pass as far as it went.
-    """
-
-    def __init__(self, load: LoadEvaluation):
-        self.source = load.source
-        self.skipped = collections.Counter()
-        self._load = load
-
-    def __iter__(self) -> Iterator[tuple[str, np.ndarray, list[str]]]:
-        self.skipped.clear()
-        threads = min(MAX_THREADS, os.cpu_count() or 1)
-        order = grain.MapDataset.range(len(self.source)).map_with_index(self._load)
-        for sample in order.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)):
-            if not isinstance(sample, Skipped):
-                yield sample
-                continue
-            _log_and_count(sample, self.skipped, self.skipped.total())
-
-
-def evaluation_samples(
-    shards: Shards,
-    image_size: int | tuple[int, int],
-    *,
-    fields: Sequence[str] = captions.FIELDS,
-    index_dir: str | os.PathLike | None = None,
-    upright: bool = False,
-) -> EvaluationSamples:
-    """The samples of some shards, each once, with the evaluation's crop and all sentences of the given fields.
-
-    Args:
-      shards, index_dir: see `open_source`.
-      image_size: side in pixels, or (height, width).
-      fields: keys of the captions, see `captions.sentences`.
-      upright: whether photographs are turned as their EXIF orientation says, see `images.decode`.
-
-    Raises:
-      FileNotFoundError, ShardError: see `open_source`.
-    """
-    return EvaluationSamples(LoadEvaluation(open_source(shards, index_dir), image_size, fields, upright))

@@ -1,9 +1,10 @@
 """Evaluation: what a config lists, on the weights of a run or a file, as a report and pictures."""
 
 import contextlib
+import dataclasses
 import inspect
-import itertools
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,19 +14,23 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from flair_jax import attention_maps, evaluation_sets, models, pretrained, report, sharding
+from flair_jax import attention_maps, evaluation_sets, evaluation_tasks, models, pretrained, report, sharding
 from flair_jax import config as configuration
-from flair_jax.data import loader, scenes
+from flair_jax.data import scenes
+from flair_jax.data.benchmarks import base, table
+from flair_jax.data.benchmarks import shards as shard_sets
 from flair_jax.data.sources.open import expand
 from flair_jax.data.transforms import captions
 from flair_jax.data.transforms.images import normalize
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators import Pointing, PointingSet, Retrieval, RetrievalSet, Segmentation, SegmentationSet, features
 from flair_jax.evaluators.segmentation import IGNORE
-from flair_jax.evaluators.store import FeatureStore, fingerprint
+from flair_jax.evaluators.store import FeatureStore
+from flair_jax.untrained import looks_untrained
 
 SHEET_IMAGES = 6
 SHEET_TEXTS = 4  # per image
+INTERNAL = ("preprocess", "mesh", "label", "text_tower")  # arguments of evaluators that no config sets
 
 # Images, and for each its texts and their boxes or None: what a sheet of attention maps shows.
 Examples = tuple[Sequence[np.ndarray], Sequence[Sequence[str]], Sequence[Sequence[Any]]]
@@ -76,6 +81,7 @@ def shards_evaluators(
     shards: Any,
     fields: Sequence[str] = captions.FIELDS,
     index_dir: str | None = None,
+    upright: bool = False,
     **options,
 ) -> Iterator[Any]:
     """Retrieval among the samples of shards: every sentence of the given fields is a text of its image.
@@ -85,34 +91,15 @@ def shards_evaluators(
     if not shards:
         logging.warning("evaluators.%s.shards is empty: not evaluated", name)
         return
-    samples = loader.evaluation_samples(shards, model.image_size, fields=names_of(fields), index_dir=index_dir)
-    images, texts, owners = [], [], []
-    for _, image, sentences in samples:
-        owners += [len(images)] * len(sentences)
-        texts += sentences
-        images.append(image)
-    for reason, number in samples.skipped.most_common():
-        logging.warning("%s: %d samples were skipped: %s", name, number, reason)
-    if not images:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in samples.skipped.most_common()) or "no samples"
-        raise ValueError(
-            f"evaluators.{name}: no usable sample in {shards} with the caption fields {names_of(fields)}: {reasons}. "
-            f"Set evaluators.{name}.fields to the fields that hold captions there"
-        )
-    data = RetrievalSet(name, images, Tokenizer(model.context_length)(texts), np.asarray(owners))
-    yield Retrieval(model, data, preprocess=normalize, **options)
 
+    def read(_: pathlib.Path) -> base.Retrieval:
+        data, skipped = shard_sets.read(shards, names_of(fields), index_dir=index_dir, upright=upright)
+        for reason, number in skipped.most_common():
+            logging.warning("%s: %d samples were skipped: %s", name, number, reason)
+        return data
 
-def shards_examples(
-    model: nn.Module, *, shards: Any, fields: Sequence[str] = captions.FIELDS, index_dir: str | None = None, **_
-) -> Examples:
-    """The first samples of some shards, with the first sentences of each."""
-    if not shards:
-        return [], [], []
-    samples = loader.evaluation_samples(shards, model.image_size, fields=names_of(fields), index_dir=index_dir)
-    chosen = list(itertools.islice(samples, SHEET_IMAGES))
-    texts = [sentences[:SHEET_TEXTS] for _, _, sentences in chosen]
-    return [image for _, image, _ in chosen], texts, [[None] * len(row) for row in texts]
+    own = base.Benchmark(name, "retrieval", "", (), read, licence="", source=str(shards))
+    yield evaluation_sets.SetEvaluator(model, own, pathlib.Path(), allow_missing=True, options=options)
 
 
 def names_of(fields: str | Sequence[str]) -> tuple[str, ...]:
@@ -128,7 +115,7 @@ def no_examples(model: nn.Module, **_) -> Examples:
 # Kind -> its evaluators, and what its sheet of attention maps shows.
 KINDS = {
     "scenes": (scenes_evaluators, scenes_examples),
-    "shards": (shards_evaluators, shards_examples),
+    "shards": (shards_evaluators, no_examples),
     "benchmarks": (evaluation_sets.evaluators, no_examples),
 }
 
@@ -154,8 +141,6 @@ def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]
         known = _keywords(KINDS[kind][0])
         if unknown := options.keys() - known.keys():
             raise ValueError(f"evaluators.{name} of kind {kind!r} has no {sorted(unknown)}; there are {sorted(known)}")
-        if missing := {key for key, needed in known.items() if needed} - options.keys():
-            raise ValueError(f"evaluators.{name} of kind {kind!r} lacks {sorted(missing)}")
         followed = {
             "fields": data["captions"]["fields"],
             "index_dir": data["index_dir"],
@@ -165,7 +150,9 @@ def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]
         for key in followed.keys() & known.keys():
             if options.get(key) is None:
                 options[key] = followed[key]
-        for key in ("modes", "sets"):
+        if missing := {key for key, needed in known.items() if needed} - options.keys():
+            raise ValueError(f"evaluators.{name} of kind {kind!r} lacks {sorted(missing)}")
+        for key in ("modes", "pooling", "sets"):
             if key in options:
                 options[key] = names_of(options[key])
         found[name] = kind, options
@@ -176,13 +163,20 @@ def check(config: Mapping[str, Any]) -> None:
     """Refuses before a run what would be found wrong at its end, such as shards that are not there.
 
     Raises:
-      ValueError: see `sections`; or scenes are not as large as the model's images.
+      ValueError: see `sections`; or scenes are not as large as the model's images; or no public set has such a name.
       FileNotFoundError: naming the evaluator.
     """
-    size = config["model"]["vision"]["image_size"]
     for name, (kind, options) in sections(config).items():
-        if kind == "scenes" and size not in (options["size"], (options["size"], options["size"])):
-            raise ValueError(f"evaluators.{name}.size is {options['size']}; model.vision.image_size is {size}")
+        if kind == "scenes":
+            size = config["model"]["vision"]["image_size"]
+            if size not in (options["size"], (options["size"], options["size"])):
+                raise ValueError(f"evaluators.{name}.size is {options['size']}; model.vision.image_size is {size}")
+        if kind == "benchmarks":
+            table.select(options.get("sets", ("*",)))
+            if options["root"] is None or not os.path.isdir(options["root"]):
+                raise FileNotFoundError(
+                    f"evaluators.{name}: config.data_root is {options['root']!r}; expected the folder of public sets"
+                )
         if options.get("shards"):
             try:
                 expand(options["shards"])
@@ -196,7 +190,7 @@ def _keywords(function: Callable) -> dict[str, bool]:
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             found |= _keywords(Retrieval)
-        elif parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in ("preprocess", "mesh"):
+        elif parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in INTERNAL:
             found[parameter.name] = parameter.default is parameter.empty
     return found
 
@@ -208,34 +202,82 @@ def due(config: Mapping[str, Any], step: int) -> list[str]:
     return [name for name, every in cadence.items() if every and step % every == 0]
 
 
+@dataclasses.dataclass
+class Findings:
+    """What an evaluation has found so far: the arguments of `report.write`."""
+
+    results: list[report.Result] = dataclasses.field(default_factory=list)
+    details: list[report.SetDetails] = dataclasses.field(default_factory=list)
+    figures: list[report.Figure] = dataclasses.field(default_factory=list)
+    missing: list[report.Missing] = dataclasses.field(default_factory=list)
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+    def write(self, workdir: epath.PathLike) -> None:
+        if jax.process_index() == 0:
+            report.write(workdir, **vars(self))
+
+
 def run(
     config: Mapping[str, Any],
     model: nn.Module,
     params: Any,
     workdir: epath.PathLike | None = None,
+    *,
     names: Sequence[str] | None = None,
+    notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
 ) -> list[report.Result]:
     """All results of a config's evaluators, each built when its turn comes and dropped before the next one.
 
     Args:
       config: the whole config.
       model, params: what to evaluate; every process takes part.
-      workdir: where to write the report after each evaluator, for nothing to be lost; None: nowhere.
+      workdir: where to write the report after each evaluator, for nothing to be lost; None: nowhere, and no figures.
       names: of the evaluators; None: all.
+      notes, warnings: texts for the top of the report.
     """
-    results: list[report.Result] = []
+    found = Findings(notes=notes, warnings=warnings)
     for name, (kind, options) in sections(config).items():
         if names is not None and name not in names:
             continue
         for evaluator in KINDS[kind][0](model, name, **options):
-            results += evaluator.run(params)
-            if workdir is not None and jax.process_index() == 0:
-                report.write(workdir, results)
-    found = [result.name for result in results]
-    if len(set(found)) < len(found):
-        twice = sorted({name for name in found if found.count(name) > 1})
+            if isinstance(evaluator, evaluation_tasks.UnusableSet):
+                found.missing.append(evaluator.missing())
+                continue
+            try:
+                new = list(evaluator.run(params))
+            except evaluation_tasks.UnusableSet as unusable:
+                logging.warning("not evaluated: %s", unusable)
+                found.missing.append(unusable.missing())
+                continue
+            found.results += new
+            if isinstance(evaluator, evaluation_sets.SetEvaluator):
+                found.details.append(evaluator.details())
+            if workdir is not None and new:
+                found.write(workdir)  # before the figures, which may take a while
+                found.figures += _figures(evaluator, params, new[0])
+    for results, details in list(evaluation_sets.averages(found.results, found.details)):
+        found.results += results
+        found.details.append(details)
+    if workdir is not None:
+        found.write(workdir)
+    everything = [result.name for result in found.results]
+    if len(set(everything)) < len(everything):
+        twice = sorted({name for name in everything if everything.count(name) > 1})
         logging.warning("results of the same name, of which the last one counts: rename an evaluator. %s", twice)
-    return results
+    return found.results
+
+
+def _figures(evaluator: Any, params: Any, result: report.Result) -> list[report.Figure]:
+    """What an evaluator draws of the set of a result. What cannot be drawn is reported and ends nothing."""
+    drawn = []
+    try:
+        for title, image in evaluator.figures(params):
+            drawn.append(report.Figure.of(result.task, result.set, title, image))
+    except Exception:
+        logging.exception("a figure was not drawn; the report is whole")
+    return drawn
 
 
 def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float]:
@@ -253,25 +295,29 @@ def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, fl
     config = configuration.normalize(config)
     if not config["evaluators"]:
         raise ValueError("config.evaluators is empty: nothing to evaluate")
-    params, section = pretrained.read(config["init_from"] or workdir, config["model"])
+    weights = config["init_from"] or workdir
+    params, section = pretrained.read(weights, config["model"])
     config = {**config, "model": section}
     configuration.check(config)
     check(config)
     model = models.create(section)
-    with jax.set_mesh(sharding.create_mesh(**config["mesh"])), _session(config, params, workdir):
+    warnings = looks_untrained(params)
+    for warning in warnings:
+        logging.warning("%s: %s", weights, warning)
+    with jax.set_mesh(sharding.create_mesh(**config["mesh"])), _session(config, workdir):
         params = jax.device_put(params, sharding.replicated(jax.sharding.get_mesh()))
-        results = run(config, model, params, workdir)
+        results = run(config, model, params, workdir, notes=[f"weights: {weights}"], warnings=warnings)
         draw_attention_sheets(config, model, params, workdir)
     return report.flat(results)
 
 
-def _session(config: Mapping[str, Any], params: Any, workdir: epath.PathLike) -> contextlib.AbstractContextManager:
+def _session(config: Mapping[str, Any], workdir: epath.PathLike) -> contextlib.AbstractContextManager:
     """The feature store of an evaluation, on a file system that can append to files."""
     folder = config["feature_store"] or os.fspath(epath.Path(workdir) / "features")
     if "://" in folder:
         logging.warning("%s is in a store, which cannot keep features: --config.feature_store=FOLDER", folder)
         return contextlib.nullcontext()
-    return features.session(store=FeatureStore(folder, fingerprint(params, config["model"])))
+    return features.session(store=FeatureStore(folder))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

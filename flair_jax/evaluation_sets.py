@@ -1,75 +1,20 @@
-"""Public evaluation sets as evaluators: pictures become pixels, texts become tokens, what is missing is counted."""
+"""Public evaluation sets as evaluators: each is read when its turn comes, and what is missing or broken is counted."""
 
 import collections
+import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
 from absl import logging
 
-from flair_jax.data.benchmarks import base, table
-from flair_jax.data.transforms import images as image_rules
-from flair_jax.evaluators.features import BrokenImages
-from flair_jax.report import Result
-
-
-class Pixels(Sequence):
-    """Pictures as uint8 pixels (H, W, 3) of one size, by index; decoded when asked for.
-
-    Attributes:
-      keys: for the feature store: a text per picture that identifies its pixels and how they were prepared.
-
-    Args:
-      pictures: of a set.
-      size: height and width.
-      crop: RGB image, size -> pixels; by default the reference's, `images.evaluation_crop`.
-    """
-
-    def __init__(
-        self,
-        pictures: Sequence[base.Picture],
-        size: tuple[int, int],
-        crop: Callable[[Any, tuple[int, int]], np.ndarray] = image_rules.evaluation_crop,
-    ):
-        self._pictures, self._size, self._crop = pictures, size, crop
-
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return len(self._pictures), *self._size, 3
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """
-        Raises:
-          ImageError: naming the file. OSError: it cannot be read.
-        """
-        return self._crop(image_rules.to_rgb(self._pictures[index].decode()), self._size)
-
-    @property
-    def keys(self) -> list[str]:
-        return [f"{self._crop.__name__} {self._size} {picture.key()}" for picture in self._pictures]
-
-
-# Task -> (model, set, data, options) -> evaluators.
-Build = Callable[[nn.Module, base.Benchmark, Any, Mapping[str, Any]], Iterator[Any]]
-TASKS: dict[str, Build] = {}
-
-
-class UnusableSet(Exception):
-    """A set that cannot be evaluated: files or images are missing or broken. The others can.
-
-    Attributes:
-      benchmark: its entry in the table.
-      reason: what is missing or wrong.
-    """
-
-    def __init__(self, benchmark: base.Benchmark, reason: str):
-        self.benchmark, self.reason = benchmark, reason
-        super().__init__(f"{benchmark.name}: {reason}")
+from flair_jax.data.benchmarks import base, suites, table
+from flair_jax.evaluation_tasks import TASKS, UnusableSet
+from flair_jax.evaluators.features import BrokenImages, session
+from flair_jax.progress import progress
+from flair_jax.report import Result, SetDetails, missing_lines
 
 
 class SetEvaluator:
@@ -111,10 +56,17 @@ class SetEvaluator:
         """
         try:
             self.data = self.benchmark.read(self._root)
-        except (base.MissingError, base.AnnotationError, OSError) as error:
+        except base.MissingError as error:
+            raise UnusableSet(self.benchmark, str(error), error.files) from error
+        except (base.AnnotationError, OSError) as error:
             raise UnusableSet(self.benchmark, str(error)) from error
         absent = [number for number, picture in enumerate(self.data.pictures) if not picture.exists()]
         self._leave_out(dict.fromkeys(absent, "missing"))
+
+    def forget(self) -> None:
+        """Drops what `read` opened and left out."""
+        self.data = None
+        self.left_out.clear()
 
     def run(self, params: Any) -> list[Result]:
         """Evaluates parameters, a nested dict. Images that turn out to be broken are left out, and the rest runs again.
@@ -122,19 +74,37 @@ class SetEvaluator:
         Raises:
           UnusableSet: see `read`; or an image is broken, and `allow_missing` is not set.
         """
-        self.left_out.clear()
+        self.forget()
         self.read()
         while True:
             self._evaluators, results = [], []
             try:
-                for evaluator in TASKS[self.benchmark.task](self._model, self.benchmark, self.data, self._options):
-                    self._evaluators.append(evaluator)
-                    results += evaluator.run(params)
+                with session(progress=functools.partial(progress, title=self.benchmark.name)):
+                    for evaluator in TASKS[self.benchmark.task](self._model, self.benchmark, self.data, self._options):
+                        self._evaluators.append(evaluator)
+                        results += evaluator.run(params)
                 return results
             except BrokenImages as broken:
                 for reason in broken.reasons.values():
                     logging.warning("%s: %s", self.benchmark.name, reason)
                 self._leave_out(dict.fromkeys(broken.reasons, "broken"))
+
+    def details(self) -> SetDetails:
+        """What the report says about the set, after `run`."""
+        benchmark = self.benchmark
+        return SetDetails(
+            benchmark.task,
+            benchmark.name,
+            title=benchmark.title,
+            counts=self.data.counts(),
+            expected=benchmark.expected(),
+            left_out=self.left_out.total(),
+            parts=self.data.parts,
+            licence=benchmark.licence,
+            source=benchmark.source,
+            published=benchmark.published,
+            notes=[note for evaluator in self._evaluators for note in getattr(evaluator, "notes", ())],
+        )
 
     def figures(self, params: Any) -> Iterator[tuple[str, Any]]:
         """(title, PIL image) of what `run` found."""
@@ -171,8 +141,8 @@ def evaluators(
     segmentation: Mapping[str, Any] | None = None,
     choice: Mapping[str, Any] | None = None,
     pointing: Mapping[str, Any] | None = None,
-) -> Iterator[SetEvaluator]:
-    """The public sets that are there, one after the other; what is not there is said first, for all of them together.
+) -> Iterator[SetEvaluator | UnusableSet]:
+    """Those sets that cannot be evaluated, which are said at once for all together, then an evaluator for each other.
 
     Args:
       model: what to evaluate.
@@ -186,30 +156,51 @@ def evaluators(
     tasks = dict(
         retrieval=retrieval, classification=classification, segmentation=segmentation, choice=choice, pointing=pointing
     )
-    chosen = []
+    usable: list[SetEvaluator] = []
+    unusable: list[UnusableSet] = []
     for benchmark in table.select(sets):
         options = dict(image_batch=image_batch, text_batch=text_batch, **(tasks[benchmark.task] or {}))
-        chosen.append(SetEvaluator(model, benchmark, pathlib.Path(root), allow_missing=allow_missing, options=options))
-    unusable = list(filter(None, map(_problem, chosen)))
+        one = SetEvaluator(model, benchmark, pathlib.Path(root), allow_missing=allow_missing, options=options)
+        try:
+            one.read()
+            usable.append(one)
+        except UnusableSet as problem:
+            unusable.append(problem)
+        one.forget()  # read again when its turn comes: the annotations of all sets need not be held at once
     if unusable:
-        lines = [
-            f"  {set_.benchmark.name}: {set_.reason}. From {set_.benchmark.source} ({set_.benchmark.licence})"
-            for set_ in unusable
-        ]
-        logging.warning(
-            "evaluators.%s: %d of %d sets cannot be evaluated:\n%s",
-            *(name, len(unusable), len(chosen), "\n".join(lines)),
-        )
-    yield from chosen
+        lines = missing_lines([problem.missing() for problem in unusable])
+        total = len(unusable) + len(usable)
+        logging.warning("evaluators.%s: %d of %d sets cannot be evaluated\n%s", name, len(unusable), total, lines)
+    yield from unusable
+    while usable:
+        yield usable.pop(0)  # what a set needs goes with it
 
 
-def _problem(evaluator: SetEvaluator) -> UnusableSet | None:
-    """Why a set cannot be evaluated; None: it can."""
-    try:
-        evaluator.read()
-    except UnusableSet as unusable:
-        return unusable
-    finally:
-        evaluator.data = None  # read again when its turn comes: the annotations of all sets need not be held at once
-        evaluator.left_out.clear()
-    return None
+def averages(results: Sequence[Result], details: Sequence[SetDetails]) -> Iterator[tuple[list[Result], SetDetails]]:
+    """The averages of papers over sets that were all evaluated, with what the report says about them.
+
+    Args:
+      results, details: of single sets.
+    """
+    about = {(one.task, one.set): one for one in details}
+    for suite in suites.SUITES:
+        found, members = [], set()
+        for mode in dict.fromkeys(result.mode for result in results):
+            values = {(one.task, one.set, one.metric): one.value for one in results if one.mode == mode}
+            for name, value in suite.of(values).items():
+                found.append(Result("average", suite.name, name, value, mode))
+                members |= {member[:2] for member in suite.averages[name]}
+        if found:
+            parts = [about[member] for member in sorted(members) if member in about]
+            yield (
+                found,
+                SetDetails(
+                    "average",
+                    suite.name,
+                    title=suite.title,
+                    left_out=sum(part.left_out for part in parts),
+                    parts=[part.title for part in parts] if any(part.parts for part in parts) else (),
+                    source=suite.source,
+                    published=suite.published,
+                ),
+            )

@@ -3,10 +3,13 @@
 import collections
 from typing import Any, NamedTuple
 
+import flax.core
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flair_jax.models.vision import grid as grid_of
 from flair_jax.optimizer import path_of
 
 VISION_POSITIONS, TEXT_POSITIONS = "vision/position_embedding", "text/position_embedding"
@@ -70,10 +73,55 @@ def resize_image_positions(positions: np.ndarray, old: tuple[int, int], new: tup
     return np.concatenate([first, np.asarray(resized).reshape(-1, grid.shape[-1])])
 
 
+def with_image_size(model: nn.Module, params: Any, size: tuple[int, int]) -> tuple[nn.Module, Any]:
+    """A model for images of another size, and its parameters with resized position embeddings.
+
+    Args:
+      model: a `DualEncoder`.
+      params: its parameters, a nested dict.
+      size: height and width, multiples of its patches.
+    """
+    patch = model.vision_options["patch_size"]
+    resized = model.clone(vision_options=flax.core.freeze({**model.vision_options, "image_size": tuple(size)}))
+    old, new = grid_of(model.image_size, patch), grid_of(size, patch)
+
+    def resize(keys, leaf):
+        return resize_image_positions(np.asarray(leaf), old, new) if path_of(keys) == VISION_POSITIONS else leaf
+
+    return resized, jax.tree_util.tree_map_with_path(resize, params)
+
+
 def resize_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
     """Position embeddings (T, W) for another context length, by linear interpolation, open_clip's rule for texts."""
     resized = jax.image.resize(jnp.asarray(positions), (length, positions.shape[1]), "linear", antialias=False)
     return np.asarray(resized)
+
+
+def stretch_text_positions(positions: jax.Array, length: int, kept: int = 20) -> jax.Array:
+    """Position embeddings (T, W) for a longer context, without new training: (length, W).
+
+    The first `kept` positions stay, which most training captions reach; the ones after them are spread over the rest of
+    the longer context, with linear interpolation between them and linear extrapolation past the last one. From 77 to
+    248 this is Long-CLIP's knowledge-preserved stretching (Zhang et al., ECCV 2024, arXiv:2403.15378).
+
+    Raises:
+      ValueError: the new context is not longer, or shorter than what is kept.
+    """
+    old = positions.shape[0]
+    if length <= old or not 0 <= kept < old - 1:
+        raise ValueError(f"context of {old} tokens, {kept} kept: cannot be stretched to {length}")
+    place = np.arange(length, dtype=np.float64)
+    place[kept:] = kept + (place[kept:] - kept) * (old - kept) / (length - kept)
+    low = np.minimum(place.astype(int), old - 2)
+    high_weight = (place - low).astype(np.float32)[:, None]  # above 1 past the last position
+    positions = jnp.asarray(positions)
+    return (1 - high_weight) * positions[low] + high_weight * positions[low + 1]
+
+
+def stretch_context(params: Any, length: int) -> Any:
+    """Parameters, a nested dict, for a longer `text.context_length`, see `stretch_text_positions`."""
+    positions = stretch_text_positions(params["text"]["position_embedding"], length)
+    return {**params, "text": {**params["text"], "position_embedding": positions}}
 
 
 def table(origins: list[Origin]) -> str:

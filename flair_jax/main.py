@@ -30,6 +30,8 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes; w
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_timeout", 60, "Seconds without a sign of life after which a process is dead and the others end."
 )
+REPORT_LINES = 150
+
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -74,6 +76,8 @@ def main(arguments: list[str]) -> None:
         if results:
             print((epath.Path(workdir) / "report.md").read_text())
         print(f"report and pictures: {workdir}" if results else f"nothing was evaluated; checkpoints: {workdir}")
+    if _MODE.value == "evaluate" and not results:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

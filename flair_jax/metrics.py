@@ -113,7 +113,7 @@ class Progress:
 
     Args:
       total, first: steps of the whole run, and those done before.
-      batch_size: images a step, over all processes.
+      batch_size: images per step, over all processes.
       peak: operations a second of all devices, for MFU; None where it is not known.
       enabled: False on all processes but one.
     """

@@ -12,9 +12,9 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 from PIL import Image
 
-from flair_jax import checkpoint, models, state
+from flair_jax import checkpoint, lora, models, state
 from flair_jax.config import normalize
-from flair_jax.convert import flax_files, hugging_face
+from flair_jax.convert import flax_files, hugging_face, lora_files
 from flair_jax.convert.tables import flatten
 from flair_jax.data.transforms import images as image_rules
 from flair_jax.data.transforms.tokenizer import Tokenizer
@@ -26,7 +26,11 @@ IMAGE_BATCH, TEXT_BATCH = 64, 512  # images, rows of texts
 
 
 def read(
-    path: str | os.PathLike, model: Mapping[str, Any] | None = None, gelu: str | None = None
+    path: str | os.PathLike,
+    model: Mapping[str, Any] | None = None,
+    *,
+    gelu: str | None = None,
+    lora_scale: float = 1.0,
 ) -> tuple[Any, dict[str, Any]]:
     """Reads parameters from wherever they are.
 
@@ -37,6 +41,7 @@ def read(
       model: the `model` section; None: the one stored with the weights, or that of the published model
         whose widths a PyTorch file has.
       gelu: "quick" or "exact", where neither the file nor `model` says it: state dicts of CLIP do not.
+      lora_scale: of a run with `lora`, see `Checkpoints.weights`.
 
     Returns:
       The parameter tree, float32, and the `model` section.
@@ -56,6 +61,11 @@ def read(
     if not folder.exists():
         raise FileNotFoundError(f"{path}: no such file or work directory")
     has_checkpoints = (folder / "checkpoints").is_dir()
+    if folder.suffix == ".safetensors" and not folder.is_dir() and lora_files.is_lora(folder):
+        raise ValueError(
+            f"{path} holds LoRA's changes alone; flair_jax.load({str(path)!r}, pretrained=PATH) adds them to the "
+            "weights that they are of"
+        )
     if not folder.is_dir() or (not has_checkpoints and hugging_face.is_folder(folder)):
         params, found = flax_files.load(folder, given, gelu)
         return params, normalize(found)
@@ -76,19 +86,82 @@ def read(
     device = SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(functools.partial(state.init_params, models.create(found), seed=0))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-    params = saved.weights(step, like)
+    params = saved.weights(step, like, lora_scale=lora_scale)
     saved.close()
     flax_files.refuse_not_finite(flatten(jax.device_get(params)), saved.folder / str(step))
     return params, found
 
 
-def load(path: str | os.PathLike, config: Mapping[str, Any] | None = None, *, gelu: str | None = None) -> "Pretrained":
+def read_fine_tuned(
+    path: str | os.PathLike,
+    pretrained: str | os.PathLike | None,
+    wise_ft: float = 1.0,
+    model: Mapping[str, Any] | None = None,
+    gelu: str | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Reads fine-tuned weights, or some way from the pretrained ones to them (WiSE-FT, Wortsman et al., CVPR 2022).
+
+    Args:
+      path: as for `read`, or a `lora.safetensors`, the changes of a run with `lora` alone.
+      pretrained: what was fine-tuned, as for `read`; a work directory of a run with `lora` holds it itself.
+      wise_ft: 1: the fine-tuned weights; 0: the pretrained ones; between them (1 - wise_ft) * pretrained + wise_ft *
+        fine-tuned. With LoRA both matrices of a pair are multiplied by it, as in FSC-CLIP's code, and so the change of
+        a weight by its square.
+      model, gelu: as for `read`.
+
+    Returns:
+      As `read`.
+
+    Raises:
+      ValueError: as `read`; the pretrained weights are needed, or are those of another model; or there is no such
+        share.
+    """
+    if not 0 <= wise_ft <= 1:
+        raise ValueError(f"wise_ft is {wise_ft}; expected a share of the way, 0 <= wise_ft <= 1")
+    path = epath.Path(path).expanduser()
+    if path.is_dir() and _is_lora_run(path):
+        return read(path, model, gelu=gelu, lora_scale=wise_ft)
+    if pretrained is None:
+        raise ValueError(f"{path} needs the weights that were fine-tuned: give pretrained=PATH")
+    before, found = read(pretrained, model, gelu=gelu)
+    if not path.is_dir() and lora_files.is_lora(path):
+        pairs, section, options = lora_files.read(path)
+        flax_files.check_same_model(section, found, path)
+        return lora.merge(before, lora.scale(pairs, wise_ft), lora.LoraOptions.of(options)), found
+    after, _ = read(path, found, gelu=gelu)
+    return lora.interpolate(before, after, wise_ft), found
+
+
+def _is_lora_run(folder: epath.Path) -> bool:
+    if not (folder / "checkpoints").is_dir():
+        return False
+    saved = checkpoint.Checkpoints(folder, keep=None)
+    step = saved.latest()
+    found = step is not None and saved.config(step).get("lora") is not None
+    saved.close()
+    return found
+
+
+def load(
+    path: str | os.PathLike,
+    config: Mapping[str, Any] | None = None,
+    *,
+    pretrained: str | os.PathLike | None = None,
+    wise_ft: float = 1.0,
+    gelu: str | None = None,
+) -> "Pretrained":
     """Loads a model; from a checkpoint of one tower alone, that tower.
+
+        flair_jax.load("RUN/lora.safetensors", pretrained="ViT-B-32.pt").save("merged.safetensors")
 
     Args:
       path, config, gelu: `path`, `model` and `gelu` of `read`.
+      pretrained, wise_ft: of fine-tuned weights, see `read_fine_tuned`.
     """
-    params, model = read(path, config, gelu)
+    if pretrained is None and wise_ft == 1.0:
+        params, model = read(path, config, gelu=gelu)
+    else:
+        params, model = read_fine_tuned(path, pretrained, wise_ft, config, gelu)
     return Pretrained(model, params)
 
 

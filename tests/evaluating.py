@@ -40,7 +40,7 @@ class Images:
 def run(images, store):
     tokens = np.array([[channel % 3, 9 + channel] for channel in range(9)], np.int32)
     data = RetrievalSet("set", images, tokens, np.arange(9))
-    with features.session(store=FeatureStore(FOLDER / "features", store)):
+    with features.session(store=FeatureStore(FOLDER / store)):
         evaluator = Retrieval(
             ColourModel(patch=8), data, preprocess=lambda x: x, image_batch=4, modes=("flair", "global")
         )

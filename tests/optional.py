@@ -25,3 +25,6 @@ class Optional:
 torch = Optional("torch", "PyTorch")
 torch_flair = Optional("flair_jax.convert.torch_flair", "PyTorch")
 safetensors_torch = Optional("safetensors.torch", "PyTorch")
+torchmetrics_retrieval = Optional("torchmetrics.functional.retrieval", "torchmetrics")
+clip_benchmark_retrieval = Optional("clip_benchmark.metrics.zeroshot_retrieval", "clip-benchmark")
+torchmetrics = Optional("torchmetrics", "torchmetrics")

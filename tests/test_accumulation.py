@@ -18,8 +18,8 @@ IMAGES, CAPTIONS, LENGTH, WIDTH = 32, 3, 24, 40  # no parameter has the shape of
 MODEL = dict(
     name="flair",
     embed_dim=16,
-    vision=dict(image_size=48, patch_size=16, width=WIDTH, depth=3, heads=2),
-    text=dict(context_length=LENGTH, vocab_size=64, width=WIDTH, depth=3, heads=2),
+    vision=dict(image_size=48, patch_size=16, width=WIDTH, depth=2, heads=2),
+    text=dict(context_length=LENGTH, vocab_size=64, width=WIDTH, depth=2, heads=2),
     pooling=dict(heads=2),
     init_logit_bias=-10.0,
 )
@@ -132,7 +132,7 @@ def test_gradients_are_summed_in_float32():
 
 def test_each_device_finds_the_ends_of_its_own_rows_and_no_others():
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((16, 6, 4), np.float32)  # two rows a device
+    x = rng.standard_normal((16, 6, 4), np.float32)  # two rows per device
     ends = (np.repeat(np.arange(8), 3) * 12 + rng.integers(0, 12, 24)).astype(np.int32)
     at_ends = jax.jit(lambda x, ends: Text(tokens=None, ends=ends, segments=jnp.ones((16, 6))).at_ends(x))
     expected = x.reshape(-1, 4)[ends]

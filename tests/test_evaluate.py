@@ -3,61 +3,28 @@
 import json
 import types
 
-import numpy as np
 import pytest
+from PIL import ExifTags, Image
 from shard_files import write_tar
+from test_evaluation_sets import Loads
 from test_faults import document, picture
 
 from flair_jax import config as configuration
-from flair_jax import evaluate, report
-from flair_jax.data import loader
+from flair_jax import evaluate, evaluation_tasks, report
+from flair_jax.data.benchmarks import shards
 from flair_jax.report import Result
 
 RESULTS = [
     Result("retrieval", "val", "text_to_image_R@1", 0.5, "flair"),
     Result("retrieval", "val", "text_to_image_R@1", 0.25, "global"),
-    Result("retrieval", "val", "text_to_image_mean_rank", 3.0, "flair"),
-    Result("retrieval", "val", "text_to_image_R@1", 0.01, "chance"),
     Result("pointing", "val", "accuracy", 0.75),
     Result("pointing", "val", "chance", 0.125),
-    Result("pointing", "val", "chance_object", 0.5),
-    Result("segmentation", "val", "miou", 0.5),
-    Result("segmentation", "val", "miou", 0.375, "projected"),
-    Result("segmentation", "val", "chance", 0.0625),
-    Result("segmentation", "val", "door/gate", 0.875, "iou"),
 ]
 
 
 def config_of(name="shards", **evaluators):
     config = configuration.read(name, ["--config.steps=1", "--config.epochs=None"])
     return {**config, "evaluators": evaluators}
-
-
-def test_names_and_tables(tmp_path):
-    """Names are those that benchmarks read; tables have a row for each metric and chance beside."""
-    text = report.write(tmp_path / "not" / "there", RESULTS)
-    assert json.loads((tmp_path / "not" / "there" / "report.json").read_text()) == {
-        "retrieval/val/flair/text_to_image_R@1": 0.5,
-        "retrieval/val/global/text_to_image_R@1": 0.25,
-        "retrieval/val/flair/text_to_image_mean_rank": 3.0,
-        "retrieval/val/chance/text_to_image_R@1": 0.01,
-        "pointing/val/accuracy": 0.75,
-        "pointing/val/chance": 0.125,
-        "pointing/val/chance_object": 0.5,
-        "segmentation/val/miou": 0.5,
-        "segmentation/val/projected/miou": 0.375,
-        "segmentation/val/chance": 0.0625,
-        "segmentation/val/iou/door/gate": 0.875,
-    }
-    assert (tmp_path / "not" / "there" / "report.md").read_text() == text
-    cells = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if line]
-    assert ["retrieval/val", "flair", "global", "chance"] in cells
-    assert ["text_to_image_R@1", "0.500", "0.250", "0.010"] in cells
-    assert ["text_to_image_mean_rank", "3.000", "", ""] in cells
-    assert ["pointing/val", "value", "chance", "chance object"] in cells
-    assert ["accuracy", "0.750", "0.125", "0.500"] in cells
-    assert ["miou", "0.500", "0.375", "0.062"] in cells
-    assert ["iou of door/gate", "0.875", "", ""] in cells
 
 
 def test_an_evaluation_of_nothing_leaves_the_report(tmp_path):
@@ -84,6 +51,11 @@ class Fixed:
             raise RuntimeError("a broken set")
         yield from self.results
 
+    def figures(self, params):
+        self.log.append(f"draw {self.name}")
+        yield "a title", Image.new("RGB", (4, 4))
+        raise RuntimeError("no second picture")
+
 
 @pytest.fixture
 def fixed(monkeypatch):
@@ -101,23 +73,29 @@ def fixed(monkeypatch):
 
 
 def test_evaluators_are_built_when_they_run(fixed):
-    config = config_of(a={"kind": "fixed", "results": RESULTS[:2]}, b={"kind": "fixed", "results": RESULTS[4:6]})
-    assert evaluate.run(config, None, None) == RESULTS[:2] + RESULTS[4:6]
+    config = config_of(a={"kind": "fixed", "results": RESULTS[:2]}, b={"kind": "fixed", "results": RESULTS[2:4]})
+    assert evaluate.run(config, None, None) == RESULTS[:2] + RESULTS[2:4]
     assert fixed == [f"{act} {name}" for name in ("a 1", "a 2", "b 1", "b 2") for act in ("build", "run")]
 
 
 def test_what_was_evaluated_before_a_failure_is_in_the_report(fixed, tmp_path):
-    config = config_of(a={"kind": "fixed", "results": RESULTS[:2]}, b={"kind": "fixed", "results": RESULTS[4:5]})
+    config = config_of(a={"kind": "fixed", "results": RESULTS[:2]}, b={"kind": "fixed", "results": RESULTS[2:3]})
     with pytest.raises(RuntimeError, match="a broken set"):
         evaluate.run(config, None, None, tmp_path / "new")
     found = json.loads((tmp_path / "new" / "report.json").read_text())
-    assert found == report.flat(RESULTS[:2] + RESULTS[4:5])
+    assert found == report.flat(RESULTS[:2] + RESULTS[2:3])
 
 
 def test_a_picture_that_fails_is_reported_and_ends_nothing(fixed, tmp_path, caplog):
     config = config_of(a={"kind": "fixed", "results": RESULTS[:2]})
     evaluate.draw_attention_sheets(config, types.SimpleNamespace(has_pooling=True), None, tmp_path)
     assert "evaluators.a was not drawn; the report is whole" in caplog.text and "no picture" in caplog.text
+    assert evaluate.run(
+        config | {"evaluators": {"a": {"kind": "fixed", "results": RESULTS[:1] * 2}}}, None, None, tmp_path
+    )
+    assert "a figure was not drawn" in caplog.text and "no second picture" in caplog.text
+    assert fixed[-3:] == ["build a 2", "run a 2", "draw a 2"]
+    assert "a title" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -163,22 +141,63 @@ def pixelprose(tmp_path):
     return str(tmp_path / "0.tar")
 
 
-def test_shards_with_captions_under_another_key(pixelprose, monkeypatch):
-    """The evaluator and the sheet read the same fields."""
+def test_shards_with_captions_under_another_key(pixelprose, monkeypatch, caplog):
+    """All sentences of the fields are texts; nothing is decoded before it is encoded."""
     sets = []
-    monkeypatch.setattr(evaluate, "Retrieval", lambda model, data, **options: sets.append(data))
-    options = dict(shards=pixelprose, fields=("caption",))
-    list(evaluate.shards_evaluators(Sizes, "val", **options))
-    (data,) = sets
-    assert len(data.images) == 3 and data.image_of_text.tolist() == [0, 0, 1, 1, 2, 2]
-    images, texts, boxes = evaluate.shards_examples(Sizes, **options)
-    assert [np.shape(image) for image in images] == [(32, 48, 3)] * 3
-    assert texts == [
-        sentences for _, _, sentences in loader.evaluation_samples(pixelprose, (32, 48), fields=["caption"])
+
+    def retrieval(model, benchmark, data, options):
+        sets.append((benchmark, data, options))
+        return iter([Fixed([], "", RESULTS[:1])])
+
+    monkeypatch.setitem(evaluation_tasks.TASKS, "retrieval", retrieval)
+    section = {"kind": "shards", "shards": pixelprose, "fields": ("caption",), "topk": 7}
+    assert evaluate.run(config_of(val=section), Sizes, None) == RESULTS[:1]
+    ((benchmark, data, options),) = sets
+    assert benchmark.name == "val" and options == {"topk": 7}
+    assert data.image_of_text.tolist() == [0, 0, 1, 1, 2, 2]
+    assert data.texts == ["n 0", "Another", "n 1", "Another", "n 2", "Another"]
+    pixels = evaluation_tasks.Pixels(data.pictures, Sizes.image_size)
+    assert [pixels[number].shape for number in range(3)] == [(32, 48, 3)] * 3
+    assert len(set(pixels.keys)) == 3
+    assert evaluate.run(config_of(val={**section, "fields": ("raw_caption",)}), Sizes, None) == []
+    assert "not evaluated: val: no usable record" in caplog.text and "3 x no captions" in caplog.text
+
+
+def test_records_that_cannot_be_used_are_counted(tmp_path, monkeypatch, caplog):
+    """Without captions they are skipped when the set is read, without an image when it is encoded."""
+    good = [(f"{n}.{end}", content) for n in range(2) for end, content in
+            (("jpg", picture()), ("json", document(caption=f"n {n}")))]  # fmt: skip
+    bad = [
+        ("5.jpg", picture()),
+        ("5.json", document(other="a")),
+        ("6.jpg", b"no image"),
+        ("6.json", document(caption="b")),
     ]
-    assert boxes == [[None, None]] * 3
-    with pytest.raises(
-        ValueError, match=r"evaluators\.val: no usable sample .*raw_caption.* Set evaluators\.val\.fields"
-    ):
-        list(evaluate.shards_evaluators(Sizes, "val", shards=pixelprose))
-    assert evaluate.shards_examples(Sizes, shards=pixelprose) == ([], [], [])
+    write_tar(tmp_path / "0.tar", good + bad)
+    data, skipped = shards.read(str(tmp_path / "0.tar"), ("caption",))
+    assert len(data.pictures) == 3 and skipped == {"no captions": 1}
+
+    def retrieval(model, benchmark, data, options):
+        return iter([Loads(model, benchmark, data, options)])
+
+    monkeypatch.setitem(evaluation_tasks.TASKS, "retrieval", retrieval)
+    section = {"kind": "shards", "shards": str(tmp_path / "0.tar"), "fields": ("caption",)}
+    results = {result.metric: result.value for result in evaluate.run(config_of(val=section), Sizes, None)}
+    assert results == {"images": 2, "texts": 2}
+    assert "1 samples were skipped: no captions" in caplog.text and "0.tar: 6: not an image" in caplog.text
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_photographs_are_turned_as_in_training(tmp_path, upright):
+    image = Image.new("RGB", (8, 4), (255, 0, 0))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    write_tar(
+        tmp_path / "0.tar", [("a.png", (tmp_path / "turned.png").read_bytes()), ("a.json", document(caption="a"))]
+    )
+    data, _ = shards.read(str(tmp_path / "0.tar"), ("caption",), upright=upright)
+    assert data.pictures[0].decode().size == ((4, 8) if upright else (8, 4))
+    config = config_of(val={"kind": "shards", "shards": str(tmp_path / "0.tar")})
+    config["data"] = {**config["data"], "upright": upright}
+    assert evaluate.sections(config)["val"][1]["upright"] is upright

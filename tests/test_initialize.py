@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, load_golden
+from conftest import TINY, fresh_params, load_golden
 from optional import torch
 
-from flair_jax import initialize, models, state
+from flair_jax import initialize, models
 
 
 @pytest.mark.parametrize("new", [(24, 24), (7, 10), (14, 14), (3, 20)])
@@ -27,6 +27,20 @@ def test_text_positions_are_resized_as_pytorch_does(length):
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
+def test_a_longer_context_is_stretched_as_long_clip_does():
+    """Position 20 + 4 i + j of 248 lies j quarters of the way from position 20 + i of 77 to the next one."""
+    positions = np.random.default_rng(0).normal(size=(77, 8)).astype(np.float32)
+    found = np.asarray(initialize.stretch_text_positions(positions, 248))
+    np.testing.assert_array_equal(found[:20], positions[:20])
+    np.testing.assert_array_equal(found[20::4], positions[20:])
+    for j in (1, 2, 3):
+        between = positions[20:-1] * (4 - j) / 4 + positions[21:] * j / 4
+        np.testing.assert_allclose(found[20 + j :: 4][:56], between, atol=1e-6)
+        np.testing.assert_allclose(found[244 + j], positions[-1] + (positions[-1] - positions[-2]) * j / 4, atol=1e-6)
+    with pytest.raises(ValueError, match="context of 77 tokens, 20 kept: cannot be stretched to 77"):
+        initialize.stretch_text_positions(positions, 77)
+
+
 def test_every_parameter_has_an_origin(tiny_params):
     """A CLIP for larger images starts from FLAIR's weights: no pooling, no bias, more patches, another text width."""
     section = {
@@ -36,7 +50,7 @@ def test_every_parameter_has_an_origin(tiny_params):
         "vision": {**TINY["vision"], "image_size": (64, 96)},
         "text": {**TINY["text"], "context_length": 90, "vocab_size": 600},
     }
-    fresh = jax.device_get(state.init_params(models.create(section), 0))
+    fresh = fresh_params(models.create(section))
     params, origins = initialize.combine(fresh, tiny_params, (4, 6), (4, 4))
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, fresh)
     kinds = {origin.name: origin.kind for origin in origins}

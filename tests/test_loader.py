@@ -756,20 +756,3 @@ def test_full_shared_memory_is_an_error_and_leaves_nothing(blocks, monkeypatch):
         loader.collate([{"images": np.zeros((64, 64, 3), np.uint8)}], shared=True)
     monkeypatch.undo()
     assert len(blocks) == 1 and wait_for(lambda: not blocks[0].exists(), 30)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-def test_evaluation_samples(flawed, caplog):
-    samples = loader.evaluation_samples(flawed, 8, fields=FIELDS)
-    good = [number for number in range(19) if number not in BAD]
-    for _ in range(2):
-        seen = list(samples)
-        assert [key for key, _, _ in seen] == [f"{number:09d}" for number in good]
-        assert numbers({"images": np.stack([image for _, image, _ in seen])}) == good
-        assert [sentences for _, _, sentences in seen] == [[f"picture {number}"] for number in good]
-        assert samples.skipped["no captions"] == 5 and samples.skipped.total() == 7
-    assert len(samples.source) == 19
-    assert "000000003" in caplog.text

@@ -1,19 +1,23 @@
 """Pointing game: geometry and figures by hand, attention against the original's."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from colour_model import ColourModel, canvas, texts
 from conftest import load_golden, nhwc
+from PIL import Image
 
+from flair_jax.data.transforms.images import evaluation_crop
 from flair_jax.evaluators import Pointing, PointingSet
-from flair_jax.evaluators.pointing import patches_in_boxes, texts_by_image
+from flair_jax.evaluators.features import patch_grid
+from flair_jax.evaluators.pointing import boxes_after_crop, patches_in_boxes, spread, texts_by_image
 from flair_jax.report import flat
 
 IMAGES = nhwc(load_golden("tiny_inputs.npz")["images"])
 TOKENS = load_golden("tiny_inputs.npz")["tokens"]
 OUTPUTS = load_golden("tiny_outputs.npz")
-IMAGE_OF_TEXT = np.array([2, 0, 2, 3, 0, 0, 3, 2, 2, 0, 3, 0])  # image 1 has no phrase
+IMAGE_OF_TEXT = np.resize([2, 0, 2, 3, 0, 0, 3], len(TOKENS)) % len(IMAGES)  # image 1 has no phrase
 
 
 def mesh(devices):
@@ -34,6 +38,25 @@ def test_patches_in_boxes():
 
 def test_texts_by_image():
     assert texts_by_image(4, np.array([2, 0, 2, 0, 0, 3])).tolist() == [[1, 3, 4], [-1] * 3, [0, 2, -1], [5, -1, -1]]
+
+
+@pytest.mark.parametrize("image_size", [(64, 64), (97, 61), (40, 130), (333, 500), (500, 333)])
+def test_boxes_lie_where_the_crop_puts_them(image_size):
+    """A white rectangle in a black image is cropped as an image and as a box."""
+    width, height = image_size
+    size = 24, 32
+    box = np.array([width * 0.35, height * 0.3, width * 0.7, height * 0.6]).round()
+    image = Image.new("RGB", image_size)
+    image.paste((255, 255, 255), tuple(int(side) for side in box))
+    seen = np.argwhere(evaluation_crop(image, size)[..., 0] > 127)
+    [moved] = boxes_after_crop(box[None], image_size, size)
+    expected = [*seen.min(0)[::-1], *(seen.max(0)[::-1] + 1)]
+    np.testing.assert_allclose(moved, expected, atol=1)
+
+
+def test_boxes_outside_of_the_crop_are_left_out():
+    boxes = np.array([[0, 0, 20, 50], [10, 10, 60, 20], [180, 0, 200, 50.0]])  # the crop has columns 50 to 150
+    assert boxes_after_crop(boxes, (200, 100), (50, 50)).tolist() == [[0, 5, 5, 10]]
 
 
 def colour_set(**changes):
@@ -59,10 +82,54 @@ def test_accuracy_and_chance_by_hand(image_batch, devices):
     options = {"image_batch": image_batch, "mesh": mesh(devices)}
     results = flat(Pointing(ColourModel(8), colour_set(), preprocess=lambda x: x, **options).run({}))
     assert results == {
-        "pointing/colours/accuracy": 0.75,
+        "pointing/colours/attention/accuracy": 0.75,
+        "pointing/colours/projected/accuracy": 0.75,
         "pointing/colours/chance": pytest.approx((1 + 2 + 1 + 3) / 6 / 4),
         "pointing/colours/chance_object": 0.75,
     }
+
+
+@pytest.mark.parametrize(("image_batch", "devices"), [(1, 1), (64, 8)])
+def test_a_hit_in_any_box_counts(image_batch, devices):
+    boxes = [[[0, 0, 8, 8], [16, 0, 24, 8]], [[0, 0, 8, 16]], [[0, 0, 8, 8], [16, 0, 24, 8]], [[0, 8, 24, 16]]]
+    data = colour_set(boxes=[np.array(own) for own in boxes], left_out=3, texts=("r", "g", "b", "b"))
+    options = {"image_batch": image_batch, "mesh": mesh(devices)}
+    evaluator = Pointing(ColourModel(8), data, preprocess=lambda x: x, **options)
+    assert not list(evaluator.figures({}))
+    assert flat(evaluator.run({})) == {
+        "pointing/colours/attention/accuracy": 0.75,
+        "pointing/colours/projected/accuracy": 0.75,
+        "pointing/colours/chance": pytest.approx((2 + 2 + 2 + 3) / 6 / 4),
+        "pointing/colours/chance_object": pytest.approx((1 + 0.5 + 1 + 1) / 4),
+    }
+    assert evaluator.notes == ["3 phrases are left out: the crop cuts their boxes away."]
+    pictures = dict(evaluator.figures({}))
+    assert list(pictures) == ["colours: hits and misses (attention)", "colours: hits and misses (projected)"]
+    assert all(np.asarray(picture).std() > 0 for picture in pictures.values())
+
+
+def test_equal_heat_everywhere_points_at_the_first_patch():
+    """Which is chance at best: a box around the whole image is hit, one without the first patch is not."""
+    boxes = [[0, 0, 24, 16], [8, 0, 24, 16], [8, 0, 24, 16], [8, 0, 24, 16]]
+    evaluator = Pointing(ColourModel(8), colour_set(boxes=np.array(boxes)), preprocess=jnp.zeros_like)
+    results = flat(evaluator.run({}))
+    assert {results[f"pointing/colours/{mode}/accuracy"] for mode in ("attention", "projected")} == {0.25}
+
+
+def test_a_model_without_pooling_points_with_its_patch_tokens():
+    class Plain(ColourModel):
+        has_pooling = False
+
+    results = flat(Pointing(Plain(8), colour_set(), preprocess=lambda x: x).run({}))
+    assert results["pointing/colours/projected/accuracy"] == 0.75
+    with pytest.raises(ValueError, match=r"modes are \('attention',\); expected one or more of \('projected',\)"):
+        Pointing(Plain(8), colour_set(), preprocess=lambda x: x, modes=["attention"])
+
+
+def test_spread():
+    assert spread(np.arange(10, 20), 4).tolist() == [10, 13, 16, 19]
+    assert spread(np.arange(3), 4).tolist() == [0, 1, 2]
+    assert spread(np.arange(0), 4).tolist() == []
 
 
 def test_broken_attention_is_an_error():
@@ -70,21 +137,26 @@ def test_broken_attention_is_an_error():
         flat(Pointing(ColourModel(8), colour_set(), preprocess=lambda x: x * np.nan).run({}))
 
 
+@pytest.mark.golden
 def test_attention_equals_the_reference(tiny_model, tiny_params):
     """Each phrase with its own image, in the order of the phrases."""
-    boxes = np.tile([0.0, 0.0, 32.0, 64.0], (12, 1))
-    data = PointingSet("tiny", IMAGES, TOKENS, IMAGE_OF_TEXT, boxes, np.ones(12, int))
+    height, width = IMAGES.shape[1:3]
+    boxes = np.tile([0.0, 0.0, width / 2, height], (len(TOKENS), 1))
+    data = PointingSet("tiny", IMAGES, TOKENS, IMAGE_OF_TEXT, boxes, np.ones(len(TOKENS), int))
     evaluator = Pointing(tiny_model, data, preprocess=lambda x: x, image_batch=3, text_batch=5, mesh=mesh(1))
-    expected = OUTPUTS["pool_attn_avg"][IMAGE_OF_TEXT, np.arange(12), :16]  # key 16 is the zero key
-    np.testing.assert_allclose(evaluator.attention(tiny_params), expected, atol=1e-5)
-    left = expected.reshape(12, 4, 4).max((1,)).argmax(1) < 2
-    assert flat(evaluator.run(tiny_params))["pointing/tiny/accuracy"] == pytest.approx(left.mean())
+    expected = OUTPUTS["pool_attn_avg"][IMAGE_OF_TEXT, np.arange(len(TOKENS)), :-1]  # the last key is the zero key
+    np.testing.assert_allclose(evaluator.heat(tiny_params)["attention"], expected, atol=1e-5)
+    rows, columns = patch_grid(height, width, expected.shape[1])
+    left = expected.reshape(-1, rows, columns).max(1).argmax(1) + 0.5 < columns / 2
+    assert flat(evaluator.run(tiny_params))["pointing/tiny/attention/accuracy"] == pytest.approx(left.mean())
 
 
 def test_wrong_sets_are_refused():
-    with pytest.raises(ValueError, match=r"colours: boxes \(3, 4\)"):
+    with pytest.raises(ValueError, match="colours: boxes of 3 phrases"):
         colour_set(boxes=np.ones((3, 4)))
-    with pytest.raises(ValueError, match="colours: a box is empty"):
+    with pytest.raises(ValueError, match="colours: a box of phrase 0 is empty"):
         colour_set(boxes=np.tile([4, 4, 4, 8], (4, 1)))
+    with pytest.raises(ValueError, match=r"colours: boxes \(0, 4\) of phrase 1"):
+        colour_set(boxes=[[0, 0, 1, 1], np.ones((0, 4)), [0, 0, 1, 1], [0, 0, 1, 1]])
     with pytest.raises(ValueError, match="colours: texts belong to numbers from 0 to 2"):
         colour_set(image_of_text=np.array([0, 1, 1, 2]))

@@ -8,7 +8,7 @@ import pytest
 from flair_jax import sharding
 from flair_jax.data.transforms.images import ImageError
 from flair_jax.evaluators import features
-from flair_jax.evaluators.store import FeatureStore, fingerprint
+from flair_jax.evaluators.store import FeatureStore, Rows
 
 
 class Images:
@@ -58,7 +58,7 @@ def close(found, expected):
 
 def test_images_are_encoded_once_whatever_the_set_and_its_order(tiny_model, tiny_params, pixels, tmp_path):
     expected = encode(runs(tiny_model), tiny_params, pixels)
-    with features.session(store=FeatureStore(tmp_path, "w")):
+    with features.session(store=FeatureStore(tmp_path)):
         first = Images(pixels[:5], list("abcde"))
         close(encode(runs(tiny_model), tiny_params, first), {n: expected[n] for n in range(5)})
         assert sorted(set(first.loaded)) == [0, 1, 2, 3, 4]
@@ -66,33 +66,38 @@ def test_images_are_encoded_once_whatever_the_set_and_its_order(tiny_model, tiny
         found = encode(runs(tiny_model, 1), tiny_params, other)
         close(found, {0: expected[6], 1: expected[3], 2: expected[0], 3: expected[5]})
         assert sorted(set(other.loaded)) == [0, 3]
-    with features.session(store=FeatureStore(tmp_path, "w")):  # another run
+    with features.session(store=FeatureStore(tmp_path)):  # another run
         again = Images(pixels, list("abcdefg"))
         close(encode(runs(tiny_model), tiny_params, again), expected)
         assert again.loaded == []
-    with features.session(store=FeatureStore(tmp_path, "other weights")):
-        fresh = Images(pixels[:2], list("ab"))
-        encode(runs(tiny_model), tiny_params, fresh)
-        assert sorted(set(fresh.loaded)) == [0, 1]
+    others = [
+        (tiny_model, {**tiny_params, "logit_scale": tiny_params["logit_scale"] + 1}),
+        (tiny_model.clone(micro_batches=2), tiny_params),
+    ]
+    for model, params in others:
+        with features.session(store=FeatureStore(tmp_path)):
+            fresh = Images(pixels[:2], list("ab"))
+            encode(runs(model), params, fresh)
+            assert sorted(set(fresh.loaded)) == [0, 1]
 
 
 def test_without_patches(tiny_model, tiny_params, pixels, tmp_path):
-    with features.session(store=FeatureStore(tmp_path, "w")):
+    with features.session(store=FeatureStore(tmp_path)):
         for _ in range(2):
             found = encode(runs(tiny_model), tiny_params, Images(pixels[:2], list("ab")), local=False)
             assert found[1].local is None and found[1].pooled.shape == (tiny_model.embed_dim,)
-    assert not list(tmp_path.glob("w/images-*"))
+    assert not list(tmp_path.glob("*/images-*"))
 
 
 def test_a_killed_run_loses_at_most_the_row_it_wrote(tiny_model, tiny_params, pixels, tmp_path):
-    with features.session(store=FeatureStore(tmp_path, "w")):
+    with features.session(store=FeatureStore(tmp_path)):
         expected = encode(runs(tiny_model), tiny_params, Images(pixels[:4], list("abcd")))
-    (index,), (rows,) = tmp_path.glob("w/*.index"), tmp_path.glob("w/*.rows")
+    (index,), (rows,) = tmp_path.glob("*/*.index"), tmp_path.glob("*/*.rows")
     whole = index.read_bytes(), rows.read_bytes()
     for index_cut, rows_cut, lost in ((5, 0, {3}), (0, 9, {3}), (66, len(whole[1]) // 2, {2, 3})):
         index.write_bytes(whole[0][: len(whole[0]) - index_cut])
         rows.write_bytes(whole[1][: len(whole[1]) - rows_cut])
-        with features.session(store=FeatureStore(tmp_path, "w")):
+        with features.session(store=FeatureStore(tmp_path)):
             images = Images(pixels[:4], list("abcd"))
             close(encode(runs(tiny_model), tiny_params, images), expected)
             assert set(images.loaded) == lost
@@ -109,7 +114,7 @@ def test_texts_are_encoded_once(tiny_model, tiny_params, tmp_path, monkeypatch):
     tokens[3] = tokens[0]
     plain = runs(tiny_model)
     expected = np.asarray(plain.texts(plain.place(tiny_params), tokens).pooled)
-    with features.session(store=FeatureStore(tmp_path, "w")):
+    with features.session(store=FeatureStore(tmp_path)):
         encoder = runs(tiny_model)
         params = encoder.place(tiny_params)
         np.testing.assert_allclose(encoder.texts(params, tokens[:3]).pooled, expected[:3], atol=1e-5)
@@ -121,7 +126,7 @@ def test_texts_are_encoded_once(tiny_model, tiny_params, tmp_path, monkeypatch):
 
 
 def test_broken_images_are_named_together_and_never_kept(tiny_model, tiny_params, pixels, tmp_path):
-    with features.session(store=FeatureStore(tmp_path, "w")):
+    with features.session(store=FeatureStore(tmp_path)):
         images = Images(pixels, list("abcdefg"), broken=(1, 5))
         with pytest.raises(features.BrokenImages, match=r"2 images cannot be used, .* image b is cut short") as error:
             encode(runs(tiny_model), tiny_params, images)
@@ -133,42 +138,31 @@ def test_broken_images_are_named_together_and_never_kept(tiny_model, tiny_params
 
 def test_bfloat16_rows(tmp_path):
     rows = {"pooled": np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16), "local": np.ones((2, 4), np.float32)}
-    FeatureStore(tmp_path, "w").open("images").add(["a", "b"], rows)
-    found = FeatureStore(tmp_path, "w").open("images").read(["b", "a"])
+    Rows(tmp_path, "images").add(["a", "b"], rows)
+    found = Rows(tmp_path, "images").read(["b", "a"])
     assert found["pooled"].dtype == ml_dtypes.bfloat16
     assert found["pooled"].astype(int).tolist() == [[3, 4, 5], [0, 1, 2]] and found["local"].tolist() == [[1.0] * 4] * 2
 
 
 def test_a_full_disk_ends_no_evaluation(tiny_model, tiny_params, pixels, tmp_path, monkeypatch, caplog):
-    store = FeatureStore(tmp_path, "w")
+    store = FeatureStore(tmp_path)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     with features.session(store=store):
         encoder = runs(tiny_model)
-        monkeypatch.setattr("flair_jax.evaluators.store._Kind.add", full)
+        monkeypatch.setattr("flair_jax.evaluators.store.Rows.add", full)
         assert len(encode(encoder, tiny_params, Images(pixels, list("abcdefg")))) == 7
     assert caplog.text.count("No space left on device") == 1
 
 
 def test_what_a_full_disk_cut_short_is_written_over(tmp_path):
-    kind = FeatureStore(tmp_path, "w").open("images")
+    kind = Rows(tmp_path, "images")
     kind.add(["a"], {"pooled": np.zeros((1, 3), np.float32)})
-    (index,), (data,) = tmp_path.glob("w/*.index"), tmp_path.glob("w/*.rows")
-    for path in (index, data):
+    for path in (tmp_path / "images-00000.index", tmp_path / "images-00000.rows"):
         with path.open("ab") as file:
             file.write(b"half a row")
     kind.add(["b"], {"pooled": np.ones((1, 3), np.float32)})
-    for opened in (kind, FeatureStore(tmp_path, "w").open("images")):
+    for opened in (kind, Rows(tmp_path, "images")):
         assert opened.read(["b", "a"])["pooled"].tolist() == [[1.0] * 3, [0.0] * 3]
-
-
-def test_fingerprints(tiny_params):
-    model = {"name": "flair", "vision": {"image_size": (64, 64)}}
-    same = fingerprint(jax.tree.map(np.array, tiny_params), {"vision": {"image_size": (64, 64)}, "name": "flair"})
-    assert fingerprint(tiny_params, model) == same
-    changed = jax.tree.map(np.array, tiny_params)
-    changed["logit_scale"] = changed["logit_scale"] + 1
-    assert fingerprint(changed, model) != same
-    assert fingerprint(tiny_params, {**model, "dtype": "bfloat16"}) != same

@@ -45,13 +45,17 @@ class Picture:
     Attributes:
       path: the file.
       offset, size: of the bytes in the file; size None: to the end.
-      box: left, top, right, bottom in pixels; what the image is cropped to after decoding. None: all of it.
+      box: left, top, right, bottom in pixels; what the image is cropped to after decoding, black where the box leaves
+        the image, as Pillow does and so the suites that crop. None: all of it.
+      box_in: width and height of the image that the box is measured in, of which this one may be a resized copy. None:
+        of this one.
     """
 
     path: str
     offset: int = 0
     size: int | None = None
     box: tuple[float, float, float, float] | None = None
+    box_in: tuple[int, int] | None = None
 
     def exists(self) -> bool:
         return _state(self.path) is not None
@@ -65,7 +69,7 @@ class Picture:
         state = _state(self.path)
         if state is None:
             raise FileNotFoundError(f"{self.path}: no such image")
-        return repr((os.path.abspath(self.path), state, self.offset, self.size, self.box))
+        return repr((os.path.abspath(self.path), state, self.offset, self.size, self.box, self.box_in))
 
     def read(self) -> bytes:
         """
@@ -86,7 +90,32 @@ class Picture:
             image = image_rules.decode(self.read())
         except image_rules.ImageError as error:
             raise image_rules.ImageError(f"{self.path}: {error}") from error
-        return image if self.box is None else image.crop(tuple(round(side) for side in self.box))
+        if self.box is None:
+            return image
+        scale = 1.0, 1.0
+        if self.box_in is not None:
+            check_proportions(self.path, image.size, self.box_in)
+            scale = image.width / self.box_in[0], image.height / self.box_in[1]
+        left, top, right, bottom = (round(side * scale[i % 2]) for i, side in enumerate(self.box))
+        if right <= max(left, 0) or bottom <= max(top, 0) or left >= image.width or top >= image.height:
+            raise image_rules.ImageError(f"{self.path}: box {self.box} is outside of its {image.size} pixels, or empty")
+        image_rules.check_pixels((right - left, bottom - top), f"the box {self.box} of {self.path}")
+        return image.crop((left, top, right, bottom))
+
+
+def check_proportions(path: str, found: tuple[int, int], measured: tuple[int, int]) -> None:
+    """Refuses an image that is no resized copy of the one that its boxes were measured in.
+
+    Args:
+      found, measured: width and height. A copy has rounded sides: one pixel is allowed.
+
+    Raises:
+      ImageError: naming the file.
+    """
+    if abs(found[0] * measured[1] - found[1] * measured[0]) > max(*found, *measured):
+        raise image_rules.ImageError(
+            f"{path}: {found[0]} x {found[1]} pixels; its boxes are those of an image of {measured[0]} x {measured[1]}"
+        )
 
 
 @functools.lru_cache(maxsize=1 << 17)
@@ -197,16 +226,22 @@ class Item:
 
     One image and several texts: which texts are right? The first `positives` ones, and each has to beat all others.
     One text and several images: the same the other way round.
-    As many images as texts, two or more: image i belongs to text i (Winoground's text, image and group score).
+    Two images and two texts: image i belongs to text i (Winoground's text, image and group score).
 
     Attributes:
-      group: the part or relation that it counts for, in tables and macro averages.
+      group: the part that it counts for, a path such as "add/add_obj": tables list its parts, and macro averages are
+        taken over them.
+      place: of the right answer among the answers in the release's order; it decides ties where the first one wins.
+      joint: names of items that are also counted together, right if all of them are: (kind, name), such as
+        ("pair", "mug on or under a table").
     """
 
     images: tuple[int, ...]
     texts: tuple[int, ...]
     positives: int = 1
     group: str = ""
+    place: int = 0
+    joint: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,14 +270,15 @@ class Pointing(Data):
 
     Attributes:
       texts, image_of_text: as in `Retrieval`.
-      boxes: N arrays (M, 4), left, top, right, bottom in pixels of the image as it is stored: a hit in any counts.
-      objects: int (N,), annotated objects in the phrase's image, for chance level.
+      boxes: N float arrays (M, 4), left, top, right, bottom in pixels: a hit in any counts.
+      sizes: int (I, 2), width and height of the image that the boxes are measured in. The image at hand may be a
+        resized copy of it.
     """
 
     texts: Sequence[str]
     image_of_text: np.ndarray
     boxes: Sequence[np.ndarray]
-    objects: np.ndarray
+    sizes: np.ndarray
 
     def keep(self, present: np.ndarray) -> Self:
         pictures, number = self._renumbered(present)
@@ -253,7 +289,7 @@ class Pointing(Data):
             texts=[self.texts[text] for text in stay],
             image_of_text=number[self.image_of_text[stay]],
             boxes=[self.boxes[text] for text in stay],
-            objects=self.objects[stay],
+            sizes=self.sizes[present],
         )
 
     def counts(self) -> dict[str, int]:

@@ -52,7 +52,7 @@ class CaptionOptions:
     fields: Sequence[str] = FIELDS
     splitting: str = "every_stop"  # of fields that are one string: a key of SPLITTINGS
     first: int | None = None  # only the first so many sentences are drawn from; None: all
-    count: int = 8  # K, captions an image
+    count: int = 8  # K, captions per image
     min_merged: int = 1  # sentences a caption, at least
     max_merged: int = 3  # at most
     merging: str = "mixed"  # sentences "consecutive" in the record, "scattered" over it, or either by a fair coin
@@ -98,7 +98,16 @@ def split_sentences(text: str) -> list[str]:
     return [piece.strip().strip(" .") for piece in pieces if any(map(str.isalpha, piece))]
 
 
-SPLITTINGS: Mapping[str, Callable[[str], list[str]]] = {"every_stop": split, "sentences": split_sentences}
+def whole(text: str) -> list[str]:
+    """The text itself, stripped, unless nothing is left of it."""
+    return [text.strip()] if text.strip() else []
+
+
+SPLITTINGS: Mapping[str, Callable[[str], list[str]]] = {
+    "every_stop": split,
+    "sentences": split_sentences,
+    "whole": whole,
+}
 MERGINGS = ("mixed", "consecutive", "scattered")
 
 

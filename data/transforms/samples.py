@@ -9,7 +9,7 @@ import numpy as np
 
 from flair_jax.data.sources.base import RecordError, Source
 from flair_jax.data.transforms import captions, fast_images, images, tokenizer
-from flair_jax.data.transforms.base import TEXTS, VALID, Sample, SampleError, Transform, parse
+from flair_jax.data.transforms.base import TEXTS, VALID, Sample, SampleError, Transform
 
 Pixels = Literal["reference", "fast", "device"]
 
@@ -174,23 +174,3 @@ def join_texts(batch: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], 
         return others, joined, None
     everywhere = [valid.get(name, np.ones(array.shape[:2], bool)) for name, array in tokens.items()]
     return others, joined, np.concatenate(everywhere, axis=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadEvaluation:
-    """(index, sample number) -> (key, uint8 (H, W, 3), sentences) or Skipped."""
-
-    source: Source
-    image_size: int | tuple[int, int]
-    fields: Sequence[str]
-    upright: bool = False
-
-    def __call__(self, index: int, number: int) -> tuple[str, np.ndarray, list[str]] | Skipped:
-        try:
-            record = self.source[number]
-            sentences = captions.sentences(parse(record), self.fields)
-            image = images.to_rgb(images.decode(record.image, self.upright))
-            image = images.evaluation_crop(image, self.image_size)
-        except UNUSABLE as error:
-            return Skipped(*self.source.where(number), str(error), index)
-        return record.key, image, sentences

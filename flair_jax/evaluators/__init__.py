@@ -4,8 +4,21 @@ They know a model by its contract alone: `encode_image`, `encode_text`, `score`,
 the methods that they name. They take their data as plain arrays and sequences: reading files is not their business.
 """
 
+from flair_jax.evaluators.choice import Choice, ChoiceSet
+from flair_jax.evaluators.classification import Classification, ClassificationSet
 from flair_jax.evaluators.pointing import Pointing, PointingSet
 from flair_jax.evaluators.retrieval import Retrieval, RetrievalSet
 from flair_jax.evaluators.segmentation import Segmentation, SegmentationSet
 
-__all__ = ["Pointing", "PointingSet", "Retrieval", "RetrievalSet", "Segmentation", "SegmentationSet"]
+__all__ = [
+    "Choice",
+    "ChoiceSet",
+    "Classification",
+    "ClassificationSet",
+    "Pointing",
+    "PointingSet",
+    "Retrieval",
+    "RetrievalSet",
+    "Segmentation",
+    "SegmentationSet",
+]

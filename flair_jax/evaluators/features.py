@@ -32,7 +32,7 @@ THREADS = 16  # that decode images, at most
 
 
 class BrokenImages(ValueError):
-    """Images that cannot be read or decoded; the results of the pass that met them must not be used.
+    """Images that cannot be read or decoded; the results of the pass that found them must not be used.
 
     Attributes:
       reasons: number of the image -> why.
@@ -41,6 +41,17 @@ class BrokenImages(ValueError):
     def __init__(self, reasons: Mapping[int, str]):
         self.reasons = dict(reasons)
         super().__init__(f"{len(reasons)} images cannot be used, the first one: {next(iter(reasons.values()))}")
+
+
+def raise_broken(broken: Mapping[int, str], count: int) -> None:
+    """Raises BrokenImages on every process if one of them met some of `count` images: number -> why."""
+    found = dict(broken)
+    if jax.process_count() > 1:
+        mine = np.isin(np.arange(count), list(broken))
+        for number in np.flatnonzero(multihost_utils.process_allgather(mine).any(0)):
+            found.setdefault(int(number), f"image {number} cannot be read by another process, see its log")
+    if found:
+        raise BrokenImages(dict(sorted(found.items())))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +72,8 @@ _session: contextvars.ContextVar[Session] = contextvars.ContextVar("session")
 
 @contextlib.contextmanager
 def session(**options: Any) -> Iterator[None]:
-    """Encoders that are built in this context take part in `Session(**options)`."""
-    token = _session.set(Session(**options))
+    """Encoders that are built in this context share these options; other options are those of the context around."""
+    token = _session.set(dataclasses.replace(_session.get(Session()), **options))
     try:
         yield
     finally:
@@ -216,7 +227,7 @@ class Encoder:
             return tower(params, jax.tree.map(self.split, batch))
 
     def _rows(self, limit: int, total: int) -> int:
-        """Rows of a batch: as few batches as the limit allows, equally full, on equally many rows a device."""
+        """Rows of a batch: as few batches as the limit allows, equally full, on equally many rows per device."""
         batches = -(-total // limit)
         return -(-total // (batches * self._shards)) * self._shards
 
@@ -245,7 +256,9 @@ class Encoder:
         """
         rows = self._rows(self._image_batch, len(images))
         keys = getattr(images, "keys", None) if self._session.store is not None else None
-        kind = opened = None if keys is None else self._session.store.open("images" if local else "pooled")
+        kind = opened = (
+            None if keys is None else self._session.store.open("images" if local else "pooled", self._model, params)
+        )
         stored = np.array([key in opened for key in keys] if keys is not None else [False] * len(images), bool)
         batches = [
             (group[start : start + rows], known)
@@ -268,7 +281,7 @@ class Encoder:
                 with _without_disk():
                     self._to_store(kind, keys, numbers, features, broken)
             yield numbers, features
-        self._agree_on_broken(broken, len(images))
+        raise_broken(broken, len(images))
 
     def _local_rows(self, rows: int) -> list[int]:
         """The rows of a batch that this process's devices hold."""
@@ -319,15 +332,6 @@ class Encoder:
             rows = {name: np.asarray(shard.data)[picked] for name, shard in zip(arrays, shards, strict=True)}
             kind.add([keys[numbers[row]] for row in sound], rows)
 
-    def _agree_on_broken(self, broken: dict[int, str], count: int) -> None:
-        """Raises BrokenImages on every process if one of them met some."""
-        if jax.process_count() > 1:
-            mine = np.isin(np.arange(count), list(broken))
-            for number in np.flatnonzero(multihost_utils.process_allgather(mine).any(0)):
-                broken.setdefault(int(number), f"image {number} cannot be read by another process, see its log")
-        if broken:
-            raise BrokenImages(dict(sorted(broken.items())))
-
     def texts(self, params: Any, tokens: np.ndarray) -> Any:
         """Encodes texts, int32 (N, T), each different one once: equal texts have equal features to the bit.
 
@@ -347,7 +351,7 @@ class Encoder:
         if self._session.store is None:
             blocks, number = self._encode_texts(params, tokens, lengths)
             return self.take(blocks, number[inverse])
-        kind = self._session.store.open("texts")
+        kind = self._session.store.open("texts", self._model, params)
         keys = [row[:length].tobytes().hex() for row, length in zip(tokens.astype(np.int32), lengths, strict=True)]
         stored = np.array([key in kind for key in keys])
         old, new = np.flatnonzero(stored), np.flatnonzero(~stored)
@@ -385,5 +389,5 @@ class Encoder:
         return blocks, number
 
     def take(self, blocks: Sequence[Any], index: np.ndarray) -> Any:
-        """Rows by number out of features that stand one behind the other in `blocks`, whole on every device."""
+        """Rows by number out of features of consecutive `blocks`, whole on every device."""
         return _jit_take(self.whole)(blocks, jax.device_put(index, self.whole))

@@ -11,6 +11,7 @@ process left half-written is cut off when the files are opened again.
 import hashlib
 import json
 import math
+import operator
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -23,13 +24,10 @@ from jax.experimental import multihost_utils
 
 LINE = 65  # bytes of a key in the index: SHA-256 in hexadecimal digits, and the end of the line
 
-# Name -> array (n, …), the same n for all.
-Rows = Mapping[str, np.ndarray]
 
-
-def fingerprint(params: Any, model: Mapping[str, Any]) -> str:
-    """Identifies weights and how they are computed with: parameters, whole on this host, and the `model` section."""
-    digest = hashlib.sha256(json.dumps(model, sort_keys=True, default=list).encode())
+def fingerprint(model: Any, params: Any) -> str:
+    """Identifies features: by the model, with how it computes, and its parameters, whole on this host."""
+    digest = hashlib.sha256(repr(model).encode())
     for path, leaf in jax.tree.leaves_with_path(params):
         array = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
@@ -38,27 +36,36 @@ def fingerprint(params: Any, model: Mapping[str, Any]) -> str:
 
 
 class FeatureStore:
-    """Rows of features by key, for one set of weights.
+    """Rows of features by key, for each set of weights.
 
     Args:
-      folder: of all stores, on a local or shared file system.
-      weights: from `fingerprint`.
+      folder: on a local or shared file system; made if need be.
     """
 
-    def __init__(self, folder: str | os.PathLike, weights: str):
-        self._folder = pathlib.Path(folder) / weights
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._kinds: dict[str, _Kind] = {}
+    def __init__(self, folder: str | os.PathLike):
+        self._folder = pathlib.Path(folder)
+        self._weights: list[tuple[Any, list[Any], str]] = []  # model, leaves of its parameters, their fingerprint
 
-    def open(self, kind: str) -> "_Kind":
+    def open(self, kind: str, model: Any, params: Any) -> "Rows":
         """The rows of a kind, such as "images", as they are on disk now; every process takes part."""
+        folder = self._folder / self._fingerprint(model, params)
+        folder.mkdir(parents=True, exist_ok=True)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"features of {kind} are written")
-        self._kinds[kind] = _Kind(self._folder, kind)
-        return self._kinds[kind]
+        return Rows(folder, kind)
+
+    def _fingerprint(self, model: Any, params: Any) -> str:
+        """Computed once for all evaluators that are given the very same arrays."""
+        leaves = jax.tree.leaves(params)
+        for known, arrays, found in self._weights:
+            if known == model and len(arrays) == len(leaves) and all(map(operator.is_, arrays, leaves)):
+                return found
+        found = fingerprint(model, params)
+        self._weights.append((model, leaves, found))
+        return found
 
 
-class _Kind:
+class Rows:
     """The rows of one kind. What other processes append later is seen by the next `FeatureStore.open`."""
 
     def __init__(self, folder: pathlib.Path, kind: str):
@@ -93,8 +100,8 @@ class _Kind:
             start = stop
         return fields
 
-    def add(self, keys: Sequence[str], rows: Rows) -> None:
-        """Appends rows; those whose key is there already are left out.
+    def add(self, keys: Sequence[str], rows: Mapping[str, np.ndarray]) -> None:
+        """Appends rows, by name (n, …) with the same n for all; those whose key is there already are left out.
 
         Raises:
           OSError: a file cannot be written, for instance because the disk is full.

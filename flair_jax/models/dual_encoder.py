@@ -1,5 +1,6 @@
 """Two towers, two projections and, if asked for, text-conditioned pooling: FLAIR, CLIP and SigLIP are its configs."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from flair_jax import cpu
+from flair_jax.data.transforms.base import CAPTIONS
 from flair_jax.data.transforms.images import pair
 from flair_jax.models import layers
 from flair_jax.models.pooling import TextConditionedPooling
@@ -56,7 +59,8 @@ class Features:
     """What objectives see of a batch of B images and N texts, N a multiple of B, in image-major order.
 
     `logit_scale`: scalar, as its logarithm. `logit_bias`: scalar, or None where the model has none. `pooling`: None
-    where the model has no text-conditioned pooling.
+    where the model has no text-conditioned pooling. `slots`: (name, count) of the N / B texts of an image in their
+    order, such as (("captions", 1), ("negatives", 3)); (): all are captions.
     """
 
     image: ImageFeatures
@@ -64,6 +68,43 @@ class Features:
     logit_scale: jax.Array
     logit_bias: jax.Array | None = None
     pooling: PoolingFeatures | None = None
+    slots: tuple[tuple[str, int], ...] = flax.struct.field(pytree_node=False, default=())
+
+    def count(self, slot: str) -> int:
+        """Texts an image in a slot, 0 where there is no such slot."""
+        texts = self.text.pooled.shape[0] // self.image.pooled.shape[0]
+        return dict(self.slots or ((CAPTIONS, texts),)).get(slot, 0)
+
+    def in_slot(self, slot: str, x: jax.Array) -> jax.Array:
+        """What a slot has of an array by image and text: (B, N / B, …) -> (B, count, …).
+
+        Raises:
+          ValueError: the batch has other texts than its slots.
+        """
+        if self.slots and sum(count for _, count in self.slots) != x.shape[1]:
+            raise ValueError(f"the batch has {x.shape[1]} texts an image; expected those of the slots {self.slots}")
+        first = sum(count for _, count in itertools.takewhile(lambda entry: entry[0] != slot, self.slots))
+        return x[:, first : first + self.count(slot)]
+
+    def of_slot(self, slot: str) -> "Features":
+        """The same features with the texts of one slot alone; without local text features, which are by row.
+
+        Raises:
+          ValueError: there are no such texts.
+        """
+        if not self.slots and slot == CAPTIONS:
+            return self
+        if not self.count(slot):
+            raise ValueError(f"the batch has no texts in the slot {slot!r}; its slots are {self.slots}")
+
+        images = self.image.pooled.shape[0]
+
+        def take(x):
+            return self.in_slot(slot, x.reshape(images, -1, *x.shape[1:])).reshape(-1, *x.shape[1:])
+
+        text = TextFeatures(take(self.text.pooled), local=None, mask=None)
+        pooling = self.pooling and self.pooling.replace(queries=take(self.pooling.queries))
+        return self.replace(text=text, pooling=pooling, slots=())
 
 
 class DualEncoder(nn.Module):
@@ -175,9 +216,24 @@ class DualEncoder(nn.Module):
         """
         if self.pooling_options is None:
             return self.global_score(image_features, text_features)
-        pooled = self.pooling(text_features.pooled, image_features.local)  # (B, N, D)
-        cosine = jnp.einsum("bnd,nd->bn", layers.normalize(pooled), layers.normalize(text_features.pooled))
+        text = layers.normalize(text_features.pooled)
+        if cpu.alone() and not self.is_initializing():
+            cosine = self._cosine_by_image(image_features, text_features, text)
+        else:
+            pooled = self.pooling(text_features.pooled, image_features.local)  # (B, N, D)
+            cosine = jnp.einsum("bnd,nd->bn", layers.normalize(pooled), text)
         return jnp.exp(self.logit_scale) * cosine
+
+    def _cosine_by_image(self, image: ImageFeatures, text: TextFeatures, normalized: jax.Array) -> jax.Array:
+        """The cosines of `score`, one image after the other: its (N, D) stay in the caches of a CPU."""
+        parts = self._pooling_features(image, text)
+
+        def one(keys_values):
+            keys, values = (x[None] for x in keys_values)
+            pooled = parts.attend(parts.params, parts.queries[None], keys, values)[0]  # (N, D)
+            return jnp.einsum("nd,nd->n", layers.normalize(pooled), normalized)
+
+        return jax.lax.map(one, (parts.keys, parts.values))
 
     def global_score(self, image_features: ImageFeatures, text_features: TextFeatures) -> jax.Array:
         """Scaled cosine of the pooled features, as CLIP ranks: (B, N) float32."""

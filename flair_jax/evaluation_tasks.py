@@ -1,0 +1,320 @@
+"""A task's data as evaluators of a model: pictures become pixels, texts become tokens."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from flax.core import freeze
+
+from flair_jax import initialize
+from flair_jax.data.benchmarks import base, prompts
+from flair_jax.data.benchmarks import segmentation as segmentation_sets
+from flair_jax.data.transforms import images as image_rules
+from flair_jax.data.transforms import windows as text_windows
+from flair_jax.data.transforms.tokenizer import Tokenizer
+from flair_jax.evaluators import (
+    Choice,
+    ChoiceSet,
+    Classification,
+    ClassificationSet,
+    Pointing,
+    PointingSet,
+    Retrieval,
+    RetrievalSet,
+    Segmentation,
+    SegmentationSet,
+)
+from flair_jax.evaluators.features import BrokenImages
+from flair_jax.evaluators.pointing import boxes_after_crop
+from flair_jax.report import Missing
+
+
+class UnusableSet(Exception):
+    """A set that cannot be evaluated: files or images are missing or broken. The others can.
+
+    Attributes:
+      benchmark: its entry in the table.
+      reason: what is missing or wrong.
+      files: those that are not there, relative to the root.
+    """
+
+    def __init__(self, benchmark: base.Benchmark, reason: str, files: Sequence[str] = ()):
+        self.benchmark, self.reason, self.files = benchmark, reason, tuple(files)
+        super().__init__(f"{benchmark.name}: {reason}")
+
+    def missing(self) -> Missing:
+        """Its row in the report."""
+        entry = self.benchmark
+        reason = "" if self.files else self.reason
+        return Missing(entry.task, entry.name, entry.title, self.files, entry.licence, entry.source, reason)
+
+
+class Pixels(Sequence):
+    """Pictures as uint8 pixels (H, W, 3) of one size, by index; decoded when asked for.
+
+    Attributes:
+      keys: for the feature store: a text per picture that identifies its pixels and how they were prepared.
+
+    Args:
+      pictures: of a set.
+      size: height and width.
+      crop: RGB image, size -> pixels; by default the reference's, `images.evaluation_crop`.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[base.Picture],
+        size: tuple[int, int],
+        crop: Callable[[Any, tuple[int, int]], np.ndarray] = image_rules.evaluation_crop,
+    ):
+        self._pictures, self._size, self._crop = pictures, size, crop
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self._pictures), *self._size, 3
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """
+        Raises:
+          ImageError: naming the file. OSError: it cannot be read.
+        """
+        return self._crop(image_rules.to_rgb(self._pictures[index].decode()), self._size)
+
+    @property
+    def keys(self) -> list[str]:
+        return [f"{self._crop.__name__} {self._size} {picture.key()}" for picture in self._pictures]
+
+
+def retrieval(
+    model: nn.Module, benchmark: base.Benchmark, data: base.Retrieval, options: Mapping[str, Any]
+) -> Iterator[Retrieval]:
+    """Retrieval with texts as the model takes them, and in other ways that options ask for, an evaluator for each.
+
+    Options, beside those of `Retrieval`:
+      windows: a way or several of `windows.WAYS`, of what is done with texts that are longer than the context.
+      context_length: evaluates with a longer context, too, of stretched position embeddings; None: no.
+    """
+    options = dict(options)
+    for key in ("windows", "modes", "pooling"):
+        if isinstance(options.get(key), str):
+            options[key] = (options[key],)
+    ways, modes = options.pop("windows", ("truncate",)), options.pop("modes", None)
+    longer = options.pop("context_length", None)
+    pixels = Pixels(data.pictures, model.image_size)
+
+    def evaluator(context_length, way, label, text_tower=None):
+        tokens, rows = text_windows.text_rows(data.texts, context_length, way)
+        rows = None if way == "truncate" else rows
+        known = modes if modes is None or rows is None else [mode for mode in modes if mode != "topk"]
+        texts = RetrievalSet(benchmark.name, pixels, tokens, data.image_of_text, rows, data.texts)
+        return Retrieval(
+            model, texts, preprocess=image_rules.normalize, modes=known, label=label, text_tower=text_tower, **options
+        )
+
+    for way in ways:
+        yield evaluator(model.context_length, way, "" if way == "truncate" else way)
+    if longer is not None and longer > model.context_length:
+        long_model = model.clone(text_options=freeze({**model.text_options, "context_length": longer}))
+        stretch = functools.partial(initialize.stretch_context, length=longer)
+        yield evaluator(longer, "truncate", f"{longer} tokens", (long_model, stretch))
+
+
+def classification(
+    model: nn.Module, benchmark: base.Benchmark, data: base.Classification, options: Mapping[str, Any]
+) -> Iterator[Classification]:
+    """`evaluators.Classification`, with prompts of the set's templates.
+
+    Options besides the evaluator's own:
+      templates: texts with `{c}` for the name of a class; or the name of a set whose templates `prompts` has.
+      names: of each class its name or a list of names, in the order of the labels; or a JSON file with this list.
+      descriptions: a JSON file {class: [description, …]}; prompts are then as in `prompts.from_descriptions`, with
+        templates that a relative clause can follow.
+
+    Raises:
+      ValueError: names, descriptions and classes do not fit together, or a template has no `{c}`.
+    """
+    options = dict(options)
+    templates, names, descriptions = (options.pop(key, None) for key in ("templates", "names", "descriptions"))
+    classes = data.classes
+    if names is not None:
+        classes = prompts.read_names(names) if isinstance(names, str) else prompts.as_classes(names)
+    if len(classes) != len(data.classes):
+        raise ValueError(f"{benchmark.name}: {len(classes)} names for {len(data.classes)} classes")
+    if isinstance(templates, str):
+        templates = (templates,) if prompts.SLOT in templates else prompts.templates(templates)
+    if descriptions is None:
+        texts = prompts.from_templates(classes, templates or data.templates)
+    else:
+        described = prompts.read_descriptions(descriptions)
+        texts = prompts.from_descriptions(classes, described, templates or prompts.DESCRIBED)
+    if isinstance(options.get("modes"), str):
+        options["modes"] = (options["modes"],)
+    tokens = Tokenizer(model.context_length)([text for own in texts for text in own])
+    owner = np.repeat(np.arange(len(classes)), [len(own) for own in texts])
+    titles = [names[0] for names in classes]
+    pixels = Pixels(data.pictures, model.image_size)
+    found = ClassificationSet(benchmark.name, titles, pixels, data.labels, tokens, owner)
+    yield Classification(model, found, preprocess=image_rules.normalize, **options)
+
+
+class SizedPixels(Pixels):
+    """Pixels of images that boxes were measured in; images of other proportions are refused.
+
+    Args:
+      sizes: int (I, 2), width and height of each image where its boxes were measured.
+    """
+
+    def __init__(self, pictures: Sequence[base.Picture], sizes: np.ndarray, size: tuple[int, int]):
+        super().__init__(pictures, size)
+        self._sizes = sizes
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        picture = self._pictures[index]
+        image = picture.decode()
+        base.check_proportions(picture.path, image.size, tuple(int(side) for side in self._sizes[index]))
+        return self._crop(image_rules.to_rgb(image), self._size)
+
+
+def choice(model: nn.Module, benchmark: base.Benchmark, data: base.Choice, options: Mapping[str, Any]) -> Iterator[Any]:
+    """Which of some texts or images is right.
+
+    Raises:
+      UnusableSet: no item has all its images.
+    """
+    if not data.items:
+        raise UnusableSet(benchmark, "no item has all its images")
+    pixels = Pixels(data.pictures, image_rules.pair(model.image_size))
+    tokens = Tokenizer(model.context_length)(data.texts)
+    yield Choice(
+        model,
+        ChoiceSet(benchmark.name, pixels, tokens, data.items, data.texts),
+        preprocess=image_rules.normalize,
+        **options,
+    )
+
+
+def pointing(
+    model: nn.Module, benchmark: base.Benchmark, data: base.Pointing, options: Mapping[str, Any]
+) -> Iterator[Any]:
+    """Where phrases point. Those of which the evaluation's crop leaves nothing to hit are left out, and counted.
+
+    Raises:
+      UnusableSet: no phrase is left.
+    """
+    size = image_rules.pair(model.image_size)
+    boxes = [
+        boxes_after_crop(own, data.sizes[image], size)
+        for own, image in zip(data.boxes, data.image_of_text, strict=True)
+    ]
+    seen = np.array([len(own) > 0 for own in boxes])
+    if not seen.any():
+        raise UnusableSet(benchmark, f"the crop to {size[0]} x {size[1]} pixels cuts all boxes away")
+    texts = [text for text, visible in zip(data.texts, seen, strict=True) if visible]
+    boxes = [own for own in boxes if len(own)]
+    owners = data.image_of_text[seen]
+    # The objects of an image are those that its phrases name.
+    objects = np.array([len(np.unique(np.concatenate(rows), axis=0)) for rows in _grouped(boxes, owners)])
+    yield Pointing(
+        model,
+        PointingSet(
+            benchmark.name,
+            SizedPixels(data.pictures, data.sizes, size),
+            Tokenizer(model.context_length)(texts),
+            owners,
+            boxes,
+            objects[np.unique(owners, return_inverse=True)[1]],
+            texts,
+            int((~seen).sum()),
+        ),
+        preprocess=image_rules.normalize,
+        **options,
+    )
+
+
+def _grouped(rows: Sequence[Any], owners: np.ndarray) -> list[list[Any]]:
+    """The rows of each owner, owners in ascending order."""
+    found: dict[int, list[Any]] = {int(owner): [] for owner in np.unique(owners)}
+    for row, owner in zip(rows, owners, strict=True):
+        found[int(owner)].append(row)
+    return list(found.values())
+
+
+def segmentation(
+    model: nn.Module, benchmark: base.Benchmark, data: base.Segmentation, options: Mapping[str, Any]
+) -> Iterator[Segmentation]:
+    """Zero-shot segmentation of pictures of any size.
+
+    Args:
+      options: of `evaluators.Segmentation`, and
+        classes: lines with the name or names of a class, see `segmentation_sets.parse_classes`, or a file of such
+            lines, in place of the set's own.
+        templates: prompts in which `{c}` is the name, or a file of such lines; None: the 80 of ImageNet.
+
+    Raises:
+      ValueError: another number of classes than the set has, or a template without `{c}`.
+    """
+    options = {"short_side": 1.5, **options}
+    classes, templates = (_lines(options.pop(name, None)) for name in ("classes", "templates"))
+    classes = data.classes if classes is None else segmentation_sets.parse_classes(classes)
+    if len(classes) != len(data.classes):
+        raise ValueError(f"{benchmark.name}: names of {len(classes)} classes; the set has {len(data.classes)}")
+    templates = prompts.templates("imagenet1k") if templates is None else templates
+    names = [(name,) for synonyms in classes for name in synonyms]
+    texts = [text for own in prompts.from_templates(names, templates) for text in own]
+    yield Segmentation(
+        model,
+        SegmentationSet(
+            benchmark.name,
+            ["background" if number == data.background else names[0] for number, names in enumerate(classes)],
+            Pixels(data.pictures, model.image_size, _as_stored),
+            data.masks,
+            Tokenizer(model.context_length)(texts),
+            np.repeat(np.arange(len(names)), len(templates)),
+            class_of_query=np.repeat(np.arange(len(classes)), [len(synonyms) for synonyms in classes]),
+            sizes=_sizes(data.pictures),
+            background=data.background,
+        ),
+        preprocess=image_rules.normalize,
+        **options,
+    )
+
+
+def _lines(option: str | Sequence[str] | None) -> Sequence[str] | None:
+    """Lines of text, or those of the file that is named."""
+    return base.read_text(pathlib.Path(option)).splitlines() if isinstance(option, str) else option
+
+
+def _sizes(pictures: Sequence[base.Picture]) -> np.ndarray:
+    """Height and width of each picture, int (I, 2), from their headers. Raises BrokenImages."""
+    sizes, broken = np.zeros((len(pictures), 2), int), {}
+    for number, picture in enumerate(pictures):
+        try:
+            sizes[number] = segmentation_sets.image_size(picture)
+        except (image_rules.ImageError, OSError) as error:
+            broken[number] = str(error)
+    if broken:
+        raise BrokenImages(broken)
+    return sizes
+
+
+def _as_stored(image: Any, size: tuple[int, int]) -> np.ndarray:
+    """The pixels of the whole picture in its own size."""
+    del size
+    return np.asarray(image)
+
+
+# Task -> (model, set, data, options) -> evaluators.
+Build = Callable[[nn.Module, base.Benchmark, Any, Mapping[str, Any]], Iterator[Any]]
+TASKS: dict[str, Build] = {
+    "retrieval": retrieval,
+    "classification": classification,
+    "segmentation": segmentation,
+    "choice": choice,
+    "pointing": pointing,
+}

@@ -1,0 +1,122 @@
+"""Pictures of choice: accuracy by part beside chance, and wrong decisions with their scores."""
+
+import dataclasses
+import io
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from flair_jax.report import Result
+
+MAX_BARS = 40
+TILE = 160  # width of an image in pixels
+TEXT = 420  # width of the column of texts
+MARGIN, LINE, FONT_SIZE = 8, 16, 12
+RIGHT, WRONG = (0, 110, 40), (180, 0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """An item and how it was scored.
+
+    Attributes:
+      images: the item's, uint8 (H, W, 3). texts: the item's. scores: (images, texts). positives, group: the item's.
+    """
+
+    images: Sequence[np.ndarray]
+    texts: Sequence[str]
+    scores: np.ndarray
+    positives: int
+    group: str
+
+
+def bars(results: Sequence[Result]) -> Image.Image:
+    """Horizontal bars for every part of a set, one per mode, with a mark at chance.
+
+    Args:
+      results: of one set, as `Choice` yields them: metrics `<name>` and `<name>/<part>`, and mode "chance". Of the
+        metrics that have parts the first one is drawn, or all metrics of the whole set if there are none.
+    """
+    values = {(result.metric, result.mode): result.value for result in results}
+    modes = list(dict.fromkeys(result.mode for result in results if result.mode != "chance"))
+    metrics = list(dict.fromkeys(result.metric for result in results))
+    first = next((name for name in metrics if any(other.startswith(f"{name}/") for other in metrics)), None)
+    chosen = metrics if first is None else [m for m in metrics if m == first or m.startswith(f"{first}/")]
+    chosen = chosen[:MAX_BARS]
+    figure = Figure(figsize=(7, 1.2 + 0.22 * len(chosen) * max(1, len(modes))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    height = 0.8 / max(1, len(modes))
+    rows = np.arange(len(chosen))
+    for number, mode in enumerate(modes):
+        axes.barh(rows + number * height, [values[metric, mode] for metric in chosen], height, label=mode)
+    chance = [values[metric, "chance"] for metric in chosen]
+    axes.vlines(chance, rows - height / 2, rows - height / 2 + 0.8, colors="black", linestyles="dashed", label="chance")
+    labels = [metric.removeprefix(f"{first}/") if first else metric for metric in chosen]
+    axes.set_yticks(rows + 0.4 - height / 2, labels, fontsize=8)
+    axes.set(xlim=(0, 1), xlabel=first or "score", title=results[0].set)
+    axes.invert_yaxis()
+    axes.legend(loc="lower right", fontsize=8)
+    return _image(figure)
+
+
+def _image(figure: Figure) -> Image.Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return Image.open(buffer).convert("RGB")
+
+
+def sheet(decisions: Sequence[Decision]) -> Image.Image:
+    """One row per decision: its images, and its texts with their scores, right answers green, wrong ones red."""
+    rows = [_row(decision) for decision in decisions]
+    page = Image.new("RGB", (max(row.width for row in rows), sum(row.height + MARGIN for row in rows)), "white")
+    top = 0
+    for row in rows:
+        page.paste(row, (0, top))
+        top += row.height + MARGIN
+    return page
+
+
+def _row(decision: Decision) -> Image.Image:
+    tiles = [Image.fromarray(_pixels(image)) for image in decision.images]
+    tiles = [tile.resize((TILE, max(1, tile.height * TILE // tile.width))) for tile in tiles]
+    lines = _lines(decision)
+    height = max(max(tile.height for tile in tiles) + LINE, LINE * len(lines)) + MARGIN
+    row = Image.new("RGB", ((TILE + MARGIN) * len(tiles) + TEXT + 2 * MARGIN, height), "white")
+    draw, font = ImageDraw.Draw(row), ImageFont.load_default(FONT_SIZE)
+    for number, tile in enumerate(tiles):
+        row.paste(tile, (MARGIN + number * (TILE + MARGIN), MARGIN))
+        if len(tiles) > 1 and len(decision.texts) == 1:
+            label, colour = f"{decision.scores[number, 0]:.3f}", RIGHT if number < decision.positives else WRONG
+        else:
+            label, colour = f"image {number}" if len(tiles) > 1 else "", "black"
+        draw.text((MARGIN + number * (TILE + MARGIN), MARGIN + tile.height), label, fill=colour, font=font)
+    left = MARGIN + len(tiles) * (TILE + MARGIN)
+    for number, (line, colour) in enumerate(lines):
+        draw.text((left, MARGIN + number * LINE), line, fill=colour, font=font)
+    return row
+
+
+def _lines(decision: Decision) -> list[tuple[str, object]]:
+    """Lines of text with their colours."""
+    columns = int(TEXT / ImageFont.load_default(FONT_SIZE).getlength("n"))
+    lines = [(decision.group, "black")] if decision.group else []
+    for number, text in enumerate(decision.texts):
+        if len(decision.texts) == 1:
+            label, colour = text, "black"
+        elif len(decision.images) == 1:
+            label = f"{decision.scores[0, number]:.3f}  {text}"
+            colour = RIGHT if number < decision.positives else WRONG
+        else:
+            label = f"{decision.scores[0, number]:.3f} / {decision.scores[1, number]:.3f}  text {number}: {text}"
+            colour = "black"
+        lines += [(line, colour) for line in textwrap.wrap(label, columns)]
+    return lines
+
+
+def _pixels(image: np.ndarray) -> np.ndarray:
+    return image if image.dtype == np.uint8 else np.uint8(np.clip(image, 0, 1) * 255)

@@ -1,0 +1,162 @@
+"""Public sets in an evaluation: what is missing or broken is said, counted, and left out if that is allowed."""
+
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flair_jax import config as configuration
+from flair_jax import evaluate, evaluation_sets, evaluation_tasks
+from flair_jax.data.benchmarks import base, table
+from flair_jax.evaluators.features import BrokenImages
+from flair_jax.report import Result
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+class Loads:
+    """An evaluator that loads every image and reports how many; images that do not load are broken."""
+
+    def __init__(self, model, benchmark, data, options):
+        self.name, self.data = benchmark.name, data
+        self.pixels = evaluation_tasks.Pixels(data.pictures, (8, 8))
+
+    def run(self, params):
+        broken = {}
+        for number in range(len(self.pixels)):
+            try:
+                assert self.pixels[number].shape == (8, 8, 3)
+            except evaluation_tasks.image_rules.ImageError as error:
+                broken[number] = str(error)
+        if broken:
+            raise BrokenImages(broken)
+        yield Result("retrieval", self.name, "images", float(len(self.pixels)))
+        yield Result("retrieval", self.name, "texts", float(len(self.data.texts)))
+
+    def figures(self, params):
+        yield "first", Image.new("RGB", (2, 2))
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Three sets of three colours each, `whole`, `gaps` and `absent`, of which the last has no folder."""
+
+    def entry(name):
+        def read(root):
+            folder = base.find(root, name)
+            pictures = [base.inside(folder, f"{colour}.png", folder) for colour in COLOURS]
+            return base.Retrieval(pictures, ["a", "b", "c", "d"], np.array([0, 1, 2, 2]))
+
+        return base.Benchmark(name, "retrieval", name, (base.File(name),), read, "CC0", f"https://sets/{name}")
+
+    sets = {name: entry(name) for name in ("whole", "gaps", "absent")}
+    monkeypatch.setattr(table, "ALL", sets)
+    monkeypatch.setitem(evaluation_tasks.TASKS, "retrieval", lambda *arguments: iter([Loads(*arguments)]))
+    for name in ("whole", "gaps"):
+        (tmp_path / name).mkdir()
+        for colour, pixel in COLOURS.items():
+            Image.new("RGB", (10, 12), pixel).save(tmp_path / name / f"{colour}.png")
+    base._state.cache_clear()
+    return tmp_path
+
+
+def run(root, **options):
+    """(results by name, reasons by set) of all sets."""
+    results, reasons = {}, {}
+    for evaluator in evaluation_sets.evaluators(types.SimpleNamespace(), "public", root=str(root), **options):
+        if isinstance(evaluator, evaluation_tasks.UnusableSet):
+            reasons[evaluator.benchmark.name] = evaluator.reason
+            continue
+        try:
+            results |= {result.name: result.value for result in evaluator.run({})}
+        except evaluation_tasks.UnusableSet as unusable:
+            reasons[unusable.benchmark.name] = unusable.reason
+    return results, reasons
+
+
+def test_what_is_missing_is_said_at_once_and_the_rest_runs(root, caplog):
+    (root / "gaps" / "green.png").unlink()
+    results, reasons = run(root)
+    assert results == {"retrieval/whole/images": 3, "retrieval/whole/texts": 4}
+    assert reasons.keys() == {"gaps", "absent"}
+    assert "1 of 3 images are missing, such as " in reasons["gaps"] and "green.png" in reasons["gaps"]
+    assert "allow_missing=True" in reasons["gaps"]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "2 of 3 sets cannot be evaluated" in message
+    assert "https://sets/gaps" in message and "not found: absent" in message and "CC0" in message
+
+
+def test_missing_and_broken_images_are_left_out_if_allowed(root):
+    (root / "gaps" / "green.png").unlink()
+    (root / "gaps" / "blue.png").write_bytes(b"no image")
+    (evaluator,) = [
+        evaluator
+        for evaluator in evaluation_sets.evaluators(None, "public", root=str(root), sets=("gaps",), allow_missing=True)
+    ]
+    results = {result.metric: result.value for result in evaluator.run({})}
+    assert results == {"images": 1, "texts": 1}
+    assert evaluator.left_out == {"missing": 1, "broken": 1}
+    assert [title for title, _ in evaluator.figures({})] == ["first"]
+
+
+def test_broken_images_are_refused_with_their_count(root):
+    for colour in ("red", "blue"):
+        (root / "gaps" / f"{colour}.png").write_bytes(b"no image")
+    results, reasons = run(root, sets=("gaps", "whole"))
+    assert results["retrieval/whole/images"] == 3
+    assert reasons["gaps"].startswith("2 of 3 images are broken, such as ") and "red.png" in reasons["gaps"]
+    for colour in COLOURS:
+        (root / "gaps" / f"{colour}.png").write_bytes(b"no image")
+    assert run(root, sets=("gaps",), allow_missing=True)[1]["gaps"].startswith("3 of 3 images are broken")
+
+
+def test_selection(root):
+    assert [benchmark.name for benchmark in table.select(("g*", "whole"))] == ["whole", "gaps"]
+    with pytest.raises(ValueError, match=r"no evaluation set is called 'coko'; there are whole, gaps, absent"):
+        table.select(("coko",))
+
+
+def test_pictures(tmp_path):
+    image = Image.new("RGB", (6, 4), (255, 0, 0))
+    image.paste((0, 0, 255), (3, 0, 6, 4))
+    image.save(tmp_path / "a.png")
+    picture = base.inside(tmp_path, "a.png", tmp_path / "list.json")
+    assert np.asarray(picture.decode()).shape == (4, 6, 3)
+    right = base.Picture(picture.path, box=(3, 0, 6, 4)).decode()
+    assert np.unique(np.asarray(right).reshape(-1, 3), axis=0).tolist() == [[0, 0, 255]]
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.tar").write_bytes(b"head" + content + b"tail")
+    inside = base.Picture(str(tmp_path / "b.tar"), offset=4, size=len(content))
+    assert np.array_equal(np.asarray(inside.decode()), np.asarray(picture.decode()))
+    assert len({picture.key(), inside.key(), base.Picture(picture.path, box=(0, 0, 1, 1)).key()}) == 3
+    for name in ("../a.png", "/a.png", "", None, 3, "b/../../a.png"):
+        with pytest.raises(base.AnnotationError, match=r"list\.json: image name"):
+            base.inside(tmp_path, name, tmp_path / "list.json")
+
+
+def test_each_evaluator_has_a_cadence():
+    config = configuration.read("scenes", ["--config.eval_every=4", "--config.evaluators.late.every=6"])
+    config["evaluators"]["never"] = {"kind": "scenes", "every": 0}
+    assert [sorted(evaluate.due(config, step)) for step in (2, 4, 6, 12)] == [
+        [],
+        ["scenes"],
+        ["late"],
+        ["late", "scenes"],
+    ]
+
+
+def test_options_of_public_sets_are_checked():
+    config = configuration.read("eval_all", ["--config.data_root=/data", "--config.evaluators.public.sets=coco_*"])
+    ((kind, options),) = evaluate.sections(config).values()
+    assert kind == "benchmarks" and options["sets"] == ("coco_*",) and options["root"] == "/data"
+    config["evaluators"]["public"]["modus"] = "flair"
+    with pytest.raises(ValueError, match=r"evaluators\.public of kind 'benchmarks' has no \['modus'\]"):
+        evaluate.sections(config)
+    with pytest.raises(FileNotFoundError, match=r"config\.data_root is '/no/such'"):
+        evaluate.check(configuration.read("eval_all", ["--config.data_root=/no/such"]))
+    with pytest.raises(FileNotFoundError, match=r"config\.data_root is None"):
+        evaluate.check(configuration.read("eval_all"))
+    with pytest.raises(ValueError, match="no evaluation set is called 'coko'"):
+        arguments = ["--config.data_root=/", "--config.evaluators.public.sets=coko"]
+        evaluate.check(configuration.read("eval_all", arguments))
