@@ -224,6 +224,8 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"config.profile_steps is {profile}; expected the first and the last, such as (10, 12)")
     if config["lora"] is not None:
         LoraOptions.of(config["lora"])
+    if lacking := [tower for tower in ("vision", "text") if config["model"][tower] is None]:
+        raise ValueError(f"config.model.{lacking[0]} is None: a tower alone is neither trained nor evaluated")
     if config["model"].get("micro_batches", 1) < 1:
         raise ValueError(f"config.model.micro_batches is {config['model']['micro_batches']}; expected 1 or more")
     if config["model"]["text"]["vocab_size"] < VOCAB_SIZE:

@@ -231,8 +231,9 @@ def initial_weights(config: Mapping[str, Any], fresh: Any) -> Any:
     """
     if not config["init_partial"]:
         return pretrained.read(config["init_from"], config["model"])[0]
-    loaded, section = pretrained.read(config["init_from"])
-    grids = (grid(model["vision"]["image_size"], model["vision"]["patch_size"]) for model in (config["model"], section))
+    loaded, section = pretrained.read(config["init_from"], gelu=config["model"].get("gelu", "exact"))
+    towers = (model["vision"] for model in (config["model"], section))
+    grids = (None if tower is None else grid(tower["image_size"], tower["patch_size"]) for tower in towers)
     params, origins = initialize.combine(fresh, loaded, *grids)
     if jax.process_index() == 0:
         print(f"{config['init_from']}: {initialize.table(origins)}", flush=True)

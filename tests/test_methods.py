@@ -124,7 +124,7 @@ def test_names_go_both_ways(name):
     model = models.create(section(name))
     params = fresh_params(model)
     weights = names.to_torch(params, name)
-    assert names.recognize(weights) == name
+    assert names.recognize(weights).model == name
     assert ("logit_bias" in weights) == (name == "siglip") and weights["visual.proj"].shape == (96, 64)
     back = names.to_flax(weights, name, section(name))
     jax.tree.map(np.testing.assert_array_equal, back, params)
