@@ -60,10 +60,10 @@ def read(
     folder = epath.Path(path).expanduser()
     if not folder.exists():
         raise FileNotFoundError(f"{path}: no such file or work directory")
-    if folder.suffix == ".safetensors" and lora_files.is_lora(folder):
+    if not folder.is_dir() and lora_files.is_lora(folder):
         raise ValueError(
-            f"{path} holds LoRA's changes alone; flair_jax.load({str(path)!r}, pretrained=PATH) adds them to the weights "
-            "that they are of"
+            f"{path} holds LoRA's changes alone; flair_jax.load({str(path)!r}, pretrained=PATH) adds them to the "
+            "weights that they are of"
         )
     has_checkpoints = (folder / "checkpoints").is_dir()
     if not folder.is_dir() or (not has_checkpoints and hugging_face.is_folder(folder)):
