@@ -222,10 +222,10 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"config.ema_decay is {config['ema_decay']}; expected a share between 0 and 1, such as 0.9999")
     if (profile := config["profile_steps"]) and (len(profile) != 2 or not 0 <= profile[0] <= profile[1]):
         raise ValueError(f"config.profile_steps is {profile}; expected the first and the last, such as (10, 12)")
-    if lacking := [tower for tower in ("vision", "text") if config["model"][tower] is None]:
-        raise ValueError(f"config.model.{lacking[0]} is None: a tower alone is neither trained nor evaluated")
     if config["lora"] is not None:
         LoraOptions.of(config["lora"])
+    if lacking := [tower for tower in ("vision", "text") if config["model"][tower] is None]:
+        raise ValueError(f"config.model.{lacking[0]} is None: a tower alone is neither trained nor evaluated")
     if config["model"].get("micro_batches", 1) < 1:
         raise ValueError(f"config.model.micro_batches is {config['model']['micro_batches']}; expected 1 or more")
     if config["model"]["text"]["vocab_size"] < VOCAB_SIZE:

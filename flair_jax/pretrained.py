@@ -28,8 +28,8 @@ IMAGE_BATCH, TEXT_BATCH = 64, 512  # images, rows of texts
 def read(
     path: str | os.PathLike,
     model: Mapping[str, Any] | None = None,
-    *,
     gelu: str | None = None,
+    *,
     lora_scale: float = 1.0,
 ) -> tuple[Any, dict[str, Any]]:
     """Reads parameters from wherever they are.
@@ -60,12 +60,12 @@ def read(
     folder = epath.Path(path).expanduser()
     if not folder.exists():
         raise FileNotFoundError(f"{path}: no such file or work directory")
-    has_checkpoints = (folder / "checkpoints").is_dir()
-    if folder.suffix == ".safetensors" and not folder.is_dir() and lora_files.is_lora(folder):
+    if not folder.is_dir() and lora_files.is_lora(folder):
         raise ValueError(
             f"{path} holds LoRA's changes alone; flair_jax.load({str(path)!r}, pretrained=PATH) adds them to the "
             "weights that they are of"
         )
+    has_checkpoints = (folder / "checkpoints").is_dir()
     if not folder.is_dir() or (not has_checkpoints and hugging_face.is_folder(folder)):
         params, found = flax_files.load(folder, given, gelu)
         return params, normalize(found)
@@ -120,15 +120,15 @@ def read_fine_tuned(
         raise ValueError(f"wise_ft is {wise_ft}; expected a share of the way, 0 <= wise_ft <= 1")
     path = epath.Path(path).expanduser()
     if path.is_dir() and _is_lora_run(path):
-        return read(path, model, gelu=gelu, lora_scale=wise_ft)
+        return read(path, model, gelu, lora_scale=wise_ft)
     if pretrained is None:
         raise ValueError(f"{path} needs the weights that were fine-tuned: give pretrained=PATH")
-    before, found = read(pretrained, model, gelu=gelu)
+    before, found = read(pretrained, model, gelu)
     if not path.is_dir() and lora_files.is_lora(path):
         pairs, section, options = lora_files.read(path)
         flax_files.check_same_model(section, found, path)
         return lora.merge(before, lora.scale(pairs, wise_ft), lora.LoraOptions.of(options)), found
-    after, _ = read(path, found, gelu=gelu)
+    after, _ = read(path, found)
     return lora.interpolate(before, after, wise_ft), found
 
 
@@ -159,7 +159,7 @@ def load(
       pretrained, wise_ft: of fine-tuned weights, see `read_fine_tuned`.
     """
     if pretrained is None and wise_ft == 1.0:
-        params, model = read(path, config, gelu=gelu)
+        params, model = read(path, config, gelu)
     else:
         params, model = read_fine_tuned(path, pretrained, wise_ft, config, gelu)
     return Pretrained(model, params)
