@@ -873,7 +873,7 @@ def test_folders_that_are_damaged(folder, tmp_path, file, content, error, messag
 
 def test_a_file_without_its_config_is_asked_for_it(folder, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(FileNotFoundError, match=r"there is no config\.json beside it"):
+    with pytest.raises(FileNotFoundError, match=r"there is no config\.json beside the weights"):
         flair_jax.load(tmp_path / "model.safetensors")
 
 
