@@ -887,6 +887,42 @@ def test_what_transformers_has_no_class_for_is_not_written(tmp_path):
         hugging_face.config_of(clip)
 
 
+def test_the_command_takes_a_folder_and_writes_other_names(folder, tmp_path, capsys):
+    def run(*arguments):
+        return command.main([str(argument) for argument in arguments]), *capsys.readouterr()
+
+    status, report, _ = run("check", folder)
+    assert status == 0 and "PyTorch names of hugging_face, folder" in report
+    assert "clip, width 20; vision 24 px, patch 8, 2 x 32, 4 heads; text 10 of 60, 3 x 24, 3 heads; " in report
+    assert "no pooling; quick GELU (as config.json says)" in report and "result        good" in report
+    assert run("to-flax", folder, tmp_path / "flax.safetensors")[::2] == (0, "")  # nothing was guessed
+    assert run("to-torch", tmp_path / "flax.safetensors", tmp_path / "a.safetensors", "--layout", "custom_text")[0] == 0
+    params, config = flax_files.load(folder)
+    same(torch_files.read(tmp_path / "a.safetensors"), to_custom_text(names.to_torch(params, "clip")))
+    same(flatten(flax_files.load(tmp_path / "a.safetensors", config, "quick")[0]), flatten(params))
+    for arguments, message in (
+        (("to-hf", folder, tmp_path / "b"), "is a folder; to-hf reads the .safetensors that to-flax writes"),
+        (("to-hf", folder / "model.safetensors", tmp_path / "b"), "to-hf reads what to-flax writes"),
+        (("to-hf", tmp_path / "flax.safetensors", tmp_path / "a.safetensors"), "File exists"),
+    ):
+        status, _, error = run(*arguments)
+        assert status == 1 and message in error
+
+
+@pytest.mark.filterwarnings("ignore:.*cast to float32")
+def test_the_command_takes_an_archive(archive, tmp_path, capsys):
+    weights = golden_weights("quick")
+    (tmp_path / "model.json").write_text(json.dumps(section(weights)))
+    arguments = [str(archive[0]), str(tmp_path / "a.safetensors"), "--model-config", str(tmp_path / "model.json")]
+    assert command.main(["to-flax", *arguments]) == 0
+    half = {name: array.astype(np.float16).astype(np.float32) for name, array in weights.items()}
+    params, config = flax_files.load(tmp_path / "a.safetensors")
+    same(names.to_torch(params, "clip"), half)
+    assert config["gelu"] == "quick"
+    assert command.main(["check", arguments[0]]) == 1  # of these widths there is no published model
+    assert "shapes do not tell the number of heads" in capsys.readouterr().out
+
+
 # -- Towers alone ------------------------------------------------------------------------------------------------------
 
 
