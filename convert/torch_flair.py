@@ -19,7 +19,7 @@ from flair_jax.convert.tables import pair
 
 
 class InputProjection(nn.Module):
-    """Attention's parameters by PyTorch's names, (3W, W) fused in front, the output projection behind."""
+    """Attention's parameters by PyTorch's names, (3W, W) fused, and the output projection."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -111,7 +111,7 @@ class VisionTower(nn.Module):
 class TextConditionedPooling(nn.Module):
     """Pools the patches of an image with a text as the query, in parts that are done once for what they depend on.
 
-    Behind the projected keys and values stands a row of zeros, where a text may look that finds nothing in the image.
+    After the projected keys and values comes a row of zeros: a text that finds nothing in the image can attend to it.
     """
 
     def __init__(self, width: int, heads: int):

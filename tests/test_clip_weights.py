@@ -770,10 +770,10 @@ def test_shards_a_file_and_an_older_file_hold_the_same(folder, tmp_path):
     weights = torch_files.read(folder / "model.safetensors")
     sharded = copy(folder, tmp_path / "sharded")
     (sharded / "model.safetensors").unlink()
-    places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
-    for place in set(places.values()):
-        torch_files.write(sharded / place, {name: a for name, a in weights.items() if places[name] == place})
-    (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    shards = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
+    for shard in set(shards.values()):
+        torch_files.write(sharded / shard, {name: a for name, a in weights.items() if shards[name] == shard})
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     older = copy(folder, tmp_path / "older")
     (older / "model.safetensors").unlink()
     torch.save(
