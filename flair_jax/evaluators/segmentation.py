@@ -583,11 +583,8 @@ class Segmentation:
         """Windows of one size each: height and width, the numbers of the images, and their grids."""
         size = tuple(self._model.image_size)
         if not self._whole_image:
-            yield (
-                size,
-                np.arange(len(self._data.images)),
-                [sliding(x, size, self._short_side) for x in self._data.sizes],
-            )
+            grids = [sliding(x, size, self._short_side) for x in self._data.sizes]
+            yield size, np.arange(len(grids)), grids
             return
         patch = self._model.vision_options["patch_size"]
         grids = [whole(x, min(size), patch, self._short_side) for x in self._data.sizes]
@@ -639,9 +636,9 @@ class Segmentation:
                         continue
                     decide = functools.partial(self._decide, grid=grids[image], window=size, labels=labels, texts=texts)
                     yield number, labels, {mode: decide(x, mode=mode) for mode, x in scores.items()}
-            except BrokenImages as broken:
-                reasons = {int(numbers[windows.image_of(window)]): why for window, why in broken.reasons.items()}
-                raise BrokenImages(reasons) from broken
+            except BrokenImages as error:
+                reasons = {int(numbers[windows.image_of(window)]): why for window, why in error.reasons.items()}
+                raise BrokenImages(reasons) from error
 
     def _scores(
         self, model: nn.Module, params: Any, windows: Windows, queries: tuple[Any, jax.Array]
@@ -683,12 +680,9 @@ class Segmentation:
         scores = scores.reshape(len(scores), len(grid.tops) * patches[0], -1)
         # Numbers of windows differ from image to image: padded, so that the program is compiled for few of them.
         steps = [side * (WINDOWS if len(start) > 1 else 1) for side, start in zip(patches, starts, strict=True)]
-        rows, columns = (
-            _padded(stitching(*axis), out, step)
-            for *axis, out, step in zip(
-                grid.size, window, starts, patches, labels.shape, (ROWS, COLUMNS), steps, strict=True
-            )
-        )
+        axes = zip(grid.size, window, starts, patches, labels.shape, strict=True)
+        rows, columns = (stitching(*axis) for axis in axes)
+        rows, columns = _padded(rows, ROWS, steps[0]), _padded(columns, COLUMNS, steps[1])
         scores = np.pad(scores, [(0, 0), *((0, -n % step) for n, step in zip(scores.shape[1:], steps, strict=True))])
         repeated = None if len(scores) == len(texts) else texts
         owner = self._data.class_of_query.astype(np.int32)
