@@ -372,25 +372,39 @@ def _decide(
       shares: whether a query's probability is its share of the sum of scores, instead of their softmax.
       background, temperature, threshold, area: see `Segmentation`.
     """
-    owner = class_of_query[:, None, None]
+    # The background comes first, so that it is seen whether it is among the classes that share the best score.
+    owner = class_of_query if background is None else jnp.where(class_of_query == background, -1, class_of_query)
     blocks = rows.reshape(-1, BLOCK, rows.shape[1])
 
+    def better(one, other):
+        """Of two queries' scores, the larger one, and the first and the last class that has it."""
+        (a, a_first, a_last), (b, b_first, b_last) = one, other
+        first, last = jnp.minimum(a_first, b_first), jnp.maximum(a_last, b_last)
+        return (
+            jnp.maximum(a, b),
+            jnp.where(a > b, a_first, jnp.where(a < b, b_first, first)),
+            jnp.where(a > b, a_last, jnp.where(a < b, b_last, last)),
+        )
+
     def best(allowed):
-        """The best class of the `allowed` ones, bool (C,), and its probability among all."""
+        """The best class of the `allowed` ones, bool (C,) or None for all, and its probability among all."""
 
         def block(part):
             values = jnp.einsum("yk,qkl->qyl", part, scores, precision="highest")
             values = jnp.einsum("qyl,xl->qyx", values, columns, precision="highest")
             if texts is not None:
                 values = values[texts]  # here, so that equal texts have equal scores to the bit
-            candidates = jnp.where(allowed[owner], values, -jnp.inf)
-            top = candidates.max(0)
-            wins = candidates == top
-            first, last = jnp.where(wins, owner, classes).min(0), jnp.where(wins, owner, -1).max(0)
+            candidates = values
+            if allowed is not None:
+                candidates = jnp.where(allowed[class_of_query][:, None, None], values, -jnp.inf)
+            owners = jnp.broadcast_to(owner[:, None, None], values.shape)
+            start = jnp.float32(-jnp.inf), jnp.int32(classes), jnp.int32(-2)
+            # One pass over the scores, in place of one each for the maximum and the classes that have it.
+            top, first, last = jax.lax.reduce((candidates, owners, owners), start, better, (0,))
             chosen = jnp.where(first == last, first, UNDECIDED)
             if background is None:
                 return chosen, top
-            chosen = jnp.where((wins & (owner == background)).any(0), background, chosen)
+            chosen = jnp.where(first == -1, background, chosen)
             if shares:
                 likely = top / jnp.maximum(values.sum(0), jnp.finfo(values.dtype).tiny)
             else:
@@ -400,7 +414,7 @@ def _decide(
         chosen, likely = jax.lax.map(block, blocks)
         return chosen.reshape(-1, columns.shape[0]), likely.reshape(-1, columns.shape[0])
 
-    chosen, likely = best(jnp.ones(classes, bool))
+    chosen, likely = best(None)
     if background is not None and area is not None:
         inside = (jnp.arange(chosen.shape[0]) < size[0])[:, None] & (jnp.arange(chosen.shape[1]) < size[1])
         names = jnp.arange(classes)
