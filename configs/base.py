@@ -34,6 +34,8 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # -1: all devices
 
     config.model = variants.flair("B/16")
+    # Trains low-rank changes of the weights instead of them, such as {"rank": 4}; see LoraOptions in flair_jax/lora.py.
+    config.lora = config_dict.placeholder(object)
 
     config.objectives = variants.flair_objectives()  # the loss: sum of weight * objective, see flair_jax/objectives
 
@@ -60,13 +62,18 @@ def get_config() -> ConfigDict:
     config.data.shuffle_window = config_dict.placeholder(int)  # samples, for slow stores; None: the whole epoch
     config.data.captions = ConfigDict()  # see CaptionOptions in data/transforms/captions.py
     config.data.captions.fields = DREAMLIP_FIELDS
-    config.data.captions.splitting = "every_stop"  # of a field that is one string; "sentences" knows abbreviations
+    config.data.captions.splitting = (
+        "every_stop"  # of a field that is one string; "sentences" knows abbreviations; "whole"
+    )
     config.data.captions.first = config_dict.placeholder(int)  # sentences to draw from; None: all
     config.data.captions.count = 8  # K, captions per image
     config.data.captions.min_merged = 1  # sentences a caption
     config.data.captions.max_merged = 3
     config.data.captions.merging = "mixed"  # or "consecutive", "scattered"
     config.data.captions.reference_windows = True
+    # Hard negatives of an image's first caption, one of each kind where there is one; see data/transforms/negatives.py.
+    config.data.negatives = ConfigDict()
+    config.data.negatives.kinds = config_dict.placeholder(tuple)  # such as ("negclip", "replace", "bigram_shuffle")
     config.data.augmentation = ConfigDict(dict(scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)))
     config.data.pixels = "reference"  # the reference's to the bit; "fast", or "device": cropped inside the step
     config.data.packing = ConfigDict()  # of captions, side by side

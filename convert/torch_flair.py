@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flair_jax.convert.tables import pair
+
 
 class InputProjection(nn.Module):
     """Attention's parameters by PyTorch's names, (3W, W) fused in front, the output projection behind."""
@@ -90,7 +92,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, image_size: int | tuple[int, int], patch_size: int, width: int, depth: int, heads: int):
         super().__init__()
-        height, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, columns = pair(image_size)
         patches = (height // patch_size) * (columns // patch_size)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
         self.positional_embedding = nn.Parameter(torch.randn(1 + patches, width) * width**-0.5)

@@ -16,10 +16,11 @@ from processes import one_device
 
 from flair_jax import config as configuration
 from flair_jax import plan, sharding, step
+from flair_jax.configs import fsc_clip_recipe
 from flair_jax.data.transforms import captions
 
 ROOT = pathlib.Path(__file__).parents[1]
-TOOLS = {"__init__", "variants", "flair_recipe", "eval_all"}
+TOOLS = {"__init__", "variants", "flair_recipe", "fsc_clip_recipe", "eval_all"}
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in TOOLS)
 # spec/flair.md section 1: GPUs, images a GPU, K, samples, steps an epoch, decay, epsilon. The length of PixelProse is
 # COSMOS's; all that is not in a script is CC12M's.
@@ -58,10 +59,10 @@ def test_the_recipes_are_all_there():
     assert set(PUBLISHED) == set(plan.RECIPES) == {name for name in EXPERIMENTS if name.startswith("flair_")}
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *(f"fsc_clip_laioncoco:{run}" for run in ("negclip", "vit_l14_lora"))])
 def test_every_config_builds_and_its_step_has_a_type(name):
     """At the real sizes and, of a recipe, for the reference's number of devices; nothing is computed or compiled."""
-    config = read(name).get_config()
+    config = configuration.load(name).unlock()
     if not config.epochs:
         config.steps = config.steps or 10
     configuration.check(config.to_dict())
@@ -118,6 +119,39 @@ def test_a_recipe_is_the_reference_s(name):
     assert (
         f"{samples:,} images, 32 epochs, {config.steps:,} steps of {config.batch_size:,} images" in read(name).__doc__
     )
+
+
+def test_the_runs_of_fsc_clip_are_the_reference_s():
+    """spec/fsc_clip.md 5: variant, learning rate, LoRA, batch, processes, both weights and kinds of negatives."""
+    found = {}
+    for data, runs in fsc_clip_recipe.RUNS.items():
+        for name in runs:
+            config = configuration.load(f"fsc_clip_{data}:{name}").to_dict()
+            configuration.check(config)
+            vision, losses, adamw = config["model"]["vision"], config["objectives"], config["optimizer"]
+            weights = tuple(losses.get(f"{part}_hard_negatives", {}).get("weight") for part in ("global", "local"))
+            worlds = {options.get("reference_world_size", 1) for options in losses.values()}
+            assert len(worlds) == 1
+            found[data, name] = (
+                f"{'L' if vision['width'] == 1024 else 'B'}/{vision['patch_size']}",
+                *(adamw["learning_rate"], config["lora"] and config["lora"]["rank"], config["batch_size"], *worlds),
+                *(weights, len(config["data"]["negatives"]["kinds"] or ()), config["model"]["gelu"]),
+            )
+            assert set(losses) - {"global_hard_negatives", "local_hard_negatives"} == {
+                "negclip" if name == "negclip" else "softmax"
+            }
+            assert (adamw["b1"], adamw["b2"], adamw["eps"], adamw["weight_decay"]) == (0.9, 0.98, 1e-6, 0.1)
+            assert (adamw["warmup_steps"], config["epochs"], config["seed"]) == (50, 5.0, 0)
+    full, lora = (5e-6, None), (5e-5, 4)
+    for data, weights in (("coco", (0.5, 0.2)), ("cc3m", (1.0, 0.2)), ("laioncoco", (0.5, 0.2))):
+        assert found.pop((data, "full")) == ("B/32", *full, 256, 1, weights, 3, "quick")
+        assert found.pop((data, "lora")) == ("B/32", *lora, 256, 1, weights, 3, "quick")
+        assert found.pop((data, "clip")) == ("B/32", *full, 256, 1, (None, None), 0, "quick")
+    for suffix, rate in (("", full), ("_lora", lora)):
+        assert found.pop(("laioncoco", f"vit_b16{suffix}")) == ("B/16", *rate, 128, 1, (0.5, 0.5), 3, "quick")
+        assert found.pop(("laioncoco", f"vit_l14{suffix}")) == ("L/14", *rate, 256, 4, (0.5, 0.5), 3, "quick")
+        assert found.pop(("laioncoco", f"datacomp{suffix}")) == ("B/32", *rate, 256, 1, (0.5, 0.2), 3, "exact")
+    assert found == {("laioncoco", "negclip"): ("B/32", *full, 256, 1, (None, None), 1, "quick")}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

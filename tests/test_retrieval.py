@@ -527,11 +527,14 @@ def test_a_public_set_is_evaluated_in_all_ways(public, tiny_model, tiny_params, 
             found |= {name: scores for name, (scores, _) in part.scores(params).items()}
         return found
 
-    with features.session(store=FeatureStore(tmp_path, "w")):
+    with features.session(store=FeatureStore(tmp_path)):
         found = scores(options)
+    rows = [sum(1 for _ in file.open("rb")) - 1 for file in tmp_path.glob("*/images-*.index")]
+    assert rows == [3]  # images of all ways are encoded once
     names = ["flair", "topk", "global"]
     names += [f"{mode} {way} mean" for way in ("windows", "sentences") for mode in ("flair", "global")]
     assert list(found) == names + [f"{mode} 120 tokens" for mode in ("flair", "topk", "global")]
+    assert list(scores(dict(windows="windows", modes="global", pooling="max"))) == ["global windows max"]
     alone = scores(dict(context_length=120, windows=(), topk=2))
     for name, values in alone.items():
         np.testing.assert_allclose(found[name], values, atol=1e-5)

@@ -16,6 +16,7 @@ import numpy as np
 from flair_jax.data.sources.base import Record
 
 TEXTS, VALID = "texts/", "valid/"
+CAPTIONS, NEGATIVES = "captions", "negatives"  # slots that objectives know, as "texts/captions"
 
 
 class SampleError(ValueError):

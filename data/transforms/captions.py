@@ -98,7 +98,16 @@ def split_sentences(text: str) -> list[str]:
     return [piece.strip().strip(" .") for piece in pieces if any(map(str.isalpha, piece))]
 
 
-SPLITTINGS: Mapping[str, Callable[[str], list[str]]] = {"every_stop": split, "sentences": split_sentences}
+def whole(text: str) -> list[str]:
+    """The text itself, stripped, unless nothing is left of it."""
+    return [text.strip()] if text.strip() else []
+
+
+SPLITTINGS: Mapping[str, Callable[[str], list[str]]] = {
+    "every_stop": split,
+    "sentences": split_sentences,
+    "whole": whole,
+}
 MERGINGS = ("mixed", "consecutive", "scattered")
 
 

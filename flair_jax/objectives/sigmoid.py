@@ -37,6 +37,7 @@ def loss(
     """
     if features.logit_bias is None:
         raise ValueError("config.objectives.sigmoid needs a bias; set config.model.init_logit_bias, such as -10.0")
+    features = features.of_slot("captions")
     images, texts = features.image.pooled.shape[0], features.text.pooled.shape[0]
     captions = ring.texts_per_image(images, texts)
 

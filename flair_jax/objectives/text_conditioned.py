@@ -57,6 +57,7 @@ def loss(
     if features.pooling is None or features.logit_bias is None:
         raise ValueError("config.objectives.text_conditioned needs config.model.pooling and model.init_logit_bias")
     pooling, attend = features.pooling, features.pooling.attend
+    features = features.of_slot("captions")
     images, texts = features.image.pooled.shape[0], features.text.pooled.shape[0]
     block_size = block_size or images
     if images % block_size:
