@@ -62,30 +62,46 @@ def has_names(arrays: Mapping[str, np.ndarray]) -> bool:
     return bool(_prefix(arrays)) or any(name.startswith(names.LAYOUTS["hugging_face"]) for name in arrays)
 
 
-def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads a folder of `save_pretrained`, or one file of it beside its config.json.
+def read(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads a folder of `save_pretrained`.
 
     Returns:
-      Arrays by name, those of a tower alone with the prefix that they have in the whole model, and the `model` section.
+      As `described`.
+
+    Raises:
+      ConversionError: as `described`. WeightsFileError: a file is damaged, or the index names one of another folder.
+      OSError: a file is missing.
+    """
+    return described(_read_tensors(Path(folder)), folder)
+
+
+def described(
+    tensors: Mapping[str, np.ndarray], folder: str | os.PathLike
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors with the config.json beside their file.
+
+    Args:
+      tensors: by Hugging Face's names.
+      folder: where their file lies.
+
+    Returns:
+      The weights by name, those of a tower alone with the prefix that they have in the whole model, and the `model`
+      section.
 
     Raises:
       ConversionError: the model computes something else than ours.
-      WeightsFileError: a file is damaged, or the index names a file outside of the folder.
-      OSError: a file is missing.
+      WeightsFileError: config.json is damaged. OSError: it is missing.
     """
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
+    folder = Path(folder)
     if not is_folder(folder):
         raise FileNotFoundError(
-            f"{path} has Hugging Face's names, and there is no {CONFIG} beside it, which says heads, activation and "
-            "image size; put the one of its model there"
+            f"{folder}: there is no {CONFIG} beside the weights, which have Hugging Face's names; it says heads, "
+            "activation and image size: put the one of their model there"
         )
-    config = _read_json(folder / CONFIG)
-    arrays = names.plain(_read_tensors(path) if path.is_dir() else torch_files.read(path))
-    if prefix := _prefix(arrays):
-        arrays = {name if name == "logit_scale" else f"{prefix}{name}": array for name, array in arrays.items()}
-        arrays = names.plain(arrays)  # position_ids are known by their whole name
-    return arrays, section(config, arrays, folder / CONFIG)
+    arrays, prefix = names.plain(tensors), _prefix(tensors)
+    if prefix:
+        arrays = names.plain({f"{prefix}{name}": array for name, array in arrays.items()})  # drops position_ids by name
+    return arrays, section(_read_json(folder / CONFIG), arrays, folder / CONFIG)
 
 
 def write(folder: str | os.PathLike, params: Mapping[str, Any], model: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ def read(path: str | os.PathLike) -> Weights:
         return Weights(names.plain(archive.tensors), _archive_gelu(archive))
     arrays = names.plain(torch_files.read(path))
     if hugging_face.has_names(arrays):
-        arrays, section = hugging_face.read(path)
+        arrays, section = hugging_face.described(arrays, Path(path).parent)
         return Weights(arrays, section["gelu"], section)
     return Weights(arrays)
 

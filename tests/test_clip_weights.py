@@ -21,8 +21,9 @@ from conftest import nhwc
 from optional import torch
 
 import flair_jax
-from flair_jax import initialize, models, state
-from flair_jax.configs import variants
+from flair_jax import models, state, train
+from flair_jax.config import check as check_config
+from flair_jax.configs import base, variants
 from flair_jax.convert import __main__ as command
 from flair_jax.convert import flax_files, hugging_face, names, released, torch_files, torch_script
 from flair_jax.convert.errors import UnsafeFileError, WeightsFileError
@@ -872,7 +873,7 @@ def test_folders_that_are_damaged(folder, tmp_path, file, content, error, messag
 
 def test_a_file_without_its_config_is_asked_for_it(folder, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(FileNotFoundError, match=r"there is no config\.json beside it"):
+    with pytest.raises(FileNotFoundError, match=r"there is no config\.json beside the weights"):
         flair_jax.load(tmp_path / "model.safetensors")
 
 
@@ -929,23 +930,48 @@ def test_one_tower_of_a_state_dict(tmp_path):
 # -- Another resolution ------------------------------------------------------------------------------------------------
 
 
-def test_positions_for_another_resolution_are_open_clip_s():
+def partial(path, model):
+    """What a run with `init_partial` starts from; fresh parameters are shapes alone."""
+    fresh = jax.eval_shape(lambda: state.init_params(models.create(model), 0))
+    return train.initial_weights(dict(init_from=str(path), init_partial=True, model=model), fresh)
+
+
+@pytest.mark.parametrize("patches", [5, 2])
+def test_positions_for_another_resolution_are_open_clip_s(folder, capsys, patches):
     """Bicubic with antialias over the grid of patches, the class token's row as it is."""
-    weights = golden_weights("quick")
-    config = section(weights, gelu="quick")
-    params = names.to_flax(weights, "clip", config)
-    patch, image = config["vision"]["patch_size"], config["vision"]["image_size"]
-    table = torch.from_numpy(weights["visual.positional_embedding"])
-    for size in (5 * patch, 2 * patch):
-        other = {**config, "vision": {**config["vision"], "image_size": size}}
-        grid, old = (size // patch,) * 2, (image // patch,) * 2
-        fresh = jax.eval_shape(lambda other=other: state.init_params(models.create(other), 0))
-        found, origins = initialize.combine(fresh, params, grid, old)
-        assert [origin.kind for origin in origins if origin.kind != "loaded"] == ["resized"]
-        patches = table[1:].T.reshape(1, -1, *old)
-        patches = torch.nn.functional.interpolate(patches, grid, mode="bicubic", antialias=True, align_corners=False)
-        expected = torch.cat([table[:1], patches.flatten(2)[0].T])
-        np.testing.assert_allclose(found["vision"]["position_embedding"], expected.numpy(), atol=1e-6)
+    params, config = flax_files.load(folder)
+    table = torch.from_numpy(params["vision"]["position_embedding"])
+    found = partial(folder, {**config, "vision": {**config["vision"], "image_size": 8 * patches}})
+    assert (
+        f"1 resized, 0 fresh, 0 left over\n  resized   vision/position_embedding  (10, 32) -> ({patches**2 + 1}, 32)"
+        in (capsys.readouterr().out)
+    )
+    grid = table[1:].T.reshape(1, 32, 3, 3)
+    grid = torch.nn.functional.interpolate(grid, (patches, patches), mode="bicubic", antialias=True)
+    expected = torch.cat([table[:1], grid.flatten(2)[0].T])
+    np.testing.assert_allclose(found["vision"].pop("position_embedding"), expected.numpy(), atol=1e-6)
+    params["vision"].pop("position_embedding")
+    same(flatten(found), flatten(params))
+
+
+def test_one_tower_as_a_start(folder, tmp_path, capsys):
+    _, config = flax_files.load(folder)
+    hf_model("CLIPTextModel").save_pretrained(tmp_path)
+    found = partial(tmp_path, config)
+    same(flatten(found["text"]), flatten(flax_files.load(tmp_path)[0]["text"]))
+    assert isinstance(found["vision"]["class_embedding"], jax.ShapeDtypeStruct)
+    assert "fresh     image_projection  (32, 20), not in the file" in capsys.readouterr().out
+    with pytest.raises(ConversionError, match="gelu is 'exact', the file says 'quick'"):
+        partial(tmp_path, config | {"gelu": "exact"})
+
+
+def test_a_tower_alone_is_not_trained():
+    config = base.get_config().to_dict() | {"epochs": 1.0}
+    config["model"]["text"] = None
+    with pytest.raises(
+        ValueError, match=r"config\.model\.text is None: a tower alone is neither trained nor evaluated"
+    ):
+        check_config(config)
 
 
 # -- The page of the documentation -------------------------------------------------------------------------------------
