@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 
 from flair_jax import configs
 from flair_jax.configs import base
-from flair_jax.data.transforms.base import CAPTIONS, NEGATIVES
 from flair_jax.data.transforms.tokenizer import VOCAB_SIZE
 from flair_jax.lora import LoraOptions
 
@@ -188,17 +187,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{key}"
         flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value}
     return flat
-
-
-def text_slots(data: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
-    """(name, count) of the slots of an image's texts, in the order in which the loader joins them; () where all are
-    captions.
-
-    Args:
-      data: the `data` section.
-    """
-    kinds = data["negatives"]["kinds"]
-    return ((CAPTIONS, data["captions"]["count"]), (NEGATIVES, len(kinds))) if kinds else ()
 
 
 def check(config: Mapping[str, Any]) -> None:

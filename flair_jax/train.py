@@ -39,7 +39,7 @@ from flair_jax.data.transforms import packing
 from flair_jax.lock import WorkdirLock
 from flair_jax.models.vision import grid
 from flair_jax.report import flat
-from flair_jax.step import step_of
+from flair_jax.step import step_of, text_slots
 
 
 def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float]:
@@ -281,7 +281,7 @@ def _work(config: Mapping[str, Any], texts: Mapping[str, np.ndarray]) -> tuple[f
     slots of this process's captions."""
     lengths = packing.text_lengths(texts)
     everywhere = np.tile(lengths, jax.process_count())
-    negatives = dict(configuration.text_slots(config["data"])).get("negatives", 0)
+    negatives = dict(text_slots(config["data"])).get("negatives", 0)
     work = flops.train_step(
         config["model"], config["objectives"], config["batch_size"], everywhere, negatives=negatives
     )

@@ -1,4 +1,8 @@
-"""LoRA and fine-tuning of CLIP against the numbers of FSC-CLIP's own code, and LoRA in the training loop."""
+"""LoRA and fine-tuning of CLIP against the numbers of FSC-CLIP's own code, and LoRA in the training loop.
+
+The small copies of the golden files are cut to fit the repository: they have the gradients and trained parameters of
+few arrays, and say so by an array `cut`; losses along the training are there for all.
+"""
 
 import functools
 import json

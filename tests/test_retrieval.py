@@ -512,7 +512,7 @@ def public(tmp_path_factory):
     return base.Benchmark("long", "retrieval", "Long", (), lambda root: data, "none", "here"), data
 
 
-def test_a_public_set_is_evaluated_in_all_ways(public, tiny_model, tiny_params, tmp_path):
+def test_a_public_set_is_evaluated_in_all_ways(public, tiny_params, tmp_path):
     """With a store, as `eval_all` has it: texts of a longer context are not those of the shorter one."""
     model = models.create({**TINY, "text": {**TINY["text"], "vocab_size": 49408}})
     rng = np.random.default_rng(0)

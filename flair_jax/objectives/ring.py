@@ -160,7 +160,7 @@ def map_images(
     if axes:
         split, whole = PartitionSpec(axes), PartitionSpec()
         run = jax.shard_map(run, in_specs=(split, whole, split), out_specs=split)
-    return run(own, jax.tree.map(jnp.asarray, shared), rows)
+    return run(*jax.tree.map(jnp.asarray, (own, shared, rows)))
 
 
 def _split_of(rows: int, chunk_size: int | None, option: str) -> tuple[tuple[str, ...], int]:

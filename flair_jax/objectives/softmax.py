@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flair_jax.data.transforms.base import CAPTIONS
 from flair_jax.models.dual_encoder import Features
 from flair_jax.models.layers import normalize
 from flair_jax.objectives import ring
@@ -41,7 +42,7 @@ def loss(
     Raises:
       ValueError: the batch cannot be split as asked, or there is no such caption.
     """
-    features = features.of_slot("captions")
+    features = features.of_slot(CAPTIONS)
     images, texts = features.image.pooled.shape[0], features.text.pooled.shape[0]
     captions = ring.texts_per_image(images, texts)
     if not 0 <= caption < captions:
