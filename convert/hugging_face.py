@@ -44,6 +44,7 @@ KEYS = {  # ours -> theirs
         heads="num_attention_heads",
     ),
 }  # fmt: skip
+TOWERS = {"clip": ("vision", "text"), "clip_text_model": ("text",), "clip_vision_model": ("vision",)}  # by model_type
 SIGLIP = (
     "a SigLIP, whose towers are not CLIP's: its image tower has no class token, no LayerNorm before the blocks and a "
     "bias on the patches, and pools by attention from a learned probe with an MLP; its text tower attends in both "
@@ -72,6 +73,7 @@ def read(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, An
       ConversionError: as `described`. WeightsFileError: a file is damaged, or the index names one of another folder.
       OSError: a file is missing.
     """
+    read_config(folder)  # first: a model of another kind may be large
     return described(_read_tensors(Path(folder)), folder)
 
 
@@ -92,16 +94,31 @@ def described(
       ConversionError: the model computes something else than ours.
       WeightsFileError: config.json is damaged. OSError: it is missing.
     """
-    folder = Path(folder)
-    if not is_folder(folder):
+    config, path = read_config(folder), Path(folder, CONFIG)
+    arrays, prefix = names.plain(tensors), _prefix(tensors)
+    if prefix:
+        arrays = names.plain({f"{prefix}{name}": array for name, array in arrays.items()})  # drops position_ids by name
+    return arrays, section(config, arrays, path)
+
+
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """The config.json of a CLIP or of one of its towers.
+
+    Raises:
+      ConversionError: it is one of another kind. WeightsFileError: it is damaged. OSError: it is missing.
+    """
+    path = Path(folder, CONFIG)
+    if not path.is_file():
         raise FileNotFoundError(
             f"{folder}: there is no {CONFIG} beside the weights, which have Hugging Face's names; it says heads, "
             "activation and image size: put the one of their model there"
         )
-    arrays, prefix = names.plain(tensors), _prefix(tensors)
-    if prefix:
-        arrays = names.plain({f"{prefix}{name}": array for name, array in arrays.items()})  # drops position_ids by name
-    return arrays, section(_read_json(folder / CONFIG), arrays, folder / CONFIG)
+    config = _read_json(path)
+    kind = str(config.get("model_type"))
+    if kind not in TOWERS:
+        what = SIGLIP if kind.startswith("siglip") else f"a model of type {kind!r:.50}"
+        raise ConversionError(f"{path} describes {what}; expected one of {', '.join(TOWERS)}")
+    return config
 
 
 def write(folder: str | os.PathLike, params: Mapping[str, Any], model: Mapping[str, Any]) -> None:
@@ -128,18 +145,14 @@ def section(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray], path: s
     """The `model` section of a config.json.
 
     Args:
-      config: its content.
+      config: its content, from `read_config`.
       arrays: the weights, which tell whether a tower alone has its projection.
       path: of the config, for errors.
 
     Raises:
       ConversionError: naming every key under which the model computes something else than ours.
     """
-    kind = config.get("model_type")
-    parts = {"clip": ("vision", "text"), "clip_text_model": ("text",), "clip_vision_model": ("vision",)}.get(str(kind))
-    if parts is None:
-        what = SIGLIP if str(kind).startswith("siglip") else f"a model of type {kind!r:.50}"
-        raise ConversionError(f"{path} describes {what}; expected clip, clip_text_model or clip_vision_model")
+    parts = TOWERS[config["model_type"]]
     found = {part: _part(config, part, alone=len(parts) == 1) for part in parts}
     problems = [problem for part, values in found.items() for problem in _differences(part, values)]
     projections = {"text": "text_projection.weight", "vision": "visual_projection.weight"}
