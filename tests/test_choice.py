@@ -261,8 +261,8 @@ def test_pictures():
     list(evaluator.run({}))
     found = dict(evaluator.figures({}))
     assert list(found) == [
-        "colours: by part",
-        "colours: most confident wrong decisions (flair)",
-        "colours: most confident wrong decisions (global)",
+        "by part",
+        "most confident wrong decisions (flair)",
+        "most confident wrong decisions (global)",
     ]
     assert all(np.asarray(picture).std() > 0 for picture in found.values())

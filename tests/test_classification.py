@@ -328,7 +328,7 @@ def test_several_labels_and_the_main_metric():
     ]
     assert [result.value for result in results] == [1, 1, pytest.approx((expected[3] + expected[2]) / 2), 1]
     (title, bars), (_, examples) = run.figures({})
-    assert title == "Average precision by class, flair_after"
+    assert title == "average precision by class (flair_after)"
     assert bars.mode == examples.mode == "RGB" and examples.width > 500
 
 
@@ -404,7 +404,7 @@ def test_pictures_are_drawn_after_a_run():
     run = evaluator()
     list(run.run({}))
     pictures = dict(run.figures({}))
-    assert list(pictures) == ["Classes most often confused, flair_before", "Right and wrong images, flair_before"]
+    assert list(pictures) == ["classes most often confused (flair_before)", "right and wrong images (flair_before)"]
     for picture in pictures.values():
         assert picture.mode == "RGB" and np.asarray(picture).std() > 5
 

@@ -535,7 +535,7 @@ def test_figures_show_masks_and_bars():
     assert list(evaluator.figures({})) == []
     list(evaluator.run({}))
     (title, masks), (_, bars) = evaluator.figures({})
-    assert title == "colours: true and predicted masks (projected)"
+    assert title == "true and predicted masks (projected)"
     assert evaluator.notes == [
         "Scores of patches come from windows of 16 x 24 pixels at a stride of half a window; "
         "the mean IoU is over classes that are true or predicted."

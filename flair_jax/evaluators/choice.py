@@ -379,12 +379,11 @@ class Choice:
 
         if not self._results:
             return
-        name = self._data.name
-        yield f"{name}: by part", drawing.bars(self._results)
+        yield "by part", drawing.bars(self._results)
         for mode, scores in self._scores.items():
             worst = self._worst(scores)
             if worst and len(self._data.texts):
-                yield f"{name}: most confident wrong decisions ({mode})", drawing.sheet(worst)
+                yield f"most confident wrong decisions ({mode})", drawing.sheet(worst)
 
     def _worst(self, scores: np.ndarray) -> list[Any]:
         """The wrong decisions with the largest margin of a wrong answer over a right one, `figures.choice.Decision`."""

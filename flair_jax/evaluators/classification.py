@@ -349,14 +349,14 @@ class Classification:
         del params
         data, kept, mode = self._data, self._kept, self._modes[0]
         if data.labels.ndim == 2:
-            yield f"Average precision by class, {mode}", figures.bars(data.classes, kept["precision"])
+            yield f"average precision by class ({mode})", figures.bars(data.classes, kept["precision"])
         else:
             yield (
-                f"Classes most often confused, {mode}",
+                f"classes most often confused ({mode})",
                 figures.confusion(data.classes, data.labels, kept["best"][:, 0]),
             )
         yield (
-            f"Right and wrong images, {mode}",
+            f"right and wrong images ({mode})",
             figures.examples(data.images, data.labels, data.classes, kept["best"], kept["best_scores"], kept["margin"]),
         )
 

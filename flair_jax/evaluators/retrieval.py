@@ -380,9 +380,9 @@ class Retrieval:
         if self._margins is None:
             raise RuntimeError("figures show what run found: run first")
         data = self._data
-        title = " ".join(part for part in (f"retrieval, {data.name}", self._label) if part)
+        label = f"{self._label}: " if self._label else ""
         curves = {mode: {name: found.curve() for name, found in ranks.items()} for mode, ranks in self._ranks.items()}
-        yield f"{title}: recall", drawing.recall_curves(curves)
+        yield f"{label}recall", drawing.recall_curves(curves)
         mode, ranks = next(iter(self._ranks.items()))
         margin, rival = self._margins
         order = np.argsort(-margin, kind="stable")
@@ -390,7 +390,7 @@ class Retrieval:
             _, first = np.unique(data.image_of_text[chosen], return_index=True)  # each image once
             texts = chosen[np.sort(first)[:EXAMPLES]]
             rows = self._examples(params, texts, rival[texts], ranks["text_to_image"].rank[texts])
-            yield f"{title}: {kind} answers ({mode})", drawing.examples(rows)
+            yield f"{label}{kind} answers ({mode})", drawing.examples(rows)
 
     def _examples(self, params: Any, texts: np.ndarray, rivals: np.ndarray, ranks: np.ndarray) -> list[Any]:
         """Some texts with their own image and the best one of the others, with heat maps where the model has them."""

@@ -568,9 +568,9 @@ class Segmentation:
             images = [np.asarray(data.images[number]) for number in numbers]
             labels = [np.asarray(data.labels[number]) for number in numbers]
             picture = figures.masks(images, labels, predictions, data.classes)
-            yield f"{data.name}: true and predicted masks ({self._modes[0]})", picture
+            yield f"true and predicted masks ({self._modes[0]})", picture
         if self._iou:
-            yield f"{data.name}: intersection over union", figures.bars(data.classes, self._iou)
+            yield "intersection over union", figures.bars(data.classes, self._iou)
 
     @property
     def notes(self) -> list[str]:
