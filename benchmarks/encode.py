@@ -27,7 +27,8 @@ def measure(
     Args:
       config: of a run; `model` is looked at. With `data.shards` texts are captions drawn from them, else made up.
       kinds: what to measure: "images" and "texts" encode, "pairs" scores every image against every text by
-        text-conditioned pooling, from features that lie on the device.
+        text-conditioned pooling, from features that lie on the device. "original" is the same, and the twin does it as
+        the original's evaluation: one image at a time, whose features, pooled for all texts, are compared on the host.
       beside: sides of the twin to run as well, "eager" and "compiled", in turns with ours. Texts are padded to the
         context there, as the original encodes them.
       images, texts: encoded, or scored against each other, in a turn.
@@ -40,7 +41,7 @@ def measure(
     """
     sizes = dict(images=images, texts=texts, image_batch=image_batch, text_batch=text_batch)
     figures = {"dtype": config["model"]["dtype"], **sizes}
-    count = {"images": images, "texts": texts, "pairs": images * texts}
+    count = {"images": images, "texts": texts, "pairs": images * texts, "original": images * texts}
     for kind in kinds:
         all_ours, pairs = beside_twin(ours, twin, (config, kind, *sizes.values()), beside, 1, turns)
         figures[f"{kind}_per_second"] = count[kind] / median(all_ours, "seconds")
@@ -101,7 +102,7 @@ def ours(
     def encode_texts() -> Any:
         return encoder.texts(params, tokens)
 
-    if kind == "pairs":
+    if kind in ("pairs", "original"):
         image_features, text_features = jax.tree.map(lambda *x: jnp.concatenate(x), *encode_images()), encode_texts()
         run = lambda: encoder.apply("score", params, image_features, text_features)  # noqa: E731
     else:
@@ -127,7 +128,7 @@ def twin(
 
 
 def main(arguments: Sequence[str] | None = None, name: str = "encode") -> None:
-    kinds, images = (("pairs",), 16) if name == "score" else (("images", "texts"), 64)
+    kinds, images = (("pairs", "original"), 16) if name == "score" else (("images", "texts"), 64)
     parser = command.parser(name, "Images and texts encoded, or text-conditioned scores, per second.")
     command.add_model(parser)
     sizes = dict(

@@ -151,6 +151,15 @@ def encoding(
     def score(local, text):
         return twin.logit_scale.exp() * (unit(twin.pool(text, local)) * unit(text)).sum(-1)
 
+    @wrap
+    def pool(local, text):
+        return unit(twin.pool(text, local))
+
+    def score_as_original(local, text):
+        on_host = unit(text).float().cpu()
+        rows = [(pool(image[None], text)[0].float().cpu() * on_host).sum(-1) for image in local]
+        return twin.logit_scale.exp().cpu() * torch.stack(rows)
+
     def turn(count: int) -> Mapping[str, float]:
         began = time.perf_counter()
         for _ in range(count):
@@ -158,9 +167,10 @@ def encoding(
         return {"seconds": (time.perf_counter() - began) / count, "memory_mb": _memory_mb(device)}
 
     with torch.inference_mode(), autocast:
-        if kind == "pairs":
+        if kind in ("pairs", "original"):
             local, text = torch.cat([local for _, local in encode_images()]), encode_texts()
-            run = lambda: score(local, text).float().cpu()  # noqa: E731
+            way = score if kind == "pairs" else score_as_original
+            run = lambda: way(local, text).float().cpu()  # noqa: E731
         elif kind == "images":
             run = lambda: [[part.float().cpu() for part in features] for features in encode_images()]  # noqa: E731
         else:

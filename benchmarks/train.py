@@ -127,7 +127,7 @@ def training(config: Mapping[str, Any], trace: str | None = None) -> Iterator[Ca
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         batches = stack.enter_context(_batches(config, model))
-        current = state.create(model, optimize, mesh, 0, ema=config["ema_decay"] is not None)
+        current = state.create(model, optimize, mesh, 0, ema=config["ema_decay"] is not None, lora=config["lora"])
         function, programs, compile_seconds = step.step_of(config, model, optimize), {}, 0.0
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         writer = metrics.Writer(epath.Path(folder), 0)

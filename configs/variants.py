@@ -90,6 +90,21 @@ def clip_objectives() -> ConfigDict:
     return ConfigDict(dict(softmax=dict(weight=1.0, caption=0, chunk_size=config_dict.placeholder(int))))
 
 
+def negclip_objectives() -> ConfigDict:
+    """NegCLIP's loss (Yuksekgonul et al., ICLR 2023), with negatives of `data.negatives`."""
+    options = dict(mask_missing=False, reference_world_size=1, chunk_size=config_dict.placeholder(int))
+    return ConfigDict(dict(negclip=dict(weight=1.0, **options)))
+
+
+def hard_negative_objectives() -> ConfigDict:
+    """What FSC-CLIP adds to CLIP's loss (Oh et al., EMNLP 2024, section 3), with negatives of `data.negatives`."""
+    common = dict(gamma=2.0, smoothing=0.02, mask_missing=False, reference_world_size=1)
+    local = dict(weights="minmax", chunk_size=config_dict.placeholder(int))
+    return ConfigDict(
+        dict(global_hard_negatives=dict(weight=0.5, **common), local_hard_negatives=dict(weight=0.2, **common, **local))
+    )
+
+
 def siglip_objectives() -> ConfigDict:
     """SigLIP's sigmoid loss over the global batch."""
     return ConfigDict(dict(sigmoid=dict(weight=1.0, chunk_size=config_dict.placeholder(int))))

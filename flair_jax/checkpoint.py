@@ -1,6 +1,7 @@
 """Everything a run needs to go on, saved and restored together."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,10 +11,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from flair_jax import lora
 from flair_jax.config import normalize
+from flair_jax.lora import LoraOptions
 from flair_jax.state import TrainState
 
-PARAMS, EMA, OPTIMIZER, POSITIONS, CONFIG = "params", "ema", "optimizer", "positions", "config"
+PARAMS, EMA, BASE, OPTIMIZER, POSITIONS, CONFIG = "params", "ema", "base", "optimizer", "positions", "config"
 
 
 class SaveError(OSError):
@@ -24,8 +27,9 @@ class Checkpoints:
     """The checkpoints of a work directory, one folder per step, `WORKDIR/checkpoints/STEP`.
 
     A save writes to a temporary folder in the background and renames it when it is whole, so that a kill at any moment
-    leaves the previous checkpoint in place. Parameters are an item of their own, and so is their average, which only
-    runs with `ema_decay` have: using a model does not read its optimiser.
+    leaves the previous checkpoint in place. Parameters are an item of their own, and so are their average, which only
+    runs with `ema_decay` have, and what low-rank changes are of, which only runs with `lora` have: using a model does
+    not read its optimiser, and a run goes on without the file that it started from.
 
     Args:
       workdir: any path that `etils.epath` opens.
@@ -67,6 +71,8 @@ class Checkpoints:
         }
         if state.ema is not None:
             items[EMA] = ocp.args.StandardSave(state.ema)
+        if state.base is not None:
+            items[BASE] = ocp.args.StandardSave(state.base)
         with self._explained():
             self.manager.save(step, args=ocp.args.Composite(**items))
 
@@ -102,9 +108,12 @@ class Checkpoints:
         }
         if like.ema is not None:
             items[EMA] = ocp.args.StandardRestore(abstract.ema)
+        if like.base is not None:
+            items[BASE] = ocp.args.StandardRestore(abstract.base)
         saved = self.manager.restore(step, args=ocp.args.Composite(**items))
         number = jax.device_put(np.int32(step), like.step.sharding)
-        return like.replace(step=number, params=saved[PARAMS], opt_state=saved[OPTIMIZER], ema=saved.get(EMA))
+        items = dict(params=saved[PARAMS], opt_state=saved[OPTIMIZER], ema=saved.get(EMA), base=saved.get(BASE))
+        return like.replace(step=number, **items)
 
     def positions(self, step: int) -> list[dict[str, Any]]:
         """The data positions at that step, one for each process that wrote it."""
@@ -117,9 +126,26 @@ class Checkpoints:
     def _json(self, step: int, item: str) -> Any:
         return self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
 
-    def weights(self, step: int, like: Any) -> Any:
-        """`TrainState.weights` alone, placed as `like`, a tree of `jax.ShapeDtypeStruct`."""
+    def weights(self, step: int, like: Any, *, lora_scale: float = 1.0) -> Any:
+        """`TrainState.weights` alone, placed as `like`, a tree of `jax.ShapeDtypeStruct`.
+
+        Args:
+          lora_scale: of a run with `lora`, what both matrices of all pairs are multiplied by, see `lora.scale`.
+        """
         item = EMA if (self.folder / str(step) / EMA).exists() else PARAMS
+        section = self.config(step).get("lora")
+        if section is None:
+            return self._arrays(step, item, like)
+        options = LoraOptions.of(section)
+        where = jax.tree.leaves(like)[0].sharding  # pairs are small: as the first one is placed, and not split
+        pairs = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            jax.eval_shape(lambda: lora.init(like, options, 0)),
+        )
+        pairs = lora.scale(self._arrays(step, item, pairs), lora_scale)
+        return jax.jit(functools.partial(lora.merge, options=options))(self._arrays(step, BASE, like), pairs)
+
+    def _arrays(self, step: int, item: str, like: Any) -> Any:
         return self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))[item]
 
     def close(self) -> None:

@@ -13,3 +13,8 @@ def finish(x: Any) -> None:
     """
     if jax.default_backend() == "cpu":
         jax.block_until_ready(x)
+
+
+def alone() -> bool:
+    """Whether programs run on a single CPU device: there small pieces of work, which stay in the caches, are faster."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1

@@ -30,7 +30,7 @@ from flair_jax.untrained import looks_untrained
 
 SHEET_IMAGES = 6
 SHEET_TEXTS = 4  # per image
-INTERNAL = ("preprocess", "mesh", "label", "prepare")  # arguments of evaluators that no config sets
+INTERNAL = ("preprocess", "mesh", "label", "text_tower")  # arguments of evaluators that no config sets
 
 # Images, and for each its texts and their boxes or None: what a sheet of attention maps shows.
 Examples = tuple[Sequence[np.ndarray], Sequence[Sequence[str]], Sequence[Sequence[Any]]]
@@ -242,6 +242,9 @@ def run(
         if names is not None and name not in names:
             continue
         for evaluator in KINDS[kind][0](model, name, **options):
+            if isinstance(evaluator, evaluation_tasks.UnusableSet):
+                found.missing.append(evaluator.missing())
+                continue
             try:
                 new = list(evaluator.run(params))
             except evaluation_tasks.UnusableSet as unusable:
@@ -251,7 +254,7 @@ def run(
             found.results += new
             if isinstance(evaluator, evaluation_sets.SetEvaluator):
                 found.details.append(evaluator.details())
-            if workdir is not None:
+            if workdir is not None and new:
                 found.write(workdir)  # before the figures, which may take a while
                 found.figures += _figures(evaluator, params, new[0])
     for results, details in list(evaluation_sets.averages(found.results, found.details)):

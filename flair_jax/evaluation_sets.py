@@ -63,13 +63,18 @@ class SetEvaluator:
         absent = [number for number, picture in enumerate(self.data.pictures) if not picture.exists()]
         self._leave_out(dict.fromkeys(absent, "missing"))
 
+    def forget(self) -> None:
+        """Drops what `read` opened and left out."""
+        self.data = None
+        self.left_out.clear()
+
     def run(self, params: Any) -> list[Result]:
         """Evaluates parameters, a nested dict. Images that turn out to be broken are left out, and the rest runs again.
 
         Raises:
           UnusableSet: see `read`; or an image is broken, and `allow_missing` is not set.
         """
-        self.left_out.clear()
+        self.forget()
         self.read()
         while True:
             self._evaluators, results = [], []
@@ -136,8 +141,8 @@ def evaluators(
     segmentation: Mapping[str, Any] | None = None,
     choice: Mapping[str, Any] | None = None,
     pointing: Mapping[str, Any] | None = None,
-) -> Iterator[SetEvaluator]:
-    """The public sets that are there, one after the other; what is not there is said first, for all of them together.
+) -> Iterator[SetEvaluator | UnusableSet]:
+    """Those sets that cannot be evaluated, which are said at once for all together, then an evaluator for each other.
 
     Args:
       model: what to evaluate.
@@ -151,15 +156,24 @@ def evaluators(
     tasks = dict(
         retrieval=retrieval, classification=classification, segmentation=segmentation, choice=choice, pointing=pointing
     )
-    chosen = []
+    usable: list[SetEvaluator] = []
+    unusable: list[UnusableSet] = []
     for benchmark in table.select(sets):
         options = dict(image_batch=image_batch, text_batch=text_batch, **(tasks[benchmark.task] or {}))
-        chosen.append(SetEvaluator(model, benchmark, pathlib.Path(root), allow_missing=allow_missing, options=options))
-    unusable = list(filter(None, map(_problem, chosen)))
+        one = SetEvaluator(model, benchmark, pathlib.Path(root), allow_missing=allow_missing, options=options)
+        try:
+            one.read()
+            usable.append(one)
+        except UnusableSet as problem:
+            unusable.append(problem)
+        one.forget()  # read again when its turn comes: the annotations of all sets need not be held at once
     if unusable:
         lines = missing_lines([problem.missing() for problem in unusable])
-        logging.warning("evaluators.%s: %d of %d sets cannot be evaluated\n%s", name, len(unusable), len(chosen), lines)
-    yield from chosen
+        total = len(unusable) + len(usable)
+        logging.warning("evaluators.%s: %d of %d sets cannot be evaluated\n%s", name, len(unusable), total, lines)
+    yield from unusable
+    while usable:
+        yield usable.pop(0)  # what a set needs goes with it
 
 
 def averages(results: Sequence[Result], details: Sequence[SetDetails]) -> Iterator[tuple[list[Result], SetDetails]]:
@@ -190,15 +204,3 @@ def averages(results: Sequence[Result], details: Sequence[SetDetails]) -> Iterat
                     published=suite.published,
                 ),
             )
-
-
-def _problem(evaluator: SetEvaluator) -> UnusableSet | None:
-    """Why a set cannot be evaluated; None: it can."""
-    try:
-        evaluator.read()
-    except UnusableSet as unusable:
-        return unusable
-    finally:
-        evaluator.data = None  # read again when its turn comes: the annotations of all sets need not be held at once
-        evaluator.left_out.clear()
-    return None

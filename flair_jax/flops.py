@@ -7,7 +7,7 @@ it; softmax, normalisation and activations, about a hundredth, do not count. The
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -80,40 +80,85 @@ def pool(model: Mapping[str, Any], images: int, texts: int, pairs: int, local: i
     )
 
 
-def text_conditioned(options: Mapping[str, Any], model: Mapping[str, Any], images: int, texts: int, local: int) -> int:
+class Batch(NamedTuple):
+    """What the work of an objective depends on.
+
+    `images`, `captions`, `negatives`: how many, of the global batch. `tokens`: of captions and negatives together.
+    `local`: patches of an image.
+    """
+
+    images: int
+    captions: int
+    negatives: int
+    tokens: float
+    local: int
+
+
+def text_conditioned(options: Mapping[str, Any], model: Mapping[str, Any], batch: Batch) -> int:
     """Forward operations of the objective of that name: pooling, for all texts that each image is scored against."""
+    images, texts = batch.images, batch.captions
     block = options.get("block_size") or images
     scored = (images // block) * (block + texts // images - 1)
-    return pool(model, images, texts, images * scored, local)
+    return pool(model, images, texts, images * scored, batch.local)
 
 
-def all_pairs(options: Mapping[str, Any], model: Mapping[str, Any], images: int, texts: int, local: int) -> int:
+def all_pairs(options: Mapping[str, Any], model: Mapping[str, Any], batch: Batch) -> int:
     """Forward operations of the objective "sigmoid": one product of all pooled features."""
-    return images * texts * 2 * model["embed_dim"]
+    return batch.images * batch.captions * 2 * model["embed_dim"]
 
 
-def one_caption_pairs(options: Mapping[str, Any], model: Mapping[str, Any], images: int, texts: int, local: int) -> int:
+def one_caption_pairs(options: Mapping[str, Any], model: Mapping[str, Any], batch: Batch) -> int:
     """Forward operations of the objective "softmax": one product of images and one caption each."""
-    return images * images * 2 * model["embed_dim"]
+    return batch.images * batch.images * 2 * model["embed_dim"]
 
 
-OBJECTIVES = {"text_conditioned": text_conditioned, "sigmoid": all_pairs, "softmax": one_caption_pairs}
+def negclip(options: Mapping[str, Any], model: Mapping[str, Any], batch: Batch) -> int:
+    """Forward operations of the objective of that name: one product of images, one caption each and all negatives."""
+    return batch.images * (batch.images + batch.negatives) * 2 * model["embed_dim"]
+
+
+def global_hard_negatives(options: Mapping[str, Any], model: Mapping[str, Any], batch: Batch) -> int:
+    """Forward operations of the objective of that name: one cosine for a caption and each of its negatives."""
+    return (batch.images + batch.negatives) * 2 * model["embed_dim"]
+
+
+def local_hard_negatives(options: Mapping[str, Any], model: Mapping[str, Any], batch: Batch) -> float:
+    """Forward operations of the objective of that name: similarities of all tokens and patches, and weighted sums."""
+    scored = batch.tokens * (batch.images + batch.negatives) / (batch.captions + batch.negatives)
+    return scored * (4 * batch.local + 2) * model["embed_dim"]
+
+
+OBJECTIVES = {
+    "global_hard_negatives": global_hard_negatives,
+    "local_hard_negatives": local_hard_negatives,
+    "negclip": negclip,
+    "sigmoid": all_pairs,
+    "softmax": one_caption_pairs,
+    "text_conditioned": text_conditioned,
+}
 
 
 def train_step(
-    model: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]], images: int, lengths: np.ndarray
+    model: Mapping[str, Any],
+    objectives: Mapping[str, Mapping[str, Any]],
+    images: int,
+    lengths: np.ndarray,
+    *,
+    negatives: int = 0,
 ) -> float:
     """Operations of a training step, forward and backward; patches that are left out do not count.
 
     Args:
       model, objectives: sections of a config.
       images: of the global batch.
-      lengths: (N * K,) tokens of each of its captions, with both ends.
+      lengths: (N * C,) tokens of each of its texts, with both ends.
+      negatives: how many of an image's C texts are hard negatives.
     """
-    texts = len(lengths)
     local = kept_patches(patches(model["vision"]), model["vision"].get("patch_dropout", 0.0))
     forward = images * encode_image(model, local) + float(np.sum(encode_text(model, np.asarray(lengths, np.float64))))
+    captions = len(lengths) - images * negatives
+    batch = Batch(images, captions, images * negatives, float(np.sum(lengths)), local)
     for name, options in objectives.items():
         if options["weight"]:
-            forward += OBJECTIVES[name](options, model, images, texts, local)
+            forward += OBJECTIVES[name](options, model, batch)
     return 3 * forward

@@ -30,6 +30,8 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes; w
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_timeout", 60, "Seconds without a sign of life after which a process is dead and the others end."
 )
+REPORT_LINES = 150
+
 flags.mark_flags_as_required(["config", "workdir"])
 
 

@@ -51,10 +51,15 @@ class Rules:
                     f"config.optimizer.rules: {pattern!r} has {sorted(unknown)}; there are {sorted(RULE_KEYS)}"
                 )
 
-    def check(self, params: Any) -> None:
-        """Raises ValueError if a pattern matches no parameter: it is misspelled, or the model lacks the part."""
-        names = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
-        for kind in ("rules", "clamp"):
+    def check(self, params: Any, base: Any = None) -> None:
+        """Raises ValueError if a pattern matches no parameter: it is misspelled, or the model lacks the part.
+
+        Args:
+          params: what is trained.
+          base: parameters that stay as they are, and so within their bounds: `clamp` may name them.
+        """
+        trained, fixed = ([path_of(keys) for keys, _ in jax.tree.leaves_with_path(tree)] for tree in (params, base))
+        for kind, names in (("rules", trained), ("clamp", trained + fixed)):
             for pattern, *_ in getattr(self, kind):
                 if not any(re.fullmatch(pattern, name) for name in names):
                     some = ", ".join(sorted({name.split("/")[0] for name in names}))
@@ -110,9 +115,9 @@ class Optimizer:
     tx: optax.GradientTransformation
     rules: Rules = Rules()
 
-    def init(self, params: Any) -> Any:
-        """The optimizer's state for some parameters. Raises ValueError as `Rules.check`."""
-        self.rules.check(params)
+    def init(self, params: Any, base: Any = None) -> Any:
+        """The optimizer's state for some parameters; `base` and raises ValueError as `Rules.check`."""
+        self.rules.check(params, base)
         return self.tx.init(params)
 
     def update(self, params: Any, grads: Any, opt_state: Any) -> tuple[Any, Any]:

@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from flair_jax import compilation, flops, models, optimizer, sharding, state
 from flair_jax import config as configuration
 from flair_jax.data.transforms.images import pair
-from flair_jax.step import step_of
+from flair_jax.step import step_of, text_slots
 
 RECIPES = ("flair_cc3m", "flair_cc12m", "flair_yfcc15m", "flair_merged30m", "flair_pixelprose")
 CHIPS = ("A100", "H200", "TPU v5e", "TPU v6e")  # an H100 counts as an H200
@@ -46,7 +46,9 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
       mesh: of the run.
       mean_tokens: of a caption, for the number of packed rows.
     """
-    model, images, captions = config["model"], config["batch_size"], config["data"]["captions"]["count"]
+    model, images = config["model"], config["batch_size"]
+    negatives = negatives_of(config)
+    count = config["data"]["captions"]["count"] + negatives  # texts an image
     split, devices = sharding.batch_sharding(mesh), mesh.size
     if images % devices:
         raise ValueError(f"{devices} devices do not divide config.batch_size {images}")
@@ -54,7 +56,7 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.int32, sharding=split)
 
-    texts = images * captions
+    texts = images * count
     if row_length := config["data"]["packing"]["row_length"]:
         rows = math.ceil(texts * mean_tokens / row_length * FILL / devices) * devices
         text = {name: ints(rows, row_length) for name in ("tokens", "segments", "positions")}
@@ -62,7 +64,15 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
         text = {"tokens": ints(texts, model["text"]["context_length"])}
     height, width = pair(model["vision"]["image_size"])
     pixels = jax.ShapeDtypeStruct((images, height, width, 3), np.uint8, sharding=split)
-    return {"images": pixels, "texts": {**text, "ends": ints(texts)}}
+    batch = {"images": pixels, "texts": {**text, "ends": ints(texts)}}
+    if negatives:
+        batch["valid"] = jax.ShapeDtypeStruct((images, count), np.bool_, sharding=split)
+    return batch
+
+
+def negatives_of(config: Mapping[str, Any]) -> int:
+    """Hard negatives an image."""
+    return dict(text_slots(config["data"])).get("negatives", 0)
 
 
 def abstract_state(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
@@ -70,7 +80,9 @@ def abstract_state(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> tuple[
     model = models.create(config["model"])
     optimize = optimizer.create(total_steps=config["steps"], **config["optimizer"])
     shapes = jax.eval_shape(
-        lambda: state.create(model, optimize, mesh, config["seed"], ema=config["ema_decay"] is not None)
+        lambda: state.create(
+            model, optimize, mesh, config["seed"], ema=config["ema_decay"] is not None, lora=config["lora"]
+        )
     )
     placed = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -102,8 +114,9 @@ def parameters(config: Mapping[str, Any]) -> int:
 
 def step_flops(config: Mapping[str, Any], mean_tokens: float = MEAN_TOKENS) -> float:
     """Operations of a step of useful work, see `flops`, where every caption has the mean length."""
-    texts = config["batch_size"] * config["data"]["captions"]["count"]
-    return flops.train_step(config["model"], config["objectives"], config["batch_size"], np.full(texts, mean_tokens))
+    negatives, images = negatives_of(config), config["batch_size"]
+    lengths = np.full(images * (config["data"]["captions"]["count"] + negatives), mean_tokens)
+    return flops.train_step(config["model"], config["objectives"], images, lengths, negatives=negatives)
 
 
 def chip_hours(operations: float, chip: str, mfu: float) -> float:

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import math
+import os
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ import optax
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from flair_jax import (
     checkpoint,
@@ -30,12 +33,13 @@ from flair_jax import (
     state,
 )
 from flair_jax import config as configuration
+from flair_jax.convert import lora_files
 from flair_jax.data import iterator_state, loader, scenes
 from flair_jax.data.transforms import packing
 from flair_jax.lock import WorkdirLock
 from flair_jax.models.vision import grid
 from flair_jax.report import flat
-from flair_jax.step import step_of
+from flair_jax.step import step_of, text_slots
 
 
 def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float]:
@@ -79,6 +83,8 @@ def _train(config, workdir, mesh, signals, lock):
     if latest is not None:
         configuration.check_resume(saved.config(latest), config)
         position = iterator_state.redistribute(saved.positions(latest), jax.process_count())[jax.process_index()]
+    elif config["lora"] and not config["init_from"]:
+        raise ValueError("config.lora trains changes of weights that are there: set config.init_from")
 
     # 2. Data: a position of its own for every process.
     try:
@@ -90,13 +96,14 @@ def _train(config, workdir, mesh, signals, lock):
     # 3. State: born on its devices, then restored, or started from other weights.
     steps = total_steps(config, len(stream.source))
     optimize = optimizer.create(total_steps=steps, **config["optimizer"])
-    current = state.create(model, optimize, mesh, config["seed"], ema=config["ema_decay"] is not None)
+    kept = dict(ema=config["ema_decay"] is not None, lora=config["lora"])
+    current = state.create(model, optimize, mesh, config["seed"], **kept)
     if latest is not None:
         current = saved.restore(latest, current)
         logging.warning("going on from step %d in %s", latest, saved.folder)
         warn_of_new_schedule(saved.config(latest), config, len(stream.source), latest)
     elif config["init_from"]:
-        current = current.start_from(initial_weights(config, current.params))
+        current = current.start_from(initial_weights(config, current.model_params))
     first = int(current.step)
 
     rate = schedule(config, steps)
@@ -175,6 +182,8 @@ def _train(config, workdir, mesh, signals, lock):
                 tracing = False
         final = report(*pending) if pending else {}
         saved.save(current, gather_positions(stream.position), config)
+        if config["lora"] is not None:
+            write_lora(workdir / "lora.safetensors", current, config, mesh)
     finally:
         if tracing:
             jax.profiler.stop_trace()
@@ -200,6 +209,16 @@ def _train(config, workdir, mesh, signals, lock):
     return flat(results)
 
 
+def write_lora(path: epath.Path, current: state.TrainState, config: Mapping[str, Any], mesh: Mesh) -> None:
+    """Writes what a run with `lora` has trained as a file of its own, for `flair_jax.load(path, pretrained=…)`."""
+    whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(current.trained)
+    if jax.process_index() == 0:
+        with tempfile.TemporaryDirectory() as folder:  # the work directory may be in a bucket
+            local = os.path.join(folder, path.name)
+            lora_files.write(local, jax.device_get(whole), config["model"], config["lora"])
+            path.write_bytes(epath.Path(local).read_bytes())
+
+
 def initial_weights(config: Mapping[str, Any], fresh: Any) -> Any:
     """The parameters of `init_from`; with `init_partial` those of another model too, see `initialize.combine`.
 
@@ -212,8 +231,9 @@ def initial_weights(config: Mapping[str, Any], fresh: Any) -> Any:
     """
     if not config["init_partial"]:
         return pretrained.read(config["init_from"], config["model"])[0]
-    loaded, section = pretrained.read(config["init_from"])
-    grids = (grid(model["vision"]["image_size"], model["vision"]["patch_size"]) for model in (config["model"], section))
+    loaded, section = pretrained.read(config["init_from"], gelu=config["model"].get("gelu", "exact"))
+    towers = (model["vision"] for model in (config["model"], section))
+    grids = (None if tower is None else grid(tower["image_size"], tower["patch_size"]) for tower in towers)
     params, origins = initialize.combine(fresh, loaded, *grids)
     if jax.process_index() == 0:
         print(f"{config['init_from']}: {initialize.table(origins)}", flush=True)
@@ -261,7 +281,10 @@ def _work(config: Mapping[str, Any], texts: Mapping[str, np.ndarray]) -> tuple[f
     slots of this process's captions."""
     lengths = packing.text_lengths(texts)
     everywhere = np.tile(lengths, jax.process_count())
-    work = flops.train_step(config["model"], config["objectives"], config["batch_size"], everywhere)
+    negatives = dict(text_slots(config["data"])).get("negatives", 0)
+    work = flops.train_step(
+        config["model"], config["objectives"], config["batch_size"], everywhere, negatives=negatives
+    )
     return work, int(lengths.sum()), texts["tokens"].size
 
 

@@ -1,12 +1,14 @@
 """What several tests share: the tiny FLAIR whose numbers the original code computed."""
 
+import gc
 import os
 import tempfile
 
+from processes import QUICK
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices on one CPU, so that sharded code runs as it does on eight chips. Most of a test's time is compilation,
-# which takes half as long without LLVM's optimisations, and a quarter with XLA's older way to write loops.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# Eight devices on one CPU, so that sharded code runs as it does on eight chips.
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
 # What several tests or their processes compile is compiled once. jax locks the folder only if its size has a bound.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     programs = tempfile.TemporaryDirectory(prefix="programs-")
@@ -15,10 +17,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import golden_files
+import jax
 import numpy as np
 import pytest
 
-from flair_jax import models
+from flair_jax import models, sharding, state
 from flair_jax.convert import names
 
 GOLDEN = golden_files.COPIES
@@ -52,7 +55,7 @@ def model_section(reference: dict, **overrides) -> dict:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--golden", metavar="ROOT", help="numbers of the reference to compare with; see golden_files.py")
+    parser.addoption("--golden", metavar="ROOT", help="numbers of the references to compare with; see golden_files.py")
 
 
 def pytest_configure(config):
@@ -60,6 +63,12 @@ def pytest_configure(config):
     golden_files.use(config.getoption("--golden"))
     if golden_files.exists("tiny.json"):
         TINY.update(model_section(golden_files.sections("tiny")))
+
+
+def pytest_collection_finish():
+    """What was imported stays; the garbage collector need not look at it again and again while jax traces."""
+    gc.collect()
+    gc.freeze()
 
 
 load_golden = golden_files.load
@@ -77,10 +86,30 @@ def losses(mps: bool = True, **options) -> dict:
 TINY = model_section(golden_files.sections("tiny"))  # the tiny FLAIR; of `--golden ROOT` where it is given
 
 
+def take_devices(monkeypatch, count: int) -> None:
+    """Runs take so many of the eight devices: fewer compile and save faster, where a test is not about their number."""
+    create = sharding.create_mesh
+    monkeypatch.setattr(
+        sharding,
+        "create_mesh",
+        lambda data=-1, fsdp=1, devices=None: create(data, fsdp, devices or jax.devices()[:count]),
+    )
+
+
+@pytest.fixture
+def on_one_device(monkeypatch):
+    take_devices(monkeypatch, 1)
+
+
 @pytest.fixture(scope="session")
 def tiny_params():
     """Weights of the tiny FLAIR as a Flax tree."""
     return names.to_flax(load_golden("tiny.safetensors"), config=TINY)
+
+
+def fresh_params(model):
+    """Fresh parameters of a model as numpy, in one program where `state.init_params` alone would compile hundreds."""
+    return jax.device_get(jax.jit(lambda: state.init_params(model, 0))())
 
 
 @pytest.fixture(scope="session")

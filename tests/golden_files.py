@@ -1,8 +1,9 @@
-"""Numbers that the original FLAIR code computed: where they lie, and their form for the tests.
+"""Numbers that the references' own code computed: where they lie, and their form for the tests.
 
-By default they are the small files of `tests/golden`. `pytest -m golden --golden ROOT` reads `ROOT/flair` instead, in
-the layout that its README.md describes. Tests take every size from the files, so that other seeds, shapes, image sizes
-and numbers of processes work too. What is missing there skips the tests that need it.
+By default they are the small files of `tests/golden`. `pytest -m golden --golden=ROOT` reads `ROOT/flair`,
+`ROOT/fsc_clip` and `ROOT/grain` instead, in the layout that their README.md files describe. Tests take every size from
+the files, so that other seeds, shapes, image sizes and numbers of processes work too. What is missing there skips the
+tests that need it.
 """
 
 import json
@@ -16,6 +17,8 @@ import pytest
 import safetensors.numpy
 
 COPIES = pathlib.Path(__file__).parent / "golden"
+# Folders of ROOT. Names of files of the last two begin with the folder, in the small copies too.
+FLAIR, OTHERS = "flair", ("fsc_clip", "grain")
 # Name of the small copy -> path under ROOT/flair, the first pattern that matches.
 PATHS = (
     (r"tiny\.safetensors", "tiny/model.safetensors"),
@@ -38,25 +41,32 @@ def use(root: str | None) -> None:
     """Reads from `root` from now on; None: from the small copies.
 
     Raises:
-      pytest.UsageError: there is no folder `flair` in it.
+      pytest.UsageError: none of the folders that it should hold is there.
     """
     global _root
     _root = None if root is None else pathlib.Path(root).expanduser()
-    if _root is not None and not (_root / "flair").is_dir():
-        raise pytest.UsageError(f"--golden {root}: no folder {_root / 'flair'}; expected the layout of its README.md")
+    folders = (FLAIR, *OTHERS)
+    if _root is not None and not any((_root / name).is_dir() for name in folders):
+        raise pytest.UsageError(f"--golden={root}: there is none of the folders {', '.join(folders)} in it")
 
 
 def path(name: str) -> pathlib.Path:
-    """The file behind the name of a small copy; a test that needs one that is not there is skipped."""
+    """The file for the name of a small copy; a test that needs one that is missing in `--golden` is skipped."""
     if _root is None:
         return COPIES / name
+    found = _root / _path_in_root(name)
+    if not found.exists():
+        pytest.skip(f"{found} is missing", allow_module_level=True)
+    return found
+
+
+def _path_in_root(name: str) -> pathlib.Path:
+    if name.split("/")[0] in OTHERS:
+        return pathlib.Path(name.replace("tiny_features_", "tiny_model_"))  # the copy has outputs alone
     for pattern, replacement in PATHS:
         if re.fullmatch(pattern, name):
-            found = _root / "flair" / re.sub(pattern, replacement, name)
-            if not found.exists():
-                pytest.skip(f"{found} is missing", allow_module_level=True)
-            return found
-    raise KeyError(f"{name} has no place in the layout of --golden")
+            return pathlib.Path(FLAIR, re.sub(pattern, replacement, name))
+    raise KeyError(f"{name} has no path in the layout of --golden")
 
 
 def exists(name: str) -> bool:
@@ -82,7 +92,7 @@ def load(name: str) -> Any:
     """Content of a file: JSON as it is, arrays by name.
 
     Args:
-      name: of the small copy, such as `tiny_inputs.npz`.
+      name: of the small copy, such as `tiny_inputs.npz` or `grain/boxes.safetensors`.
     """
     content = _read(path(name))
     if _root is None or name not in _REFORMS:
@@ -106,7 +116,7 @@ def _read(file: pathlib.Path) -> Any:
     if file.suffix == ".json":
         return json.loads(file.read_text())
     if file.suffix == ".npz":
-        return dict(np.load(file))
+        return dict(np.load(file, allow_pickle=False))
     return safetensors.numpy.load_file(file)
 
 

@@ -1,7 +1,21 @@
-"""Child processes of a test, through /proc."""
+"""Child processes of tests: their environment, and what /proc tells of them."""
 
+import os
 import pathlib
+import sys
 import time
+
+# XLA_FLAGS of all tests. Most of their time is compilation, which takes half as long without LLVM's optimisations, and
+# half of that with XLA's older emitters, which jaxlib 0.10 still has, the last one for Python 3.11; later ones refuse
+# the flag.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if sys.version_info < (3, 12):
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+
+
+def one_device(**variables: str) -> dict[str, str]:
+    """Environment of a child process that starts jax with one device."""
+    return {**os.environ, "XLA_FLAGS": QUICK, **variables}
 
 
 def alive(pid: int) -> bool:

@@ -1,8 +1,12 @@
-"""A process that saves small checkpoints one after the other, from the moment that it is told to until it is killed.
+"""Processes that save small checkpoints one after the other until they are killed.
 
 python tests/saver.py WORKDIR
+
+Each line on stdin starts one, a fork of this process, which has imported what they need and started neither jax nor a
+thread. Its number is printed when it starts and again when it has ended.
 """
 
+import os
 import sys
 
 import jax
@@ -31,8 +35,7 @@ def assert_right(saved: Checkpoints, step: int) -> None:
     assert saved.positions(step) == [{"read": step}] and saved.config(step) == {"step": step}
 
 
-if __name__ == "__main__":
-    sys.stdin.readline()
+def save_on_and_on() -> None:
     saved = Checkpoints(sys.argv[1], keep=2, clean=True)
     step = saved.latest() or 0
     if step:
@@ -40,3 +43,13 @@ if __name__ == "__main__":
     while True:
         step += 1
         save(saved, step)
+
+
+if __name__ == "__main__":
+    while sys.stdin.readline():
+        child = os.fork()
+        if child == 0:
+            save_on_and_on()
+        print(child, flush=True)
+        os.waitpid(child, 0)
+        print(child, flush=True)

@@ -147,7 +147,7 @@ def test_command_annotates_beside_the_shards(tmp_path, annotators, capsys):
     run("--shards", tmp_path / "*.tar")
     told = capsys.readouterr().out
     assert f"{len(CAPTIONS)} captions of 2 shards" in told and "skipped: no captions" in told
-    assert "--config.data.captions.fields='[\"caption\"]'" in told
+    assert "--config.data.captions.fields='(\"caption\",)'" in told
     assert sorted(path.name for path in tmp_path.iterdir() if "index" not in path.name) == [
         *("a.tar", "a.tar.annotations", "b.tar", "b.tar.annotations"),
     ]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from optional import torch
 from PIL import Image
+from processes import one_device
 
 from benchmarks import data, loss, reference_loader
 from flair_jax.data import scenes
@@ -49,9 +50,8 @@ def test_loss_in_chunks_needs_less_memory(tmp_path, capsys):
 def test_loss_on_fake_devices(tmp_path):
     """A process of its own: the number of devices is fixed once jax has started."""
     file = tmp_path / "loss.json"
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "benchmarks.loss", *ARGUMENTS, "--devices", "2", "--json", str(file)]
-    subprocess.run(command, env=environment, cwd=ROOT, check=True)
+    subprocess.run(command, env=one_device(), cwd=ROOT, check=True)
     check_loss(json.loads(file.read_text()), devices=2)
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from processes import QUICK
 
 from benchmarks import encode, inputs, processes, sides, train
 from flair_jax.data import scenes
@@ -39,7 +40,7 @@ def config_file(tmp_path_factory):
 @pytest.fixture
 def alone(monkeypatch):
     """The sides of a comparison start with one device each, as a user's do."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
 
 
 def figures_of(main, tmp_path, *arguments, **options):
@@ -64,7 +65,7 @@ def test_training_beside_the_twin(config_file, tmp_path, alone):
 def test_encoding_and_scoring_beside_the_twin(config_file, tmp_path, alone):
     sizes = ["--images", "4", "--image-batch", "2", "--texts", "10", "--text-batch", "4"]
     arguments = ["--config", config_file, *sizes, "--turns", "1"]
-    for name, kinds in (("encode", ("images", "texts")), ("score", ("pairs",))):
+    for name, kinds in (("encode", ("images", "texts")), ("score", ("pairs", "original"))):
         figures = figures_of(encode.main, tmp_path, *arguments, "--beside", "eager", name=name)
         for kind in kinds:
             ratio = figures[f"{kind}_per_second"] / figures[f"eager_{kind}_per_second"]

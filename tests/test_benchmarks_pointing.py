@@ -163,9 +163,9 @@ def test_a_set_is_evaluated_by_name(scale, tmp_path):
         "pointing/coco_pointing/chance_object": 0.5,
     }
     [inner] = evaluator._evaluators
-    assert inner.notes == ["pointing/coco_pointing: 1 phrases left out: cut away by the crop"]
+    assert inner.notes == ["1 phrases are left out: the crop cuts their boxes away."]
     assert [title for title, _ in evaluator.figures({})] == [
-        f"coco_pointing: hits and misses ({mode})" for mode in ("attention", "projected")
+        f"hits and misses ({mode})" for mode in ("attention", "projected")
     ]
     image.rotate(90, expand=True).save(file)
     [evaluator] = evaluation_sets.evaluators(

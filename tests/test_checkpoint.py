@@ -1,15 +1,17 @@
 """Saves that are killed, do not fit on the disk or are too many: a good checkpoint is always there."""
 
+import contextlib
 import os
 import pathlib
 import random
 import resource
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from processes import wait_for
+from processes import alive, one_device, wait_for
 from saver import assert_right, save
 from test_train import tiny
 
@@ -25,41 +27,39 @@ def whole_and_left_over(folder: pathlib.Path) -> tuple[list[int], list[str]]:
 
 
 @pytest.fixture
-def savers(tmp_path):
-    """Processes that save into `tmp_path` when told to; two import what they need while another one works."""
+def saver(tmp_path):
+    """Starts a process that saves into `tmp_path`, and kills it where the `with` statement ends."""
     command = [sys.executable, str(ROOT / "tests" / "saver.py"), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = one_device(PYTHONPATH=str(ROOT))
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def start():
-        return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, text=True)
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as forks:
 
-    waiting = [start(), start()]
+        @contextlib.contextmanager
+        def start():
+            print(file=forks.stdin, flush=True)
+            process = int(forks.stdout.readline())
+            try:
+                yield process
+            finally:
+                os.kill(process, signal.SIGKILL)
+                assert int(forks.stdout.readline()) == process  # it has ended
 
-    def take():
-        waiting.append(start())
-        return waiting.pop(0)
-
-    yield take
-    for process in waiting:
-        process.kill()
-        process.communicate()
+        yield start
+        forks.kill()
 
 
-def test_twenty_kills_during_saves_lose_nothing(tmp_path, savers):
+def test_twenty_kills_during_saves_lose_nothing(tmp_path, saver):
     folder = tmp_path / "checkpoints"
     rng = random.Random(0)
     latest, cut_short = 0, 0
     for _ in range(KILLS):
-        with savers() as saver:
-            try:
-                print(file=saver.stdin, flush=True)
-                goal = latest + rng.randint(1, 3)
-                assert wait_for(lambda goal=goal: max(whole_and_left_over(folder)[0], default=0) >= goal, 60)
-                assert len(whole_and_left_over(folder)[1]) <= 1  # none of those that the kills before left
-                time.sleep(rng.uniform(0, 0.1))
-                assert saver.poll() is None
-            finally:
-                saver.kill()
+        with saver() as process:
+            goal = latest + rng.randint(1, 3)
+            assert wait_for(lambda goal=goal: max(whole_and_left_over(folder)[0], default=0) >= goal, 60)
+            assert len(whole_and_left_over(folder)[1]) <= 1  # none of those that the kills before left
+            time.sleep(rng.uniform(0, 0.1))
+            assert alive(process)
 
         cut_short += bool(whole_and_left_over(folder)[1])
         saved = checkpoint.Checkpoints(tmp_path, keep=None)
@@ -121,6 +121,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path):
     assert_right(checkpoint.Checkpoints(tmp_path), 2)
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_a_run_stops_where_a_save_has_failed(tmp_path, monkeypatch):
     """In the steps behind the save, not at the end of the run."""
     save = checkpoint.Checkpoints.save

@@ -4,11 +4,12 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from colour_model import ColourModel, canvas, texts
 from conftest import load_golden, nhwc
-from optional import Optional, torch
+from optional import Optional, torch, torchmetrics
 
 from flair_jax.evaluators import Classification, ClassificationSet, classification
 from flair_jax.evaluators.classification import (
@@ -20,11 +21,12 @@ from flair_jax.evaluators.classification import (
     voc_11_point,
 )
 from flair_jax.figures import classification as figures
+from flair_jax.models.dual_encoder import TextFeatures
 from flair_jax.models.layers import normalize
 from flair_jax.models.text import Text
 from flair_jax.report import flat
 
-torchmetrics = Optional("torchmetrics.functional.classification", "torchmetrics")
+# Each test compares with scikit-learn first: what needs PyTorch may be missing, and skips the rest.
 sklearn = Optional("sklearn.metrics", "scikit-learn")
 clip_benchmark = Optional("clip_benchmark.metrics.zeroshot_classification", "clip-benchmark")
 
@@ -56,18 +58,19 @@ def random_case():
     return scores, labels
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 def test_accuracy_is_that_of_torchmetrics_and_scikit_learn(random_case):
     scores, labels = random_case
     metrics = classification_metrics(scores, labels)
     assert list(metrics) == ["acc1", "acc5", "mean_per_class"] and 0.2 < metrics["acc1"] < metrics["acc5"] < 1
-    for k in (1, 5):
-        theirs = torchmetrics.multiclass_accuracy(
-            torch.from_numpy(scores), torch.from_numpy(labels), 12, average="micro", top_k=k
-        )
-        assert metrics[f"acc{k}"] == pytest.approx(theirs.item())
     assert metrics["mean_per_class"] == pytest.approx(sklearn.balanced_accuracy_score(labels, scores.argmax(1)))
     assert metrics["acc5"] == pytest.approx(sklearn.top_k_accuracy_score(labels, scores, k=5, labels=range(12)))
     assert classification_metrics(scores, labels, "first") == metrics
+    for k in (1, 5):
+        theirs = torchmetrics.functional.classification.multiclass_accuracy(
+            torch.from_numpy(scores), torch.from_numpy(labels), 12, average="micro", top_k=k
+        )
+        assert metrics[f"acc{k}"] == pytest.approx(theirs.item())
 
 
 def test_rule_first_is_argmax():
@@ -93,18 +96,18 @@ def test_precision_is_that_of_the_libraries(levels):
     assert each == pytest.approx([sklearn.average_precision_score(labels[:, c], scores[:, c]) for c in range(5)])
     metrics = classification_metrics(scores, labels)
     assert metrics["average_precision"] == pytest.approx(np.mean(each))
-    theirs = torchmetrics.multilabel_average_precision(
+    for c in range(5):
+        precision, recall, _ = sklearn.precision_recall_curve(labels[:, c], scores[:, c])
+        precision, recall = precision[:-1], recall[:-1]  # without the point (1, 0) that it adds
+        eleven = [precision[recall >= tenth / 10 - 1e-9].max() for tenth in range(11)]
+        assert voc_11_point(scores[:, c], labels[:, c]) == pytest.approx(np.mean(eleven))
+    theirs = torchmetrics.functional.classification.multilabel_average_precision(
         torch.from_numpy(scores[:, :5] / 10), torch.from_numpy(labels[:, :5].astype(int)), 5
     )
     assert metrics["average_precision"] == pytest.approx(theirs.item(), abs=1e-6)
     if levels is None:  # it has no rule for ties
         theirs = clip_benchmark.average_precision_per_class(torch.from_numpy(scores), torch.from_numpy(labels))
         np.testing.assert_allclose(each, theirs[:5].numpy(), atol=1e-6)
-    for c in range(5):
-        precision, recall, _ = sklearn.precision_recall_curve(labels[:, c], scores[:, c])
-        precision, recall = precision[:-1], recall[:-1]  # without the point (1, 0) that it adds
-        eleven = [precision[recall >= tenth / 10 - 1e-9].max() for tenth in range(11)]
-        assert voc_11_point(scores[:, c], labels[:, c]) == pytest.approx(np.mean(eleven))
 
 
 @pytest.mark.parametrize("levels", [None, 4])
@@ -117,7 +120,8 @@ def test_roc_auc_is_that_of_scikit_learn(levels):
     metrics = classification_metrics(scores, labels)
     assert list(metrics) == ["acc1", "mean_per_class", "roc_auc"]  # two classes have no top-5
     assert metrics["roc_auc"] == pytest.approx(sklearn.roc_auc_score(labels, scores[:, 1] - scores[:, 0]))
-    theirs = torchmetrics.binary_auroc(torch.from_numpy(scores[:, 1] - scores[:, 0]), torch.from_numpy(labels))
+    difference = torch.from_numpy(scores[:, 1] - scores[:, 0])
+    theirs = torchmetrics.functional.classification.binary_auroc(difference, torch.from_numpy(labels))
     assert metrics["roc_auc"] == pytest.approx(theirs.item(), abs=1e-6)
 
 
@@ -237,8 +241,9 @@ def test_scores_of_a_model_are_what_the_modes_say(tiny_model, tiny_params):
     images, tokens = nhwc(inputs["images"]), inputs["tokens"].reshape(-1, inputs["tokens"].shape[-1])
     tokens = np.unique(tokens, axis=0)[:7]
     owner = np.array([2, 0, 1, 2, 2, 0, 2])[: len(tokens)]
-    labels = np.arange(len(images)) % 3
-    data = ClassificationSet("tiny", ("a", "b", "c"), images, labels, tokens, owner)
+    twin = np.flatnonzero(owner == 2)[::-1]  # class 3 has the prompts of class 2
+    tokens, owner = np.concatenate([tokens, tokens[twin]]), np.concatenate([owner, np.full(len(twin), 3)])
+    data = ClassificationSet("tiny", tuple("abcd"), images, np.arange(len(images)) % 3, tokens, owner)
     scores = evaluator(data, tiny_model, image_batch=2, text_batch=3, mesh=mesh(1)).scores(tiny_params)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -247,14 +252,45 @@ def test_scores_of_a_model_are_what_the_modes_say(tiny_model, tiny_params):
 
     image, text = call("encode_image", images), call("encode_text", Text.padded(tokens))
     unit = np.asarray(normalize(text.pooled))
-    vectors = np.asarray(normalize(np.stack([unit[owner == c].mean(0) for c in range(3)])))
+    vectors = np.asarray(normalize(np.stack([unit[owner == c].mean(0) for c in range(4)])))
     vectors = text.replace(pooled=vectors)
     each = np.asarray(call("score", image, text))
-    after = np.stack([each[:, owner == c].mean(1) for c in range(3)], axis=1)
+    after = np.stack([each[:, owner == c].mean(1) for c in range(4)], axis=1)
     np.testing.assert_allclose(scores["flair_after"], after, atol=1e-4)
     np.testing.assert_allclose(scores["flair_before"], call("score", image, vectors), atol=1e-4)
     np.testing.assert_allclose(scores["global"], call("global_score", image, vectors), atol=1e-4)
     assert np.abs(scores["flair_after"] - scores["flair_before"]).max() > 0.01
+    assert all((table[:, 2] == table[:, 3]).all() for table in scores.values())
+
+
+def test_class_vectors_and_accuracy_are_those_of_clip_benchmark():
+    """Its classifier and its loop over images on the same features, of random prompts and images."""
+    rng = np.random.default_rng(5)
+    words, images = rng.normal(size=(40, 3)).astype(np.float32), rng.random((60, 8, 8, 3)).astype(np.float32)
+    labels = rng.integers(0, 8, 60)
+
+    class Words(ColourModel):
+        def encode_text(self, text, *, local=True):
+            pooled = jnp.asarray(words)[text.tokens.reshape(-1)[text.ends - 1]]
+            return TextFeatures(pooled=pooled, local=None, mask=text.tokens != 0)
+
+    class Theirs:
+        encode_text = staticmethod(lambda tokens: torch.from_numpy(words)[tokens])
+        encode_image = staticmethod(lambda images: images.mean((1, 2)))
+
+    prompts = {str(name): [f"{5 * name + number}" for number in range(5)] for name in range(8)}
+    arguments = (lambda texts: torch.tensor([int(text) for text in texts]), list(prompts), prompts, "cpu")
+    classifier = clip_benchmark.zero_shot_classifier(Theirs, *arguments, amp=False)
+    batches = [(torch.from_numpy(images), torch.from_numpy(labels))]
+    logits, _ = clip_benchmark.run_classification(Theirs, classifier, batches, "cpu", amp=False)
+
+    tokens = np.stack([np.arange(40), np.full(40, 50)], axis=1).astype(np.int32)  # a word and the end
+    data = ClassificationSet("words", list(prompts), images, labels, tokens, np.repeat(np.arange(8), 5))
+    run = evaluator(data, Words(4), modes=("global",), image_batch=7, mesh=mesh(1))
+    length = np.linalg.norm(images.mean((1, 2)), axis=1, keepdims=True)  # which ColourModel's scores keep
+    np.testing.assert_allclose(100 * run.scores({})["global"] / length, logits.numpy(), rtol=1e-4, atol=1e-3)
+    metrics = flat(run.run({}))
+    assert metrics["classification/words/global/acc1"] == np.mean(logits.numpy().argmax(1) == labels)
 
 
 def test_classes_with_the_same_prompts_tie_to_the_bit():
@@ -269,9 +305,9 @@ def test_classes_with_the_same_prompts_tie_to_the_bit():
     }
     first = evaluator(data, ties="first")
     assert flat(first.run({}))["classification/colours/global/acc1"] == 0.25
-    same = "Classes with the same prompts as another one, with which they tie: warm"
-    assert run.notes == [same, "Among equal scores the true class comes last"]
-    assert first.notes == [same, "Among equal scores the class with the lower number comes first"]
+    same = "Classes with the same prompts as another one, with which they tie: warm."
+    assert run.notes == [same, "Among equal scores the true class comes last."]
+    assert first.notes == [same, "Among equal scores the class with the lower number comes first."]
     assert evaluator().notes == run.notes[1:]
 
 
@@ -292,7 +328,7 @@ def test_several_labels_and_the_main_metric():
     ]
     assert [result.value for result in results] == [1, 1, pytest.approx((expected[3] + expected[2]) / 2), 1]
     (title, bars), (_, examples) = run.figures({})
-    assert title == "Average precision by class, flair_after"
+    assert title == "average precision by class (flair_after)"
     assert bars.mode == examples.mode == "RGB" and examples.width > 500
 
 
@@ -357,7 +393,7 @@ def test_unknown_options_are_refused():
 def test_a_part_of_a_set_without_images_of_one_class_has_no_auc():
     run = evaluator(colour_set(labels=np.zeros(4, int)), metric="roc_auc", modes=("global",), mesh=mesh(1))
     assert [result.metric for result in run.run({})] == ["acc1", "mean_per_class", "chance", "classes_without_images"]
-    assert run.notes[0] == "One of the two classes has no image, so that roc_auc is not defined"
+    assert run.notes[0] == "One of the two classes has no image, so that roc_auc is not defined."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,7 +404,7 @@ def test_pictures_are_drawn_after_a_run():
     run = evaluator()
     list(run.run({}))
     pictures = dict(run.figures({}))
-    assert list(pictures) == ["Classes most often confused, flair_before", "Right and wrong images, flair_before"]
+    assert list(pictures) == ["classes most often confused (flair_before)", "right and wrong images (flair_before)"]
     for picture in pictures.values():
         assert picture.mode == "RGB" and np.asarray(picture).std() > 5
 

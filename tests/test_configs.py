@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import os
 import pathlib
 import re
 import subprocess
@@ -12,13 +11,16 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+from processes import one_device
 
 from flair_jax import config as configuration
-from flair_jax import models, optimizer, plan, sharding, state, step
+from flair_jax import plan, sharding, step
+from flair_jax.configs import fsc_clip_recipe
 from flair_jax.data.transforms import captions
 
 ROOT = pathlib.Path(__file__).parents[1]
-TOOLS = {"__init__", "variants", "flair_recipe", "eval_all"}
+TOOLS = {"__init__", "variants", "flair_recipe", "fsc_clip_recipe", "eval_all"}
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in TOOLS)
 # spec/flair.md section 1: GPUs, images a GPU, K, samples, steps an epoch, decay, epsilon. The length of PixelProse is
 # COSMOS's; all that is not in a script is CC12M's.
@@ -47,8 +49,7 @@ def compiled(name, folder, *arguments):
     file = folder / "plan.json"
     command = [sys.executable, "-m", "flair_jax.plan", f"--config=configs/{name}.py", f"--json={file}"]
     command += ["--config.model.scan_blocks=True", *arguments]  # a fifth of the time to compile
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=one_device(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     print(f"{name} {' '.join(arguments)}\n{done.stdout}")
     return json.loads(file.read_text())
@@ -58,23 +59,47 @@ def test_the_recipes_are_all_there():
     assert set(PUBLISHED) == set(plan.RECIPES) == {name for name in EXPERIMENTS if name.startswith("flair_")}
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *(f"fsc_clip_laioncoco:{run}" for run in ("negclip", "vit_l14_lora"))])
 def test_every_config_builds_and_its_step_has_a_type(name):
-    """At the real sizes; nothing is computed."""
-    config = read(name).get_config()
+    """At the real sizes and, of a recipe, for the reference's number of devices; nothing is computed or compiled."""
+    config = configuration.load(name).unlock()
     if not config.epochs:
         config.steps = config.steps or 10
     configuration.check(config.to_dict())
     captions.CaptionOptions(**config.data.captions)
-    model = models.create(config.model)
-    optimize = optimizer.create(**config.optimizer, total_steps=config.steps or 10)
-    mesh = sharding.create_mesh()
-    with jax.set_mesh(mesh):
-        before = jax.eval_shape(lambda: state.create(model, optimize, mesh, 0))
+    config.model.scan_blocks = True  # the same types in half of the time
+    config.steps = config.steps or 10
+    devices = PUBLISHED[name][0] if name in PUBLISHED else 8
+    mesh = AbstractMesh((devices, 1), sharding.BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    with jax.sharding.use_abstract_mesh(mesh):
+        model, optimize, before = plan.abstract_state(config.to_dict(), mesh)
         batch = plan.abstract_batch(config.to_dict(), mesh)
         after, numbers = jax.eval_shape(step.step_of(config.to_dict(), model, optimize), before, batch)
+    # Of the same types, so that the state can be replaced in place.
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), before)
     assert numbers["loss"].shape == () and numbers["loss"].dtype == np.float32
+    if name in PUBLISHED:
+        gpus, images, count, *_ = PUBLISHED[name]
+        assert plan.parameters(config.to_dict()) == PARAMETERS
+        # spec/anchors.md 2.1: 35.1 GFLOP an image, 5.96 a text of 77 tokens, 2.1 one of 27, 0.93e-3 a pair; thrice.
+        pairs = gpus * (images + count - 1)
+        gflop = plan.step_flops(config.to_dict()) / config.batch_size / 1e9
+        assert gflop == pytest.approx(3 * (35.1 + 2.07 * count + 0.93e-3 * pairs), rel=0.03)
+        # Replicated: the whole state on each device, and its share of the pixels and of the captions' rows and ends.
+        assert bytes_of_a_device(before) == STATE
+        assert bytes_of_a_device(batch) == batch_bytes(name)
+
+
+def bytes_of_a_device(tree):
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def batch_bytes(name):
+    """Of one device of as many as the reference has."""
+    gpus, images, count, *_ = PUBLISHED[name]
+    rows = math.ceil(gpus * images * count * 27 / 80 * 1.05 / gpus)
+    return images * 224 * 224 * 3 + 4 * (3 * rows * 80 + images * count)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -94,6 +119,39 @@ def test_a_recipe_is_the_reference_s(name):
     assert (
         f"{samples:,} images, 32 epochs, {config.steps:,} steps of {config.batch_size:,} images" in read(name).__doc__
     )
+
+
+def test_the_runs_of_fsc_clip_are_the_reference_s():
+    """spec/fsc_clip.md 5: variant, learning rate, LoRA, batch, processes, both weights and kinds of negatives."""
+    found = {}
+    for data, runs in fsc_clip_recipe.RUNS.items():
+        for name in runs:
+            config = configuration.load(f"fsc_clip_{data}:{name}").to_dict()
+            configuration.check(config)
+            vision, losses, adamw = config["model"]["vision"], config["objectives"], config["optimizer"]
+            weights = tuple(losses.get(f"{part}_hard_negatives", {}).get("weight") for part in ("global", "local"))
+            worlds = {options.get("reference_world_size", 1) for options in losses.values()}
+            assert len(worlds) == 1
+            found[data, name] = (
+                f"{'L' if vision['width'] == 1024 else 'B'}/{vision['patch_size']}",
+                *(adamw["learning_rate"], config["lora"] and config["lora"]["rank"], config["batch_size"], *worlds),
+                *(weights, len(config["data"]["negatives"]["kinds"] or ()), config["model"]["gelu"]),
+            )
+            assert set(losses) - {"global_hard_negatives", "local_hard_negatives"} == {
+                "negclip" if name == "negclip" else "softmax"
+            }
+            assert (adamw["b1"], adamw["b2"], adamw["eps"], adamw["weight_decay"]) == (0.9, 0.98, 1e-6, 0.1)
+            assert (adamw["warmup_steps"], config["epochs"], config["seed"]) == (50, 5.0, 0)
+    full, lora = (5e-6, None), (5e-5, 4)
+    for data, weights in (("coco", (0.5, 0.2)), ("cc3m", (1.0, 0.2)), ("laioncoco", (0.5, 0.2))):
+        assert found.pop((data, "full")) == ("B/32", *full, 256, 1, weights, 3, "quick")
+        assert found.pop((data, "lora")) == ("B/32", *lora, 256, 1, weights, 3, "quick")
+        assert found.pop((data, "clip")) == ("B/32", *full, 256, 1, (None, None), 0, "quick")
+    for suffix, rate in (("", full), ("_lora", lora)):
+        assert found.pop(("laioncoco", f"vit_b16{suffix}")) == ("B/16", *rate, 128, 1, (0.5, 0.5), 3, "quick")
+        assert found.pop(("laioncoco", f"vit_l14{suffix}")) == ("L/14", *rate, 256, 4, (0.5, 0.5), 3, "quick")
+        assert found.pop(("laioncoco", f"datacomp{suffix}")) == ("B/32", *rate, 256, 1, (0.5, 0.2), 3, "exact")
+    assert found == {("laioncoco", "negclip"): ("B/32", *full, 256, 1, (None, None), 1, "quick")}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -121,28 +179,15 @@ def test_the_flag_for_the_true_sum_of_the_merged_sets():
     assert f"--config.steps={32 * reference_epoch(samples, 4096)}\n" in read("flair_merged30m").__doc__
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_step_compiles_for_the_reference_s_number_of_devices(name, tmp_path):
-    gpus, images, count, *_ = PUBLISHED[name]
-    figures = compiled(name, tmp_path)
-    assert (figures["parameters"], figures["devices"]) == (PARAMETERS, gpus)
-    assert figures["steps"] == read(name).get_config().steps
-    # spec/anchors.md 2.1: 35.1 GFLOP per image, 5.96 a text of 77 tokens, about 2.1 one of 27, 0.93e-3 a pair; thrice.
-    pairs = gpus * (images + count - 1)
-    assert figures["gflop_an_image"] == pytest.approx(3 * (35.1 + 2.07 * count + 0.93e-3 * pairs), rel=0.03)
-    # Replicated: the whole state on each device, and its share of the pixels and of the captions' rows and ends.
-    rows = math.ceil(gpus * images * count * 27 / 80 * 1.05 / gpus)
-    batch = images * 224 * 224 * 3 + 4 * (3 * rows * 80 + images * count)
-    assert figures["argument_bytes"] == STATE + batch
-    assert figures["output_bytes_in_place"] == STATE  # nothing is held twice
-
-
-def test_fsdp_shrinks_parameters_and_moments(tmp_path):
+def test_the_step_of_a_recipe_compiles_and_fsdp_shrinks_parameters_and_moments(tmp_path):
     """spec: sharded over 8 devices, an eighth of the state; what is below 65,536 elements stays whole."""
-    figures = compiled("flair_cc3m", tmp_path, "--config.mesh.fsdp=8")
-    batch = 128 * 224 * 224 * 3 + 4 * (3 * math.ceil(1024 * 27 / 80 * 1.05) * 80 + 1024)
+    name = "flair_cc3m"
+    figures = compiled(name, tmp_path, "--config.mesh.fsdp=8")
+    assert (figures["parameters"], figures["devices"]) == (PARAMETERS, PUBLISHED[name][0])
+    assert figures["steps"] == read(name).get_config().steps
+    batch = batch_bytes(name)
     assert STATE / 8 < figures["argument_bytes"] - batch < 1.03 * STATE / 8
-    assert figures["output_bytes_in_place"] == pytest.approx(figures["argument_bytes"] - batch)
+    assert figures["output_bytes_in_place"] == figures["argument_bytes"] - batch  # nothing is held twice
 
 
 def _flat(config, prefix=""):

@@ -36,6 +36,7 @@ def test_the_rule():
     np.testing.assert_allclose(average["a"], np.array(weights) @ values.astype(np.float64), atol=1e-6)
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_a_run_with_an_average(tmp_path):
     """Follows the rule step by step, goes on bit for bit, and is what the report and `load` use."""
     config = tiny(evaluate=True, ema_decay=DECAY, save_every=1)

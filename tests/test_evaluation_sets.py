@@ -65,6 +65,9 @@ def run(root, **options):
     """(results by name, reasons by set) of all sets."""
     results, reasons = {}, {}
     for evaluator in evaluation_sets.evaluators(types.SimpleNamespace(), "public", root=str(root), **options):
+        if isinstance(evaluator, evaluation_tasks.UnusableSet):
+            reasons[evaluator.benchmark.name] = evaluator.reason
+            continue
         try:
             results |= {result.name: result.value for result in evaluator.run({})}
         except evaluation_tasks.UnusableSet as unusable:

@@ -15,6 +15,12 @@ def mesh(devices: int):
     return sharding.create_mesh(devices=jax.devices()[:devices])
 
 
+@pytest.fixture(scope="module")
+def apply(tiny_model):
+    """`tiny_model.apply`, compiled once for all tests."""
+    return jax.jit(tiny_model.apply, static_argnames="method")
+
+
 def test_texts_share_rows():
     rng = np.random.default_rng(0)
     lengths = rng.gamma(4, 27 / 4, 3000).round().clip(4, 77).astype(int)
@@ -27,14 +33,14 @@ def test_texts_share_rows():
 
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("text_batch", [1, 3, 64])
-def test_texts_that_share_rows_have_their_own_features(tiny_model, tiny_params, text_batch, devices):
+def test_texts_that_share_rows_have_their_own_features(tiny_model, tiny_params, apply, text_batch, devices):
     rng = np.random.default_rng(0)
     tokens = np.zeros((21, 77), np.int32)
     for row, length in zip(tokens, [2, 77, 76, *rng.integers(3, 60, 18)], strict=True):
         row[:length] = [510, *rng.integers(1, 500, length - 2), 511]
     runs = features.Encoder(tiny_model, lambda x: x, image_batch=1, text_batch=text_batch, mesh=mesh(devices))
     found = runs.texts(runs.place(tiny_params), tokens)
-    expected = tiny_model.apply({"params": tiny_params}, Text.padded(tokens), method="encode_text").pooled
+    expected = apply({"params": tiny_params}, Text.padded(tokens), method="encode_text").pooled
     np.testing.assert_allclose(found.pooled, expected, atol=1e-5)
     assert found.local is None and found.mask is None
 
@@ -62,11 +68,11 @@ def test_equal_texts_have_equal_features_wherever_they_stand(tiny_model, tiny_pa
     assert len(np.unique(found, axis=0)) == 5
 
 
-def test_images_come_in_order_with_their_own_features(tiny_model, tiny_params):
+def test_images_come_in_order_with_their_own_features(tiny_model, tiny_params, apply):
     images = np.random.default_rng(0).random((5, 64, 64, 3), np.float32)
     runs = features.Encoder(tiny_model, lambda x: x, image_batch=2, text_batch=1, mesh=mesh(1))
     batches = list(runs.images(runs.place(tiny_params), images))
     assert [number for numbers, _ in batches for number in numbers] == [0, 1, 2, 3, 4]
     found = jax.tree.map(lambda *x: np.concatenate(x)[:5], *[batch for _, batch in batches])  # the rest is padding
-    expected = tiny_model.apply({"params": tiny_params}, images, method="encode_image")
+    expected = apply({"params": tiny_params}, images, method="encode_image")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, expected)

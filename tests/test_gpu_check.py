@@ -1,7 +1,6 @@
 """The check of a GPU, tried on the CPU at toy size without the packages that a lent machine lacks."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import TINY
+from processes import one_device
 
 from benchmarks import gpu_check, gpu_parts, kernels
 from flair_jax.configs import variants
@@ -49,7 +49,7 @@ MISSING = {
 def test_all_parts_run_without_what_a_lent_machine_lacks(tmp_path):
     pytest.importorskip("torch")
     (tmp_path / "sitecustomize.py").write_text(HIDE.format(packages=MISSING))
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = one_device(PYTHONPATH=str(tmp_path))
     command = [
         sys.executable,
         "benchmarks/gpu_check.py",

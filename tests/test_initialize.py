@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, load_golden
+from conftest import TINY, fresh_params, load_golden
 from optional import torch
 
-from flair_jax import initialize, models, state
+from flair_jax import initialize, models
 
 
 @pytest.mark.parametrize("new", [(24, 24), (7, 10), (14, 14), (3, 20)])
@@ -50,7 +50,7 @@ def test_every_parameter_has_an_origin(tiny_params):
         "vision": {**TINY["vision"], "image_size": (64, 96)},
         "text": {**TINY["text"], "context_length": 90, "vocab_size": 600},
     }
-    fresh = jax.device_get(state.init_params(models.create(section), 0))
+    fresh = fresh_params(models.create(section))
     params, origins = initialize.combine(fresh, tiny_params, (4, 6), (4, 4))
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, fresh)
     kinds = {origin.name: origin.kind for origin in origins}

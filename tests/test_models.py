@@ -1,5 +1,7 @@
 """The Flax model against the numbers of the original code, and against itself in its other forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from conftest import TINY, load_golden, losses, model_section, nhwc
 from optional import torch
 
-from flair_jax import models, objectives
+from flair_jax import cpu, models, objectives
 from flair_jax.configs import variants
 from flair_jax.models import layers
 from flair_jax.models.text import Text
@@ -49,7 +51,8 @@ def test_features(encoded):
 @pytest.mark.golden
 def test_every_block(tiny_model, tiny_params):
     """Block by block, so that a difference names the layer it comes from."""
-    _, seen = tiny_model.apply({"params": tiny_params}, IMAGES, TOKENS, capture_intermediates=True)
+    apply = jax.jit(functools.partial(tiny_model.apply, capture_intermediates=True))
+    _, seen = apply({"params": tiny_params}, IMAGES, TOKENS)
     vision, text = seen["intermediates"]["vision"], seen["intermediates"]["text"]
     patches = OUTPUTS["dbg_vision_conv1"].reshape(*OUTPUTS["dbg_vision_conv1"].shape[:2], -1).swapaxes(1, 2)
     close(vision["patch_embedding"]["__call__"][0], patches)
@@ -88,17 +91,27 @@ def test_dense_features_are_single_token_pooling(tiny_model, tiny_params, encode
     close(bound.dense_features(image)[:, :1], pooled)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+@jax.value_and_grad
+def sum_of_sines(params, model):
+    return jnp.sum(jnp.sin(model.apply({"params": params}, IMAGES, TOKENS)))
+
+
 @pytest.mark.parametrize("change", [dict(scan_blocks=True), dict(remat="dots"), dict(scan_blocks=True, remat="full")])
-def test_scanned_and_rematerialised_blocks_read_the_same_parameters(tiny_params, change):
-    plain, changed = models.create(TINY), models.create({**TINY, **change})
-
-    def value(params, model):
-        return jnp.sum(jnp.sin(model.apply({"params": params}, IMAGES, TOKENS)))
-
-    expected, expected_grads = jax.jit(jax.value_and_grad(value), static_argnums=1)(tiny_params, plain)
-    actual, grads = jax.jit(jax.value_and_grad(value), static_argnums=1)(tiny_params, changed)
+def test_scanned_and_rematerialised_blocks_read_the_same_parameters(tiny_params, tiny_model, change):
+    expected, expected_grads = sum_of_sines(tiny_params, tiny_model)
+    actual, grads = sum_of_sines(tiny_params, models.create({**TINY, **change}))
     close(actual, expected, 1e-4)
     jax.tree.map(lambda a, b: close(a, b, 1e-4 * (1e-3 + np.abs(b).max())), grads, jax.device_get(expected_grads))
+
+
+def test_scores_image_by_image_are_the_same(tiny_model, tiny_params, encoded, monkeypatch):
+    """On a single CPU device."""
+    bound = tiny_model.bind({"params": tiny_params})
+    image, text = encoded
+    together = bound.score(image, text)
+    monkeypatch.setattr(cpu, "alone", lambda: True)
+    close(bound.score(image, text), together, 1e-5)
 
 
 def test_bfloat16_keeps_parameters_and_scores_in_float32(tiny_params):
@@ -159,7 +172,7 @@ def test_patch_dropout_keeps_a_random_share_in_order(tiny_params):
     assert np.abs(encode(IMAGES * ~pixels, rng).local - before.local).min(axis=-1).max() > 1e-3
 
     # Evaluation leaves nothing out.
-    close(model.apply({"params": tiny_params}, IMAGES, method="encode_image").local, OUTPUTS["image_local"])
+    close(encode(IMAGES, None).local, OUTPUTS["image_local"])
 
 
 def test_patch_dropout_is_for_training(tiny_params):
@@ -248,7 +261,7 @@ def test_packed_equals_padded_in_value_and_gradient(tiny_model, tiny_params):
 def test_the_last_block_may_work_on_the_ends_alone(tiny_params, change, rows):
     tokens = short_captions()
     text = Text.padded(tokens) if rows is None else pack(tokens, rows, 48)
-    model = models.create({**TINY, **change})
+    model = models.create({**TINY, "text": {**TINY["text"], "depth": 2}, **change})  # one block before the last
 
     def value(params, local):
         features = model.apply({"params": params}, text, local=local, method="encode_text")
@@ -342,7 +355,7 @@ def test_gelu_is_pytorch_s():
 def test_unknown_ways_to_compute_are_refused_by_name(change):
     [value] = change.values()
     with pytest.raises(ValueError, match=f"'{value}'; expected"):
-        models.create({**TINY, **change}).init(jax.random.key(0), IMAGES, TOKENS)
+        jax.eval_shape(models.create({**TINY, **change}).init, jax.random.key(0), IMAGES, TOKENS)
 
 
 def test_remat_saves_memory():
@@ -366,9 +379,9 @@ def test_unknown_names_are_refused():
         models.create({**TINY, "towers": 3})
     with pytest.raises(ValueError, match="sometimes"):
         model = models.create({**TINY, "remat": "sometimes"})
-        model.init(jax.random.key(0), IMAGES[:1], TOKENS[:1])
+        jax.eval_shape(model.init, jax.random.key(0), IMAGES[:1], TOKENS[:1])
     with pytest.raises(ValueError, match="no multiple of patch_size"):
         model = models.create({**TINY, "vision": {**TINY["vision"], "patch_size": 24}})
-        model.init(jax.random.key(0), IMAGES[:1], TOKENS[:1])
+        jax.eval_shape(model.init, jax.random.key(0), IMAGES[:1], TOKENS[:1])
     with pytest.raises(KeyError, match="XXL"):
         variants.flair("XXL")

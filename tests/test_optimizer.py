@@ -123,7 +123,7 @@ def step_of_ones(**options):
     """Parameters after a step of gradients of one, from parameters of one; without rules each moves by -0.5."""
     optimize = optimizer.create(1.0, 0, 10**9, weight_decay=0.0, b1=0.0, b2=0.0, eps=1.0, **options)
     grads = jax.tree.map(np.ones_like, PARAMS)
-    params, opt_state = optimize.update(PARAMS, grads, optimize.init(PARAMS))
+    params, opt_state = jax.jit(optimize.update)(PARAMS, grads, optimize.init(PARAMS))
     return jax.device_get(params), opt_state
 
 

@@ -10,13 +10,14 @@ from PIL import Image
 
 from flair_jax.data.transforms.images import evaluation_crop
 from flair_jax.evaluators import Pointing, PointingSet
+from flair_jax.evaluators.features import patch_grid
 from flair_jax.evaluators.pointing import boxes_after_crop, patches_in_boxes, spread, texts_by_image
 from flair_jax.report import flat
 
 IMAGES = nhwc(load_golden("tiny_inputs.npz")["images"])
 TOKENS = load_golden("tiny_inputs.npz")["tokens"]
 OUTPUTS = load_golden("tiny_outputs.npz")
-IMAGE_OF_TEXT = np.array([2, 0, 2, 3, 0, 0, 3, 2, 2, 0, 3, 0])  # image 1 has no phrase
+IMAGE_OF_TEXT = np.resize([2, 0, 2, 3, 0, 0, 3], len(TOKENS)) % len(IMAGES)  # image 1 has no phrase
 
 
 def mesh(devices):
@@ -101,9 +102,9 @@ def test_a_hit_in_any_box_counts(image_batch, devices):
         "pointing/colours/chance": pytest.approx((2 + 2 + 2 + 3) / 6 / 4),
         "pointing/colours/chance_object": pytest.approx((1 + 0.5 + 1 + 1) / 4),
     }
-    assert evaluator.notes == ["pointing/colours: 3 phrases left out: cut away by the crop"]
+    assert evaluator.notes == ["3 phrases are left out: the crop cuts their boxes away."]
     pictures = dict(evaluator.figures({}))
-    assert list(pictures) == ["colours: hits and misses (attention)", "colours: hits and misses (projected)"]
+    assert list(pictures) == ["hits and misses (attention)", "hits and misses (projected)"]
     assert all(np.asarray(picture).std() > 0 for picture in pictures.values())
 
 
@@ -136,14 +137,17 @@ def test_broken_attention_is_an_error():
         flat(Pointing(ColourModel(8), colour_set(), preprocess=lambda x: x * np.nan).run({}))
 
 
+@pytest.mark.golden
 def test_attention_equals_the_reference(tiny_model, tiny_params):
     """Each phrase with its own image, in the order of the phrases."""
-    boxes = np.tile([0.0, 0.0, 32.0, 64.0], (12, 1))
-    data = PointingSet("tiny", IMAGES, TOKENS, IMAGE_OF_TEXT, boxes, np.ones(12, int))
+    height, width = IMAGES.shape[1:3]
+    boxes = np.tile([0.0, 0.0, width / 2, height], (len(TOKENS), 1))
+    data = PointingSet("tiny", IMAGES, TOKENS, IMAGE_OF_TEXT, boxes, np.ones(len(TOKENS), int))
     evaluator = Pointing(tiny_model, data, preprocess=lambda x: x, image_batch=3, text_batch=5, mesh=mesh(1))
-    expected = OUTPUTS["pool_attn_avg"][IMAGE_OF_TEXT, np.arange(12), :16]  # key 16 is the zero key
+    expected = OUTPUTS["pool_attn_avg"][IMAGE_OF_TEXT, np.arange(len(TOKENS)), :-1]  # the last key is the zero key
     np.testing.assert_allclose(evaluator.heat(tiny_params)["attention"], expected, atol=1e-5)
-    left = expected.reshape(12, 4, 4).max((1,)).argmax(1) < 2
+    rows, columns = patch_grid(height, width, expected.shape[1])
+    left = expected.reshape(-1, rows, columns).max(1).argmax(1) + 0.5 < columns / 2
     assert flat(evaluator.run(tiny_params))["pointing/tiny/attention/accuracy"] == pytest.approx(left.mean())
 
 

@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from processes import wait_for
+from processes import one_device, wait_for
 from test_train import ROOT, command, tiny
 
 from flair_jax import checkpoint, distributed, metrics, train
@@ -60,11 +60,6 @@ def arguments() -> list[str]:
     ]
 
 
-def environment(extra: dict[str, str]) -> dict[str, str]:
-    """One device for each process."""
-    return {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", **extra}
-
-
 class Group:
     """The processes of a run, each with a log of its own; none outlives the `with` statement."""
 
@@ -76,7 +71,7 @@ class Group:
             with log.open("w") as file:
                 self.processes.append(
                     subprocess.Popen(
-                        command(workdir, *arguments()), stdout=file, stderr=file, cwd=ROOT, env=environment(extra)
+                        command(workdir, *arguments()), stdout=file, stderr=file, cwd=ROOT, env=one_device(**extra)
                     )
                 )
 
@@ -236,7 +231,7 @@ def test_slurm_script_trains_is_told_to_stop_and_queues_again(tmp_path, fake):
     job = str(free_port() % 2**12)
     flags = [*command(run)[3:], *arguments()[1:]]
     done = subprocess.run(
-        [SCRIPTS / "slurm.sh", *flags], cwd=ROOT, env=environment({**extra, "SLURM_JOB_ID": job}), timeout=180
+        [SCRIPTS / "slurm.sh", *flags], cwd=ROOT, env=one_device(**extra, SLURM_JOB_ID=job), timeout=180
     )
     log = pathlib.Path(f"{run}-0").read_text()
     assert done.returncode == 143, log[-3000:]

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from processes import alive
 from shard_files import write_tar
 
 from flair_jax.data import iterator_state, loader
@@ -22,14 +23,15 @@ BATCHES, KILLS = 200, 10
 OPTIONS = dict(batch_size=6, image_size=24, context_length=20, seed=5, max_skipped=1.0, captions=dict(count=3))
 OPTIONS["packing"] = dict(row_length=24)
 
-# Keeps the digests and the position together in one file, replaced as a whole, as a checkpoint is.
+# Keeps the digests and the position together in one file, replaced as a whole, as a checkpoint is. Each line on stdin
+# starts a run, a fork of the process that has imported what it needs; its number, then its status are printed.
 SCRIPT = """
 import json, os, pathlib, sys
 sys.path.insert(0, {tests!r})
 from test_resume import BATCHES, OPTIONS, digest
 from flair_jax.data import loader
 
-if __name__ == "__main__":
+def run():
     state = pathlib.Path({state!r})
     saved = json.loads(state.read_text()) if state.exists() else dict(position=None, digests=[])
     with loader.make_stream({shards!r}, workers=1, position=saved["position"], **OPTIONS) as batches:
@@ -39,6 +41,15 @@ if __name__ == "__main__":
             new = state.with_suffix(".new")
             new.write_text(json.dumps(saved))
             os.replace(new, state)
+
+if __name__ == "__main__":
+    while sys.stdin.readline():
+        child = os.fork()
+        if child == 0:
+            run()
+            sys.exit()
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -82,18 +93,21 @@ def test_ten_kills_change_nothing(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tests.parent)}
     rng = random.Random(0)
     killed = 0
-    while progress(state) < BATCHES:
-        run = subprocess.Popen([sys.executable, str(script)], env=environment, stderr=subprocess.PIPE, text=True)
-        if killed < KILLS:
-            goal = progress(state) + rng.randint(1, BATCHES // (KILLS + 2))
-            while progress(state) < goal and run.poll() is None:
-                time.sleep(0.001)
-            time.sleep(rng.uniform(0, 0.01))
-            run.kill()
-            killed += run.wait() == -signal.SIGKILL
-            run.stderr.close()
-        else:
-            assert run.wait() == 0, run.communicate()[1]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, str(script)], env=environment, text=True, **pipes) as forks:
+        while progress(state) < BATCHES:
+            print(file=forks.stdin, flush=True)
+            run = int(forks.stdout.readline())
+            if killed < KILLS:
+                goal = progress(state) + rng.randint(1, BATCHES // (KILLS + 2))
+                while progress(state) < goal and alive(run):
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0, 0.01))
+                os.kill(run, signal.SIGKILL)
+                killed += int(forks.stdout.readline()) == -signal.SIGKILL
+            else:
+                assert int(forks.stdout.readline()) == 0
+        forks.kill()
     assert killed == KILLS
     saved = json.loads(state.read_text())
     assert saved["digests"] == expected

@@ -1,7 +1,6 @@
 """The loop: resume bit for bit after a real kill, signals, faults, many devices, and the commands of the README."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -12,7 +11,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import take_devices
 from PIL import Image
+from processes import one_device
 
 from flair_jax import checkpoint, evaluate, metrics, pretrained, train
 from flair_jax.configs import base
@@ -66,7 +67,7 @@ def assert_same_checkpoint(one, other):
 
 def command(workdir, *arguments):
     overrides = {f"--config.{key}={value}" for key, value in {
-        "batch_size": 16, "steps": 30, "save_every": 4, "log_every": 1, "data.workers": 2,
+        "batch_size": 16, "steps": 30, "save_every": 4, "log_every": 1, "data.workers": 1,
         "data.scenes.count": 48, "data.scenes.size": SIZE, "evaluators.scenes.count": 8, "evaluators.scenes.size": SIZE,
         "model.embed_dim": 32, "model.pooling.heads": 2,
         **{f"model.{tower}.{key}": value for tower in ("vision", "text") for key, value in MODEL[tower].items()},
@@ -83,8 +84,7 @@ def command(workdir, *arguments):
 
 
 def start(workdir, log):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return subprocess.Popen(command(workdir), stdout=log, stderr=log, cwd=ROOT, env=environment)
+    return subprocess.Popen(command(workdir), stdout=log, stderr=log, cwd=ROOT, env=one_device())
 
 
 def interrupt(workdir, steps, number, log):
@@ -181,6 +181,7 @@ def test_a_large_parameter_is_split_over_fsdp():
         train.sharding.create_mesh(data=2, fsdp=3)
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_what_a_run_tells(tmp_path, capsys):
     """Memory before the first step, all numbers in the log, a trace of the steps asked for, a summary at the end."""
     train.train(tiny(profile_steps=(2, 3), data__packing__row_length=16), tmp_path)
@@ -204,6 +205,7 @@ def test_what_a_run_tells(tmp_path, capsys):
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     train.train(tiny(steps=2), tmp_path)
     good = checkpoint_of(tmp_path)
@@ -221,6 +223,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     jax.tree.map(np.testing.assert_array_equal, arrays, good[1])
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_start_from_other_weights_and_use_what_was_trained(tmp_path):
     """A run's weights start another run, load as an object, and evaluate alone, with the same numbers."""
     config = tiny(evaluate=True, steps=4)
@@ -239,6 +242,7 @@ def test_start_from_other_weights_and_use_what_was_trained(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_a_model_of_images_that_are_not_square(tmp_path):
     """Trained, continued, and loaded from its workdir, whose JSON has a list where the config had a tuple."""
     for steps in (1, 2):
@@ -296,6 +300,7 @@ def test_unknown_keys_of_a_config_file_are_refused_by_name(tmp_path):
         train.train({**base.get_config().to_dict(), "steps": 1}, tmp_path / "empty")
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_another_experiment_in_the_same_workdir_is_refused(tmp_path):
     """Every key that differs is named with both values; nothing is trained."""
     train.train(tiny(steps=2), tmp_path)
@@ -316,8 +321,9 @@ def test_another_experiment_in_the_same_workdir_is_refused(tmp_path):
     assert checkpoint_of(tmp_path)[0] == 2
 
 
-def test_what_a_run_may_change(tmp_path, caplog):
+def test_what_a_run_may_change(tmp_path, caplog, monkeypatch):
     """Length, step size, clipping, cadence and what is measured; a schedule that moves is said with both values."""
+    take_devices(monkeypatch, 2)
     config = tiny(steps=2)
     train.train(config, tmp_path)
     train.train(tiny(steps=2, log_every=2), tmp_path)
@@ -330,6 +336,7 @@ def test_what_a_run_may_change(tmp_path, caplog):
     assert "steps 4, were 2; optimizer.learning_rate 0.0005, was 0.001" in caplog.text
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_a_finished_run_that_is_made_longer_says_what_happens_to_the_rate(tmp_path, caplog):
     train.train(tiny(steps=2, optimizer__warmup_steps=0), tmp_path)
     train.train(tiny(steps=4, optimizer__warmup_steps=0), tmp_path)
@@ -337,6 +344,7 @@ def test_a_finished_run_that_is_made_longer_says_what_happens_to_the_rate(tmp_pa
     assert metrics.read_json_lines(tmp_path)[-2]["learning_rate"] == pytest.approx(5e-4)
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_other_data_under_another_name_is_refused_and_the_same_data_is_not(tmp_path):
     config = tiny()
     scenes.write(tmp_path / "one", **config["data"]["scenes"])
@@ -356,6 +364,7 @@ def test_other_data_under_another_name_is_refused_and_the_same_data_is_not(tmp_p
     assert checkpoint_of(tmp_path / "run")[0] == 3
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_after_a_loss_that_is_not_finite_the_advice_is_taken(tmp_path):
     """A learning rate that no run survives; the same workdir goes on with a lower one and with clipping."""
     train.train(tiny(steps=2, optimizer__warmup_steps=0), tmp_path)
@@ -370,6 +379,7 @@ def test_after_a_loss_that_is_not_finite_the_advice_is_taken(tmp_path):
     assert lines[-1]["step"] == step + 2 and np.isfinite(lines[-1]["loss"])
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_a_second_run_in_a_workdir_is_refused(tmp_path):
     with WorkdirLock(tmp_path), pytest.raises(WorkdirInUse, match="trains there since"):
         train.train(tiny(steps=1), tmp_path)
@@ -378,6 +388,7 @@ def test_a_second_run_in_a_workdir_is_refused(tmp_path):
     assert not (tmp_path / "lock.json").exists()
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_a_run_goes_on_computed_otherwise(tmp_path):
     train.train(tiny(steps=2, optimizer__learning_rate=0.0), tmp_path)
     otherwise = dict(

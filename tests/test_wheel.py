@@ -1,7 +1,6 @@
 """The built wheel, installed where nobody has the repository: it trains and converts beside a user's own modules."""
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import GOLDEN, TINY
+from processes import one_device
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "flair_jax", "configs", "convert", "data")
@@ -58,8 +58,7 @@ def home(tmp_path):
 
 def run(python, home, *arguments) -> str:
     """Runs a command in a user's directory, without a way to the repository; returns what it printed."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device, quick to compile
+    environment = {name: value for name, value in one_device().items() if name != "PYTHONPATH"}
     done = subprocess.run([str(python), *arguments], cwd=home, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -76,7 +75,8 @@ def test_the_wheel_brings_one_top_level_name(wheel):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"flair_jax"}
     # Files that are not Python come along.
     vocabulary = "flair_jax/data/transforms/bpe_simple_vocab_16e6.txt.gz"
-    assert {vocabulary, "flair_jax/convert/parity.ipynb", "flair_jax/configs/scenes.py"} <= set(names)
+    prompts = "flair_jax/data/benchmarks/prompts/templates.json"
+    assert {vocabulary, prompts, "flair_jax/convert/parity.ipynb", "flair_jax/configs/scenes.py"} <= set(names)
 
 
 def test_every_source_file_is_in_the_wheel(wheel):

@@ -146,9 +146,9 @@ def _captions(job: Annotate, shard: str, tally: report.Tally, advance) -> Iterat
 def summary(tally: report.Tally, job: Annotate) -> str:
     """The closing lines."""
     lines = [f"{tally.read:,} captions of {len(job.shards)} shards annotated in this run", *report.reasons(tally)]
-    fields = json.dumps(list(job.fields))
+    fields = "".join(f"{json.dumps(field)}, " for field in job.fields).strip()
     lines.append(
-        f"\ntrain with --config.data.captions.fields='{fields}' --config.data.captions.splitting={job.splitting}"
+        f"\ntrain with --config.data.captions.fields='({fields})' --config.data.captions.splitting={job.splitting}"
     )
     if job.output is not None:
         lines.append(f"  --config.data.negatives.annotations={os.path.abspath(job.output)}")

@@ -99,8 +99,8 @@ def split_sentences(text: str) -> list[str]:
 
 
 def whole(text: str) -> list[str]:
-    """A text as one caption, stripped; none where it is blank."""
-    return [stripped] if (stripped := text.strip()) else []
+    """The text itself, stripped, unless nothing is left of it."""
+    return [text.strip()] if text.strip() else []
 
 
 SPLITTINGS: Mapping[str, Callable[[str], list[str]]] = {

@@ -43,6 +43,17 @@ class BrokenImages(ValueError):
         super().__init__(f"{len(reasons)} images cannot be used, the first one: {next(iter(reasons.values()))}")
 
 
+def raise_broken(broken: Mapping[int, str], count: int) -> None:
+    """Raises BrokenImages on every process if one of them met some of `count` images: number -> why."""
+    found = dict(broken)
+    if jax.process_count() > 1:
+        mine = np.isin(np.arange(count), list(broken))
+        for number in np.flatnonzero(multihost_utils.process_allgather(mine).any(0)):
+            found.setdefault(int(number), f"image {number} cannot be read by another process, see its log")
+    if found:
+        raise BrokenImages(dict(sorted(found.items())))
+
+
 @dataclasses.dataclass(frozen=True)
 class Session:
     """What the encoders of an evaluation share.
@@ -270,7 +281,7 @@ class Encoder:
                 with _without_disk():
                     self._to_store(kind, keys, numbers, features, broken)
             yield numbers, features
-        self._agree_on_broken(broken, len(images))
+        raise_broken(broken, len(images))
 
     def _local_rows(self, rows: int) -> list[int]:
         """The rows of a batch that this process's devices hold."""
@@ -320,15 +331,6 @@ class Encoder:
             picked = [row - span[0] for row in sound]
             rows = {name: np.asarray(shard.data)[picked] for name, shard in zip(arrays, shards, strict=True)}
             kind.add([keys[numbers[row]] for row in sound], rows)
-
-    def _agree_on_broken(self, broken: dict[int, str], count: int) -> None:
-        """Raises BrokenImages on every process if one of them found some."""
-        if jax.process_count() > 1:
-            mine = np.isin(np.arange(count), list(broken))
-            for number in np.flatnonzero(multihost_utils.process_allgather(mine).any(0)):
-                broken.setdefault(int(number), f"image {number} cannot be read by another process, see its log")
-        if broken:
-            raise BrokenImages(dict(sorted(broken.items())))
 
     def texts(self, params: Any, tokens: np.ndarray) -> Any:
         """Encodes texts, int32 (N, T), each different one once: equal texts have equal features to the bit.

@@ -175,7 +175,7 @@ class Pointing:
     def notes(self) -> list[str]:
         """What a reader of the results has to know."""
         left_out = self._data.left_out
-        return [f"pointing/{self._data.name}: {left_out} phrases left out: cut away by the crop"] if left_out else []
+        return [f"{left_out:,} phrases are left out: the crop cuts their boxes away."] if left_out else []
 
     def heat(self, params: Any) -> dict[str, np.ndarray]:
         """Heat of each phrase over the patches of its image, float32 (N, L), by mode."""
@@ -239,7 +239,7 @@ class Pointing:
                 )
                 for text in np.concatenate(chosen)
             ]
-            yield f"{data.name}: hits and misses ({mode})", drawing.sheet(examples)
+            yield f"hits and misses ({mode})", drawing.sheet(examples)
 
 
 def image_size(images: Sequence[np.ndarray]) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 An objective is a pure function `loss(features, batch, rng, **options) -> (scalar, {name: scalar})` of the features of
 the global batch (`models.dual_encoder.Features`), the batch itself, a key and its own options. It never asks on how
-many devices it runs.
+many devices it runs. Of an image's texts it takes the slots that it is about (`Features.of_slot`): the captions, or
+hard negatives of them too.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,14 +12,23 @@ from typing import Any
 import jax
 
 from flair_jax.models.dual_encoder import Features
-from flair_jax.objectives import sigmoid, softmax, text_conditioned
+from flair_jax.objectives import hard_negatives, sigmoid, softmax, text_conditioned
 
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 OBJECTIVES: Mapping[str, Objective] = {
+    "global_hard_negatives": hard_negatives.global_loss,
+    "local_hard_negatives": hard_negatives.local_loss,
+    "negclip": hard_negatives.negclip,
     "sigmoid": sigmoid.loss,
     "softmax": softmax.loss,
     "text_conditioned": text_conditioned.loss,
 }
+LOCAL_TEXT = frozenset({"local_hard_negatives"})  # those that need the features of all tokens of the texts
+
+
+def needs_local_text(config: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether an objective with a weight needs `TextFeatures.local`."""
+    return not LOCAL_TEXT.isdisjoint(active(config))
 
 
 def active(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -44,7 +44,7 @@ def sum_over_pairs(
       own: tree of float arrays (N, …), by image.
       shared: tree of float arrays, the same for all pairs.
       constants: tree of any arrays, the same for all pairs and without a gradient.
-      passing: tree of float arrays (N * K, …), by text in image-major order.
+      passing: tree of float arrays (N * K, …), by text in image-major order; each leaf has a K of its own.
       images: N.
       chunk_size: images at a time on a device; None: all at once.
       option: name of the option that `chunk_size` comes from, for the error.
@@ -73,9 +73,9 @@ def sum_over_pairs(
 
 
 def logsumexp_over_pairs(
-    logits: Callable[[jax.Array, jax.Array], jax.Array],
+    logits: Callable[[jax.Array, Any], jax.Array],
     own: jax.Array,
-    passing: jax.Array,
+    passing: Any,
     *,
     chunk_size: int | None,
     option: str,
@@ -83,9 +83,9 @@ def logsumexp_over_pairs(
     """log sum exp of each row's logits with all rows of another batch, on the mesh in use. It has no gradient.
 
     Args:
-      logits: (C, D), (M, D) -> (C, M) float32.
+      logits: (C, D) and a shard of `passing`, M rows, -> (C, M) float32.
       own: (N, D), whose shards stay.
-      passing: (N, D), whose shards go from device to device.
+      passing: an array or a tree of arrays, whose shards go from device to device.
       chunk_size, option: as for `sum_over_pairs`.
 
     Returns:
@@ -114,6 +114,53 @@ def logsumexp_over_pairs(
         split = PartitionSpec(axes)
         run = jax.shard_map(run, in_specs=(split, split), out_specs=split)
     return run(lax.stop_gradient(own), lax.stop_gradient(passing))
+
+
+def map_images(
+    work: Callable[..., Any],
+    own: Any,
+    shared: Any,
+    rows: Any,
+    *,
+    images: int,
+    chunk_size: int | None,
+    option: str,
+) -> Any:
+    """`work` on each device's own images and rows, on the mesh in use; nothing travels.
+
+    Args:
+      work: `work(chunk, shared, rows, first)` gives a tree of arrays (C, …), for a chunk of `own` of C images, and the
+        rows of its device, whose first one is row `first` of the batch.
+      own: tree of arrays (N, …), by image.
+      shared: tree of float arrays, the same for all images.
+      rows: tree of arrays (R, …), split over the devices as the images are: rows of packed texts.
+      images: N.
+      chunk_size: images at a time on a device, of which all but the results is computed again in the backward pass;
+        None: all at once, and nothing is.
+      option: name of the option that `chunk_size` comes from, for the error.
+
+    Returns:
+      The tree of `work`, (N, …), split as `own`.
+
+    Raises:
+      ValueError: `chunk_size` does not divide a device's images.
+    """
+    axes, shard_images = _split_of(images, chunk_size, option)
+    chunk_size = min(chunk_size or shard_images, shard_images)
+
+    def run(own, shared, rows):
+        first = jax.tree.leaves(rows)[0].shape[0] * (lax.axis_index(axes) if axes else 0)
+        if chunk_size == shard_images:
+            return work(own, shared, rows, first)
+        chunks = jax.tree.map(lambda x: x.reshape(-1, chunk_size, *x.shape[1:]), own)
+        again = jax.checkpoint(lambda chunk, shared, rows: work(chunk, shared, rows, first))
+        found = lax.map(lambda chunk: again(chunk, shared, rows), chunks)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+    if axes:
+        split, whole = PartitionSpec(axes), PartitionSpec()
+        run = jax.shard_map(run, in_specs=(split, whole, split), out_specs=split)
+    return run(*jax.tree.map(jnp.asarray, (own, shared, rows)))
 
 
 def _split_of(rows: int, chunk_size: int | None, option: str) -> tuple[tuple[str, ...], int]:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flair_jax.data.transforms.base import CAPTIONS
 from flair_jax.models.dual_encoder import Features
 from flair_jax.models.layers import normalize
 from flair_jax.objectives import ring
@@ -37,6 +38,7 @@ def loss(
     """
     if features.logit_bias is None:
         raise ValueError("config.objectives.sigmoid needs a bias; set config.model.init_logit_bias, such as -10.0")
+    features = features.of_slot(CAPTIONS)
     images, texts = features.image.pooled.shape[0], features.text.pooled.shape[0]
     captions = ring.texts_per_image(images, texts)
 

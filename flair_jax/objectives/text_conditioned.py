@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flair_jax.data.transforms.base import CAPTIONS
 from flair_jax.models.dual_encoder import Features
 from flair_jax.models.layers import normalize
 from flair_jax.objectives import ring
@@ -56,6 +57,7 @@ def loss(
     """
     if features.pooling is None or features.logit_bias is None:
         raise ValueError("config.objectives.text_conditioned needs config.model.pooling and model.init_logit_bias")
+    features = features.of_slot(CAPTIONS)
     pooling, attend = features.pooling, features.pooling.attend
     images, texts = features.image.pooled.shape[0], features.text.pooled.shape[0]
     block_size = block_size or images

@@ -94,7 +94,7 @@ def at_chance(results: Iterable[Result], details: Iterable[SetDetails] = ()) -> 
     """Sets whose results a random answer would reach too, and all sets that can be judged, as "task/set".
 
     Judged are what a model without knowledge cannot get, whatever its preferences:
-      retrieval: Recall@1 of both directions in all modes. n is the number of images, which is 1 / chance: the texts of
+      retrieval: Recall@k of both directions in all modes. n is the number of images, which is 1 / chance: the texts of
         an image are no independent queries.
       classification: mean recall per class, which an answer that is always the same leaves at chance, 1 / classes; n
         images. Both numbers are of `SetDetails.counts`.
@@ -114,7 +114,7 @@ def at_chance(results: Iterable[Result], details: Iterable[SetDetails] = ()) -> 
         values = Values.of(group)
         better = []
         for metric, modes in values.measured.items():
-            if key[0] == "retrieval" and metric.endswith("_R@1"):
+            if key[0] == "retrieval" and "_R@" in metric:
                 image_chance = values.chance.get("text_to_image_R@1", {}).get("chance")
                 chance = values.chance.get(metric, {}).get("chance")
                 number = round(1 / image_chance) if image_chance else None
