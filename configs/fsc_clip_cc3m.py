@@ -1,7 +1,10 @@
 """FSC-CLIP: CLIP fine-tuned for compositionality on 100,000 pairs of CC3M, with captions of CoCa.
 
+    python -m flair_jax.data.prepare captioned --images cc3m --partner json --caption-key coca_captions \
+        --text-folder cc3m/coca_captions --output cc3m-coca --resize 256
+    python -m flair_jax.data.prepare annotate --shards cc3m-coca --fields coca_captions    # parses for the negatives
     python -m flair_jax.main --config fsc_clip_cc3m --workdir RUN \
-        --config.init_from=ViT-B-32.pt --config.data.shards='/data/cc3m/train_subset_100K/{00000..00014}.tar'
+        --config.init_from=ViT-B-32.pt --config.data.shards=cc3m-coca
 
 After a colon another run: `fsc_clip_cc3m:lora`, and the baseline `fsc_clip_cc3m:clip`, no negatives.
 

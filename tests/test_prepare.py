@@ -303,7 +303,7 @@ def test_captioned_tars_keep_the_caption_whole(tmp_path, capsys):
     assert [content["caption"] for content in read(tmp_path / "txt").values()] == ["A cat. It sits.", "two"]
     options = ["--partner", "json", "--caption-key", "coca_captions", "--text-folder", tmp_path / "texts"]
     told = prepare(capsys, "captioned", "--images", tar, "--output", tmp_path / "json", *options)
-    assert [content["caption"] for content in read(tmp_path / "json").values()] == ["A dog. It runs.", "A cow."]
+    assert [content["coca_captions"] for content in read(tmp_path / "json").values()] == ["A dog. It runs.", "A cow."]
     assert "json without a plain key" in told
 
 

@@ -124,7 +124,12 @@ def _parser() -> argparse.ArgumentParser:
                 help="between the cells of .csv and .tsv, such as `;` or `tab`; default: a comma, in .tsv a tab",
             )
         if name == "captioned":
-            add("--caption-key", default="caption", metavar="KEY", help="of the json that holds the caption")
+            add(
+                "--caption-key",
+                default="caption",
+                metavar="KEY",
+                help="of the json that holds the caption, and of ours",
+            )
             what = "where the json lacks the key: texts named by its `key`, FOLDER/KEY.txt, whose first line counts"
             add("--text-folder", type=path, metavar="FOLDER", help=what)
         if name == "pixelprose":

@@ -69,7 +69,7 @@ def _captioned(text: bytes, partner: str, encoding: str, caption_key: str, text_
         raise CaptionError(rows.BAD_CELL)
     if not (caption or "").strip():
         raise CaptionError(rows.NO_CAPTIONS)
-    return {"caption": caption.strip()}
+    return {caption_key: caption.strip()}
 
 
 def _first_line(folder: str, key, encoding: str) -> str:
