@@ -12,7 +12,7 @@ import sys
 
 from flair_jax.data.prepare import annotate, atomic, inputs, job, releases, report, rows, runner, shards
 from flair_jax.data.sources.base import ShardError
-from flair_jax.data.sources.open import expand
+from flair_jax.data.sources.open import expand, open_source
 from flair_jax.data.transforms.captions import SPLITTINGS
 
 ANNOTATE = "annotate"
@@ -32,14 +32,9 @@ def main(arguments: list[str]) -> None:
     workers = options.workers or os.cpu_count() or 1
     run = runner.Options(options.runner, workers, flags)
     if options.release == ANNOTATE:
-        work = annotate.Annotate(
-            expand(options.shards),
-            options.output,
-            options.fields,
-            options.splitting,
-            options.wordnet,
-            options.index_dir,
-        )
+        found = open_source(expand(options.shards), options.index_dir).shards  # the files of a TFDS data set, too
+        how = options.fields, options.splitting, options.wordnet, options.index_dir
+        work = annotate.Annotate(tuple(dict.fromkeys(found)), options.output, *how)
         print(annotate.summary(annotate.annotate(work, run), work))
         return
     info = job.prepare(_job(options), run)

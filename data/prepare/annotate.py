@@ -6,6 +6,7 @@ kept; so an interrupted run goes on where it was, and of a growing set only the 
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -72,8 +73,10 @@ def annotate(job: Annotate, options: runner.Options) -> report.Tally:
     targets = {shard: annotations.path(shard, job.output) for shard in job.shards}
     if len(set(targets.values())) < len(targets):
         raise InputError(f"several shards of one name would share a file in {job.output}: annotate each set on its own")
-    for target in set(map(os.path.dirname, targets.values())):
-        pathlib.Path(target).mkdir(parents=True, exist_ok=True)
+    for target in map(pathlib.Path, targets.values()):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for partial in target.parent.glob(f".{glob.escape(target.name)}.*{files.PARTIAL}"):  # of a killed run
+            partial.unlink(missing_ok=True)
     pending = {shard: about for shard in targets if (about := job.about(shard)) != _done(targets[shard])}
     if not pending:
         return report.Tally()
