@@ -4,7 +4,7 @@ All of this is done once, before training; see `annotate`. Everything but the tw
 needs neither spaCy nor WordNet.
 
 Sources: FSC-CLIP (Oh et al. 2024, arXiv:2410.05210) and `spec/fsc_clip.md` 3. The scene graph follows the rules of
-SceneGraphParser (Wu et al. 2019, arXiv:1904.00560 use it) in their results.
+SceneGraphParser (github.com/vacancy/SceneGraphParser) in their results.
 """
 
 import collections
