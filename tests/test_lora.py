@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY, load_golden, nhwc
+from conftest import load_golden, nhwc
 from test_train import checkpoint_of
 from test_train import tiny as tiny_run
 
@@ -298,10 +298,8 @@ def test_eight_steps_of_lora_and_wise_ft():
 # In the training loop
 
 
-SECTIONS = {
-    "clip": {**TINY, "name": "clip", "pooling": None, "init_logit_bias": None},
-    "flair": TINY,
-}
+SECTIONS = {"flair": tiny_run()["model"]}
+SECTIONS["clip"] = {**SECTIONS["flair"], "name": "clip", "pooling": None, "init_logit_bias": None}
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -353,7 +351,7 @@ def test_trainable_numbers_are_the_published_ones_and_nothing_else_has_moments(v
     ],
 )
 def test_what_does_not_fit_is_named(section, message):
-    params = jax.eval_shape(lambda: state.init_params(models.create(TINY), 0))
+    params = jax.eval_shape(lambda: state.init_params(models.create(SECTIONS["flair"]), 0))
     with pytest.raises(ValueError, match=message):
         lora.init(params, lora.LoraOptions.of(section), 0)
 
