@@ -224,11 +224,6 @@ def adapted():
     return golden, source, params, Run(source, json.loads(str(golden["traj/steps"])), section, params, options)
 
 
-@functools.cache
-def merging(options):
-    return jax.jit(functools.partial(lora.merge, options=options))
-
-
 @pytest.mark.golden
 def test_pairs_are_the_reference_s_in_shape_and_distribution():
     golden, _, params, run = adapted()
@@ -260,7 +255,7 @@ def test_names_go_both_ways():
 def test_changes_of_weights():
     golden, _, params, run = adapted()
     tree = lora_files.to_flax(part(golden, "random/param/"))
-    merged = names.to_torch(jax.device_get(merging(run.options)(params, tree)), "clip")
+    merged = names.to_torch(jax.device_get(lora.merge_jit(params, tree, run.options)), "clip")
     before, expected = names.to_torch(params, "clip"), part(golden, "random/delta/")
     assert "visual.conv1.weight" in expected
     for name, change in expected.items():
@@ -272,7 +267,7 @@ def test_changes_of_weights():
 def test_outputs_losses_and_gradients_with_pairs(where):
     golden, source, params, run = adapted()
     tree = lora_files.to_flax(part(golden, "init/" if where == "at_init" else "random/param/"))
-    merged = merging(run.options)(params, tree)
+    merged = lora.merge_jit(params, tree, run.options)
     compare_outputs(run.model, merged, source, part(golden, f"{where}/out/"))
     if where == "random":
         compare_outputs(run.model, merged, source, part(golden, "random/eval/"))
@@ -291,7 +286,7 @@ def test_eight_steps_of_lora_and_wise_ft():
     jax.tree.map(np.testing.assert_array_equal, current.base, params)  # the weights themselves stay
     assert all(jax.tree.leaves(run.optimize.rules.decay(tree))) and len(golden["traj/no_decay_names"]) == 0
     half = lora.scale(lora_files.to_flax(part(golden, "traj/final/")), 0.5)
-    compare_outputs(run.model, merging(run.options)(params, half), source, part(golden, "wise_ft_0.5/eval/"))
+    compare_outputs(run.model, lora.merge_jit(params, half, run.options), source, part(golden, "wise_ft_0.5/eval/"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
