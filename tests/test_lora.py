@@ -20,13 +20,15 @@ from test_train import checkpoint_of
 from test_train import tiny as tiny_run
 
 import flair_jax
+from flair_jax import config as configuration
 from flair_jax import lora, metrics, models, optimizer, pretrained, sharding, state, train
 from flair_jax.configs import variants
 from flair_jax.convert import flax_files, lora_files, names
 from flair_jax.convert.tables import flatten
+from flair_jax.data.transforms import packing
 from flair_jax.models.layers import normalize
 from flair_jax.models.text import Text
-from flair_jax.step import train_step
+from flair_jax.step import step_of, train_step
 
 QUICK, LORA = "fsc_clip/tiny_model_quickgelu.npz", "fsc_clip/tiny_model_lora.npz"
 MODELS = [name for name in (QUICK, "fsc_clip/tiny_model_gelu.npz") if golden_files.exists(name)]
@@ -431,3 +433,38 @@ def test_pairs_alone_merged_and_part_of_the_way(run, tmp_path):
 def test_lora_needs_weights_to_change(tmp_path):
     with pytest.raises(ValueError, match=r"set config\.init_from"):
         train.train({**tiny_run(steps=2), "lora": {"rank": 2}}, tmp_path)
+
+
+def test_a_step_is_the_same_on_one_device_and_split_over_eight(monkeypatch):
+    """FSC-CLIP's recipe with LoRA, small: packed rows, negatives, weights split over `fsdp`, and all that plainly."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 2**10)
+    config = configuration.read("fsc_clip_laioncoco:lora", ["--config.batch_size=16", "--config.model.dtype=float32"])
+    config["model"]["embed_dim"] = 32
+    config["model"]["vision"].update(image_size=32, patch_size=16, width=64, depth=1, heads=2)
+    config["model"]["text"].update(width=64, depth=1, heads=2, vocab_size=300, context_length=16)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 14, 16 * 4)
+    tokens = np.where(np.arange(16) < lengths[:, None] - 1, rng.integers(1, 200, (16 * 4, 16)), 0).astype(np.int32)
+    tokens[np.arange(len(tokens)), lengths - 1] = 299
+    valid = rng.random((16, 4)) < 0.7
+    valid[:, 0] = True
+    batch = {"images": rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8), "valid": valid}
+    model = models.create(config["model"])
+    optimize = optimizer.create(total_steps=10, **config["optimizer"])
+    found = []
+    for data, fsdp, texts in (
+        (1, 1, packing.padded(tokens)),
+        (4, 2, packing.Packer(32, range(1, 99), 8)(tokens).texts),
+    ):
+        mesh = sharding.create_mesh(data, fsdp, jax.devices()[: data * fsdp])
+        with jax.set_mesh(mesh):
+            current = state.create(model, optimize, mesh, 0, lora=config["lora"])
+            placed = sharding.global_batch(mesh, batch | {"texts": texts})
+            after, numbers = jax.jit(step_of(config, model, optimize))(current, placed)
+            found.append(jax.device_get((numbers, after.params, after.weights)))
+    (numbers, *trees), (other_numbers, *other_trees) = found
+    assert numbers["local_hard_negatives/missing"] == (~valid).sum() > 0
+    for name, value in numbers.items():
+        np.testing.assert_allclose(other_numbers[name], value, rtol=1e-5, err_msg=name)
+    # The first step of Adam has the size of the learning rate, 1e-6 in the warm-up, and the sign of the gradient.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), trees, other_trees)
