@@ -1,4 +1,4 @@
-"""python -m flair_jax.convert: FLAIR's weights from PyTorch to Flax, back, and a look at what a file holds."""
+"""python -m flair_jax.convert: weights from PyTorch to Flax, back, and a look at what a file holds."""
 
 import argparse
 import collections
@@ -9,63 +9,90 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flair_jax.convert import flax_files, names, torch_files
+from flair_jax.convert import flax_files, hugging_face, names, released, torch_files
 from flair_jax.convert.tables import KINDS, Arrays, ConversionError, Side
 
 PUBLISHED = {150_674_434: "ViT-B-16-FLAIR"}
 # Without --model-config; see names.infer_config.
 GUESSED = (
-    "the file does not say its heads, activation and image size: heads and exact GELU are taken from the published "
-    "model of these widths, the image as square; --model-config tells others"
+    "the file does not say its heads and image size: heads are taken from the published model of these widths, the "
+    "image as square; --model-config tells others"
 )
 WIDTH = 14  # of the first column of `check`
 
 
-def to_flax(source: Path, target: Path, model: Mapping[str, Any] | None) -> None:
+def to_flax(source: Path, target: Path, model: Mapping[str, Any] | None, gelu: str | None) -> None:
     """PyTorch's names -> one .safetensors of Flax paths with the `model` section in its metadata."""
-    if flax_files.is_flax(source):
+    if is_flax(source):
         raise torch_files.WeightsFileError(f"{source} holds Flax parameters already")
-    params, found = flax_files.load(source, model)
+    weights = released.read(source)
+    params, found = flax_files.from_torch(weights, source, model, gelu)
     flax_files.write(target, params, found)
     print(f"{target}: {describe(found)}")
-    if model is None:
+    if model is None and weights.section is None:
         print(f"note: {GUESSED}", file=sys.stderr)
 
 
-def to_torch(source: Path, target: Path) -> None:
+def to_torch(source: Path, target: Path, layout: str) -> None:
     """The file of `to_flax` -> PyTorch's names, .safetensors or a pickle by the suffix of the target."""
-    if source.is_dir():
-        raise torch_files.WeightsFileError(f"{source} is a folder; to-torch reads the .safetensors that to-flax writes")
-    if not flax_files.is_flax(source):
-        raise torch_files.WeightsFileError(f"{source} holds no Flax parameters; to-torch reads what to-flax writes")
-    params, model = flax_files.load(source)
-    torch_files.write(target, names.to_torch(params, model["name"]))
+    params, model = load_flax(source, "to-torch")
+    torch_files.write(target, names.to_torch(params, model["name"], layout))
     print(f"{target}: {describe(model)}")
 
 
-def check(source: Path, model: Mapping[str, Any] | None) -> bool:
+def to_hf(source: Path, target: Path) -> None:
+    """The file of `to_flax` -> a folder for `from_pretrained` of Hugging Face's transformers."""
+    params, model = load_flax(source, "to-hf")
+    hugging_face.write(target, params, model)
+    print(f"{target}: {describe(model)}")
+
+
+def load_flax(source: Path, command: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and `model` section of a file of `to_flax`.
+
+    Raises:
+      WeightsFileError: it is something else.
+    """
+    if source.is_dir():
+        raise torch_files.WeightsFileError(
+            f"{source} is a folder; {command} reads the .safetensors that to-flax writes"
+        )
+    if not flax_files.is_flax(source):
+        raise torch_files.WeightsFileError(f"{source} holds no Flax parameters; {command} reads what to-flax writes")
+    return flax_files.load(source)
+
+
+def is_flax(source: Path) -> bool:
+    return not source.is_dir() and flax_files.is_flax(source)
+
+
+def check(source: Path, model: Mapping[str, Any] | None, gelu: str | None) -> bool:
     """Prints what a file holds and everything that is wrong with it; True if nothing is."""
-    side: Side = "flax" if flax_files.is_flax(source) else "torch"
+    side: Side = "flax" if is_flax(source) else "torch"
+    origin = "as given"
     if side == "flax":
         arrays, stored = flax_files.read(source)
         model, origin = (stored, "as the file says") if model is None else (model, "as given")
+        table = names.table(model.get("name", "flair"), towers=names.section_towers(model))
     else:
-        arrays, origin = names.plain(torch_files.read(source)), "as given"
-    name = names.recognize(arrays) if model is None else model.get("name", "flair")
-    problems = names.table(name).find_problems(arrays, side, model)
+        weights = released.read(source)
+        arrays, gelu = weights.arrays, gelu or weights.gelu
+        if model is None and weights.section is not None:
+            model, origin = weights.section, "as config.json says"
+        table = names.recognize(arrays) if model is None else names.table_of(arrays, model.get("name", "flair"), model)
+    problems = table.find_problems(arrays, side, model)
     note = "unknown: see below"
     if model is None and not problems:
         try:
-            model, origin = (
-                names.infer_config(arrays, name),
-                "from the shapes; image square, heads of the published model",
-            )
+            model = names.infer_config(arrays, table.model, gelu)
+            origin = "from the shapes; image square, heads of the published model"
         except ConversionError as error:
             note = f"unknown: {error}"
     bad = {name: count for name, array in arrays.items() if (count := flax_files.not_finite(array))}
 
     row("file", source)
-    row("kind", {"flax": "Flax paths", "torch": "PyTorch names"}[side] + f", {source.suffix}")
+    kind = "Flax paths" if side == "flax" else f"PyTorch names of {table.layout}"
+    row("kind", f"{kind}, {source.suffix or 'folder'}")
     row("model", note if model is None else f"{describe(model)} ({origin})")
     row("tensors", f"{len(arrays):,}")
     row("parameters", parameters(arrays))
@@ -86,14 +113,20 @@ def row(name: str, value: Any) -> None:
 
 def describe(model: Mapping[str, Any]) -> str:
     """One line with the sizes of a `model` section."""
-    vision, text, pooling = model["vision"], model["text"], model["pooling"]
-    heads = "no pooling" if pooling is None else f"pooling {pooling['heads']} heads"
-    return (
-        f"{model['name']}, width {model['embed_dim']}; vision {vision['image_size']} px, patch {vision['patch_size']}, "
-        f"{vision['depth']} x {vision['width']}, {vision['heads']} heads; text {text['context_length']} of "
-        f"{text['vocab_size']}, {text['depth']} x {text['width']}, {text['heads']} heads; "
-        f"{heads}"
-    )
+    vision, text, pooling = model["vision"], model["text"], model.get("pooling")
+    parts = [f"{model['name']}, width {model['embed_dim']}"]
+    if vision is not None:
+        parts.append(
+            f"vision {vision['image_size']} px, patch {vision['patch_size']}, {vision['depth']} x {vision['width']}, "
+            f"{vision['heads']} heads"
+        )
+    if text is not None:
+        parts.append(
+            f"text {text['context_length']} of {text['vocab_size']}, {text['depth']} x {text['width']}, "
+            f"{text['heads']} heads"
+        )
+    parts.append("no pooling" if pooling is None else f"pooling {pooling['heads']} heads")
+    return "; ".join([*parts, f"{model.get('gelu', 'exact')} GELU"])
 
 
 def parameters(arrays: Arrays) -> str:
@@ -124,7 +157,11 @@ def path_of(text: str) -> Path:
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m flair_jax.convert", description=__doc__.partition(": ")[2])
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    torch, flax = "weights with PyTorch's names, .safetensors, .pt, .pth or .bin", "Flax parameters, .safetensors"
+    torch = (
+        "weights with PyTorch's names: .safetensors, .pt, .pth or .bin (a state dict, or OpenAI's archive), or Hugging "
+        "Face's folder of config.json and model.safetensors"
+    )
+    flax = "Flax parameters, .safetensors"
 
     def command(name: str, text: str, **files: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -136,7 +173,17 @@ def parser() -> argparse.ArgumentParser:
         command("to-flax", "PyTorch to Flax", source=torch, target=f"{flax}, with the model section in its metadata"),
         command("check", "show kind, sizes and dtypes; exit 1 if anything is wrong", source=f"{torch}; or {flax}"),
     )
-    command("to-torch", "Flax to PyTorch", source=f"{flax}, as to-flax writes it", target=torch)
+    written = f"{flax}, as to-flax writes it"
+    to_torch = command(
+        "to-torch", "Flax to PyTorch", source=written, target="a state dict, .safetensors, .pt, .pth or .bin"
+    )
+    to_torch.add_argument(
+        "--layout",
+        default="",
+        choices=("open_clip", "custom_text"),
+        help="names of a CLIP: open_clip's, which are OpenAI's too (default), or those of its CustomTextCLIP, 'text.…'",
+    )
+    command("to-hf", "Flax to Hugging Face's transformers", source=written, target="a folder, made if it is not there")
     for reader in readers:
         reader.add_argument(
             "--model-config",
@@ -144,6 +191,12 @@ def parser() -> argparse.ArgumentParser:
             type=path_of,
             help="JSON with the model section, where shapes do not tell it: without one the image is square, and "
             "heads are known for the widths of the published models only",
+        )
+        reader.add_argument(
+            "--gelu",
+            choices=names.GELU,
+            help="the activation, where the file does not say it: a state dict of CLIP does not; quick for OpenAI's "
+            "weights and what was fine-tuned from them",
         )
     return main
 
@@ -162,13 +215,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> bool:
     if options.command == "check":
-        return check(options.source, read_model(options.model_config))
+        return check(options.source, read_model(options.model_config), options.gelu)
     if options.target.exists() and options.target.samefile(options.source):
         raise ValueError(f"{options.target} is the file that is read; give another name to write to")
     if options.command == "to-flax":
-        to_flax(options.source, options.target, read_model(options.model_config))
+        to_flax(options.source, options.target, read_model(options.model_config), options.gelu)
+    elif options.command == "to-torch":
+        to_torch(options.source, options.target, options.layout)
     else:
-        to_torch(options.source, options.target)
+        to_hf(options.source, options.target)
     return True
 
 

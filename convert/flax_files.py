@@ -2,14 +2,16 @@
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flair_jax.configs import variants
-from flair_jax.convert import names, torch_files
-from flair_jax.convert.tables import ConversionError, flatten, refuse, unflatten
+from flair_jax.convert import names, released, torch_files
+from flair_jax.convert.tables import ConversionError, flatten, pair, refuse, unflatten
 
 KEY = "flair_jax"
 FORMAT = 1
@@ -92,10 +94,16 @@ def check_same_model(stored: Mapping[str, Any], given: Mapping[str, Any], path: 
       ConversionError: naming every key that differs, `FREE` aside, with both values.
     """
     stored, given, defaults = (_flat(section) for section in (stored, given, variants.flair().to_dict()))
+
+    def value(section: Mapping[str, Any], key: str) -> Any:
+        part = key.partition(".")[0]
+        absent = part != key and part in section  # the part itself is a value: None
+        return None if absent else section.get(key, defaults.get(key))
+
     differences = [
-        f"model.{key} is {given.get(key, defaults.get(key))!r}, the file says {stored.get(key, defaults.get(key))!r}"
+        f"model.{key} is {value(given, key)!r}, the file says {value(stored, key)!r}"
         for key in sorted(stored.keys() | given.keys())
-        if key not in FREE and given.get(key, defaults.get(key)) != stored.get(key, defaults.get(key))
+        if key not in FREE and value(given, key) != value(stored, key)
     ]
     if differences:
         raise ConversionError(f"{path} holds the weights of another model: {'; '.join(differences)}")
@@ -108,37 +116,83 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         elif key == "image_size":
-            flat[f"{prefix}{key}"] = (value, value) if isinstance(value, int) else tuple(value)
+            flat[f"{prefix}{key}"] = pair(value)
         else:
             flat[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
     return flat
 
 
-def load(path: str | os.PathLike, model: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def load(
+    path: str | os.PathLike, model: Mapping[str, Any] | None = None, gelu: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads weights of either side into Flax.
 
     Args:
-      path: a file of `write`, or one with PyTorch's names (.safetensors, .pt, .pth, .bin).
+      path: a file of `write`, or a file or folder with PyTorch's names, see `released.read`.
       model: the `model` section; None: the one in the file, or the one that PyTorch's shapes tell (`infer_config`).
+      gelu: the activation, for a file that does not say it, where there is no `model` to say it.
 
     Returns:
       The parameter tree, float32, and the `model` section.
 
     Raises:
-      ConversionError: names, shapes or dtypes do not fit, a number is not finite, or `model` is another one than the
-        file says. WeightsFileError, OSError: see `torch_files.read`.
+      ConversionError: names, shapes or dtypes do not fit, a number is not finite, `model` or `gelu` is another one than
+        the file says, or nobody says the activation. WeightsFileError, OSError: see `released.read`.
     """
-    if not is_flax(path):
-        weights = names.plain(torch_files.read(path))
-        refuse_not_finite(weights, path)
-        model = names.infer_config(weights, names.recognize(weights)) if model is None else model
-        return names.to_flax(weights, model.get("name", "flair"), model), dict(model)
+    if Path(path).is_dir() or not is_flax(path):
+        return from_torch(released.read(path), path, model, gelu)
     arrays, stored = read(path)
     refuse_not_finite(arrays, path)
+    check_same_gelu(stored.get("gelu", "exact"), gelu, path)
     if model is None:
         model = stored
     else:
         check_same_model(stored, model, path)
-    table = names.table(model.get("name", "flair"))
+    table = names.table(model.get("name", "flair"), towers=names.section_towers(model))
     refuse(table.find_problems(arrays, "flax", model), len(arrays), table.model)
     return unflatten({name: array.astype(np.float32, copy=False) for name, array in arrays.items()}), dict(model)
+
+
+def from_torch(
+    weights: released.Weights,
+    path: str | os.PathLike,
+    model: Mapping[str, Any] | None = None,
+    gelu: str | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Turns weights with PyTorch's names into Flax; `load` for what was read from `path` already."""
+    refuse_not_finite(weights.arrays, path)
+    if gelu is not None and weights.gelu is not None:
+        check_same_gelu(weights.gelu, gelu, path)
+    gelu = gelu or weights.gelu
+    if model is None:
+        table = names.recognize(weights.arrays)
+        model = weights.section or _inferred(weights.arrays, table.model, gelu, path)
+    else:
+        model = dict(model)
+        if weights.section is not None:
+            check_same_model(weights.section, model, path)
+        flair = model.get("name", "flair") == "flair"
+        if gelu is not None:
+            check_same_gelu(gelu, model.setdefault("gelu", gelu), path)
+        elif "gelu" not in model and not flair:
+            raise ConversionError(f"{path}: {names.ASK_GELU}")
+        elif not flair:
+            warnings.warn(
+                f"{path} does not say which GELU its model was trained with; it is taken as {model['gelu']!r}, as the "
+                "model section has it (OpenAI's weights and those fine-tuned from them need 'quick')",
+                stacklevel=2,
+            )
+    return names.to_flax(weights.arrays, model.get("name", "flair"), model), dict(model)
+
+
+def _inferred(arrays: Mapping[str, np.ndarray], model: str, gelu: str | None, path: str | os.PathLike) -> dict:
+    try:
+        return names.infer_config(arrays, model, gelu)
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {error}", error.problems) from error
+
+
+def check_same_gelu(stored: str, given: str | None, path: str | os.PathLike) -> None:
+    """Raises ConversionError if an activation is given that is not the stored one."""
+    if given is not None and names.checked_gelu(given) != stored:
+        raise ConversionError(f"{path} holds the weights of another model: gelu is {given!r}, the file says {stored!r}")

@@ -1,13 +1,16 @@
-"""The names of a model's parameters in PyTorch and in Flax, one table a model.
+"""The names of a model's parameters in PyTorch and in Flax, one table for each model and layout.
 
 A table is a list of rules, each with both names, the PyTorch shape in terms of the model's sizes, and the order of axes
-that turns the PyTorch array into the Flax one. Another model is another entry of `TABLES`.
+that turns the PyTorch array into the Flax one. Another model is another entry of `MODELS`; another naming of the same
+PyTorch weights is another entry of its layouts.
 """
 
+import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,11 +22,31 @@ from flair_jax.convert.tables import (
     Sizes,
     Table,
     flatten,
+    pair,
     refuse,
     unflatten,
 )
 
 PREFIXES = ("module.", "_orig_mod.")
+# Tensors of state dicts that are no weights: the causal mask, numbers from 0 to the length, and sizes that OpenAI's
+# archives carry.
+NO_WEIGHTS = re.compile(
+    r"(.*\.)?attn_mask|(text_model|vision_model)\.embeddings\.position_ids|input_resolution|context_length|vocab_size"
+)
+GELU = ("exact", "quick", "tanh")
+ASK_GELU = (
+    "the file does not say which GELU its model was trained with, and with another one the same weights give other "
+    "features: say gelu='quick' for OpenAI's weights, those fine-tuned from them and open_clip's 'quickgelu' models, "
+    "gelu='exact' for open_clip's others (on the command line --gelu quick, --gelu exact), or give the model section"
+)
+
+
+class Towers(NamedTuple):
+    """What a file has of a model: its towers, and whether features are projected into a shared space."""
+
+    vision: bool = True
+    text: bool = True
+    projected: bool = True
 
 
 def to_flax(
@@ -32,9 +55,9 @@ def to_flax(
     """Turns a PyTorch state dict into a Flax parameter tree.
 
     Args:
-      state_dict: arrays by PyTorch name; a training checkpoint around them and `PREFIXES` of every name are removed.
-        Half precision is cast to float32 with a warning.
-      model: the table, a key of `TABLES`.
+      state_dict: arrays by PyTorch name, in any of the model's layouts; a training checkpoint around them, `PREFIXES`
+        of every name and `NO_WEIGHTS` are removed. Half precision is cast to float32 with a warning.
+      model: a key of `MODELS`.
       config: the `model` section that the shapes must have; None takes depths and sizes as the file has them.
 
     Returns:
@@ -43,15 +66,17 @@ def to_flax(
     Raises:
       ConversionError: with every unknown, missing or misshapen name and every dtype that is no weight's.
     """
-    return unflatten(table(model).convert(plain(state_dict), "torch", config))
+    arrays = plain(state_dict)
+    return unflatten(table_of(arrays, model, config).convert(arrays, "torch", config))
 
 
-def to_torch(params: Mapping[str, Any], model: str = "flair") -> dict[str, np.ndarray]:
+def to_torch(params: Mapping[str, Any], model: str = "flair", layout: str = "") -> dict[str, np.ndarray]:
     """Turns a Flax parameter tree into a PyTorch state dict, the exact inverse of `to_flax`.
 
     Args:
       params: nested dict of arrays.
-      model: the table, a key of `TABLES`.
+      model: a key of `MODELS`.
+      layout: one of the model's layouts; "": its first one.
 
     Returns:
       float32 arrays, C-contiguous, in the order of the reference's state dict; they may share memory with the input.
@@ -59,10 +84,11 @@ def to_torch(params: Mapping[str, Any], model: str = "flair") -> dict[str, np.nd
     Raises:
       ConversionError: as `to_flax`, with Flax paths.
     """
-    return table(model).convert(flatten(params), "flax", None)
+    arrays = flatten(params)
+    return table(model, layout, flax_towers(arrays, model)).convert(arrays, "flax", None)
 
 
-def infer_config(state_dict: Mapping[str, Any], model: str = "flair") -> dict[str, Any]:
+def infer_config(state_dict: Mapping[str, Any], model: str = "flair", gelu: str | None = None) -> dict[str, Any]:
     """Reads the `model` section from the shapes of a PyTorch state dict.
 
     Shapes do not hold everything. The image is taken as square. Heads are those of the published models, for their
@@ -71,39 +97,126 @@ def infer_config(state_dict: Mapping[str, Any], model: str = "flair") -> dict[st
 
     Args:
       state_dict, model: as for `to_flax`.
+      gelu: the activation, one of `GELU`, where the origin of the weights tells it. FLAIR's is exact.
 
     Returns:
       A `model` section that builds the model (`flair_jax.models.create`).
 
     Raises:
-      ConversionError: as `to_flax`; or the image is not square, or no published model has these widths.
+      ConversionError: as `to_flax`; or the image is not square, no published model has these widths, or `gelu` is
+        needed.
     """
     arrays = plain(state_dict)
-    refuse(table(model).find_problems(arrays, "torch", None), len(arrays), model)
-    return table(model).config(table(model).measure(arrays, "torch"))
+    found = table_of(arrays, model)
+    refuse(found.find_problems(arrays, "torch", None), len(arrays), model)
+    config = found.config(found.measure(arrays, "torch"))
+    if gelu is None and model != "flair":
+        raise ConversionError(ASK_GELU)
+    return config if gelu is None else config | {"gelu": checked_gelu(gelu)}
 
 
-def recognize(state_dict: Mapping[str, Any]) -> str:
-    """The model whose names a PyTorch state dict has, a key of `TABLES`: the one with the fewest misfits.
+def checked_gelu(gelu: str) -> str:
+    """The name itself. Raises ConversionError unless it is one of `GELU`."""
+    if gelu not in GELU:
+        raise ConversionError(f"gelu is {gelu!r}; expected one of {', '.join(map(repr, GELU))}")
+    return gelu
 
-    Where no name fits any, "flair".
-    """
+
+def recognize(state_dict: Mapping[str, Any]) -> Table:
+    """The table with the fewest misfits for the names of a PyTorch state dict; where none fits any, FLAIR's."""
     arrays = plain(state_dict)
-    problems = {model: table.find_problems(arrays, "torch", None) for model, table in TABLES.items()}
-    unknown = {model: sum(problem.kind == "unknown" for problem in found) for model, found in problems.items()}
-    fitting = [model for model in TABLES if unknown[model] < len(arrays)]
-    return min(fitting, key=lambda model: len(problems[model]), default="flair")
+    fitting = [found for model in MODELS if _fits(found := table_of(arrays, model), arrays)]
+    return min(fitting, key=lambda found: len(found.find_problems(arrays, "torch", None)), default=table("flair"))
 
 
-def table(model: str) -> Table:
+def _fits(table: Table, arrays: Mapping[str, np.ndarray]) -> bool:
+    patterns = [rule.pattern("torch") for rule in table.rules]
+    return any(pattern.fullmatch(name) for name in arrays for pattern in patterns)
+
+
+def table_of(arrays: Mapping[str, np.ndarray], model: str, config: Mapping[str, Any] | None = None) -> Table:
+    """The table of a model for the layout and the towers that PyTorch names show.
+
+    Args:
+      arrays: from `plain`.
+      model: a key of `MODELS`.
+      config: the `model` section, which then says the towers.
+
+    Raises:
+      ConversionError: there is no such model, or its image tower is a ResNet.
+    """
+    if any(name.startswith("visual.layer1.") for name in arrays):
+        raise ConversionError("the image tower is a ResNet (visual.layer1.…); there are vision transformers only")
+    layouts = _layouts(model)
+    layout = next((key for key in layouts if LAYOUTS[key] and _any_starts(arrays, LAYOUTS[key])), next(iter(layouts)))
+    if config is not None:
+        return table(model, layout, section_towers(config))
+    parts = {_part(rule) for rule in layouts[layout] if any(map(rule.pattern("torch").fullmatch, arrays))}
+    return table(model, layout, _towers(parts, model))
+
+
+def flax_towers(arrays: Mapping[str, np.ndarray], model: str) -> Towers:
+    """What Flax paths show of a model."""
+    return _towers({path.split("/")[0] for path in arrays}, model)
+
+
+def section_towers(config: Mapping[str, Any]) -> Towers:
+    """What a `model` section has: `vision` or `text` may be None, and `embed_dim` where there is one tower."""
+    return Towers(
+        config.get("vision", "") is not None,
+        config.get("text", "") is not None,
+        config.get("embed_dim", "") is not None,
+    )
+
+
+def _towers(parts: set[str], model: str) -> Towers:
+    """FLAIR's towers belong together; of CLIP's either may stand alone."""
+    vision, text = "vision" in parts, "text" in parts
+    if model == "flair" or vision == text:
+        return Towers()
+    return Towers(vision, text, ("image_projection" if vision else "text_projection") in parts)
+
+
+def _part(rule: Rule) -> str:
+    return rule.flax.split("/")[0]
+
+
+def _any_starts(arrays: Mapping[str, np.ndarray], prefixes: tuple[str, ...]) -> bool:
+    return any(name.startswith(prefixes) for name in arrays)
+
+
+def _layouts(model: str) -> Mapping[str, tuple[Rule, ...]]:
+    if model not in MODELS:
+        raise ConversionError(f"no table of names for the model {model!r}; there are {sorted(MODELS)}")
+    return MODELS[model]
+
+
+@functools.lru_cache
+def table(model: str, layout: str = "", towers: Towers = Towers()) -> Table:  # noqa: B008, a constant
     """The table of a model.
+
+    Args:
+      model: a key of `MODELS`.
+      layout: one of the model's layouts; "": its first one.
+      towers: what it has.
 
     Raises:
       ConversionError: there is none.
     """
-    if model not in TABLES:
-        raise ConversionError(f"no table of names for the model {model!r}; there are {sorted(TABLES)}")
-    return TABLES[model]
+    layouts = _layouts(model)
+    layout = layout or next(iter(layouts))
+    if layout not in layouts:
+        raise ConversionError(f"no names of {model!r} in the layout {layout!r}; there are {sorted(layouts)}")
+    if not (towers.vision or towers.text):
+        raise ConversionError("model.vision and model.text are both None; expected one tower at least")
+    rules = layouts[layout]
+    if not (towers.vision and towers.text):
+        parts = {"vision", "image_projection"} if towers.vision else {"text", "text_projection"}
+        parts -= set() if towers.projected else {"image_projection", "text_projection"}
+        rules = tuple(rule for rule in rules if _part(rule) in parts)
+    elif not towers.projected:
+        raise ConversionError("model.embed_dim is None, which a model of two towers needs")
+    return Table(model, layout, rules, _sizes, functools.partial(_config, model, towers))
 
 
 def state_dict_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -113,15 +226,15 @@ def state_dict_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def plain(checkpoint: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint by the model's own names.
+    """The weights of a checkpoint by the model's own names.
 
     Prefixes that every name has are removed: `module.` is of PyTorch's DistributedDataParallel, `_orig_mod.` of
-    `torch.compile`, and both may be there in either order.
+    `torch.compile`, and both may be there in either order. So are `NO_WEIGHTS`.
     """
     weights = dict(state_dict_of(checkpoint))
     while found := [prefix for prefix in PREFIXES if weights and all(name.startswith(prefix) for name in weights)]:
         weights = {name.removeprefix(found[0]): value for name, value in weights.items()}
-    return {name: np.asarray(value) for name, value in weights.items()}
+    return {name: np.asarray(value) for name, value in weights.items() if not NO_WEIGHTS.fullmatch(name)}
 
 
 # -- Parts that models share -------------------------------------------------------------------------------------------
@@ -134,12 +247,18 @@ def _layer_norm(torch: str, flax: str, width: str, repeat: str = "") -> list[Rul
     ]
 
 
+def _linear(torch: str, flax: str, outputs: str, inputs: str, repeat: str = "") -> list[Rule]:
+    return [
+        Rule(f"{torch}.weight", f"{flax}/kernel", f"{outputs} {inputs}", LINEAR, repeat),
+        Rule(f"{torch}.bias", f"{flax}/bias", outputs, repeat=repeat),
+    ]
+
+
 def _attention(torch: str, qkv: str, out: str, width: str, repeat: str = "") -> list[Rule]:
     return [
         Rule(f"{torch}.in_proj_weight", f"{qkv}/kernel", f"3*{width} {width}", LINEAR, repeat),
         Rule(f"{torch}.in_proj_bias", f"{qkv}/bias", f"3*{width}", repeat=repeat),
-        Rule(f"{torch}.out_proj.weight", f"{out}/kernel", f"{width} {width}", LINEAR, repeat),
-        Rule(f"{torch}.out_proj.bias", f"{out}/bias", width, repeat=repeat),
+        *_linear(f"{torch}.out_proj", out, width, width, repeat),
     ]
 
 
@@ -149,10 +268,8 @@ def _blocks(torch: str, tower: str) -> list[Rule]:
         *_layer_norm(f"{torch}.ln_1", f"{flax}/ln_1", width, depth),
         *_attention(f"{torch}.attn", f"{flax}/attention/qkv", f"{flax}/attention/out", width, depth),
         *_layer_norm(f"{torch}.ln_2", f"{flax}/ln_2", width, depth),
-        Rule(f"{torch}.mlp.c_fc.weight", f"{flax}/mlp/fc/kernel", f"4*{width} {width}", LINEAR, depth),
-        Rule(f"{torch}.mlp.c_fc.bias", f"{flax}/mlp/fc/bias", f"4*{width}", repeat=depth),
-        Rule(f"{torch}.mlp.c_proj.weight", f"{flax}/mlp/proj/kernel", f"{width} 4*{width}", LINEAR, depth),
-        Rule(f"{torch}.mlp.c_proj.bias", f"{flax}/mlp/proj/bias", width, repeat=depth),
+        *_linear(f"{torch}.mlp.c_fc", f"{flax}/mlp/fc", f"4*{width}", width, depth),
+        *_linear(f"{torch}.mlp.c_proj", f"{flax}/mlp/proj", width, f"4*{width}", depth),
     ]
 
 
@@ -211,70 +328,127 @@ def _clip_rules(*scalars: Rule) -> tuple[Rule, ...]:
     )
 
 
+def _custom_text(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The names of open_clip's `CustomTextCLIP`, whose text tower is a module of its own: `text.ln_final.weight`."""
+    outside = ("visual.", "logit_")
+    return tuple(
+        rule if rule.torch.startswith(outside) else dataclasses.replace(rule, torch=f"text.{rule.torch}")
+        for rule in sorted(rules, key=lambda rule: not rule.torch.startswith(outside))
+    )
+
+
+def _hugging_face_blocks(torch: str, tower: str) -> list[Rule]:
+    torch, flax, width, depth = (
+        f"{torch}.encoder.layers.{{i}}", f"{tower}/blocks_{{i}}", f"{tower}.width", f"{tower}.depth",
+    )  # fmt: skip
+    qkv, parts = f"{torch}.self_attn.{{part}}_proj", dict(repeat=depth, parts=("q", "k", "v"))
+    return [
+        *_layer_norm(f"{torch}.layer_norm1", f"{flax}/ln_1", width, depth),
+        Rule(f"{qkv}.weight", f"{flax}/attention/qkv/kernel", f"3*{width} {width}", LINEAR, **parts),
+        Rule(f"{qkv}.bias", f"{flax}/attention/qkv/bias", f"3*{width}", **parts),
+        *_linear(f"{torch}.self_attn.out_proj", f"{flax}/attention/out", width, width, depth),
+        *_layer_norm(f"{torch}.layer_norm2", f"{flax}/ln_2", width, depth),
+        *_linear(f"{torch}.mlp.fc1", f"{flax}/mlp/fc", f"4*{width}", width, depth),
+        *_linear(f"{torch}.mlp.fc2", f"{flax}/mlp/proj", width, f"4*{width}", depth),
+    ]
+
+
+def _renamed(rule: Rule, torch: str) -> Rule:
+    return dataclasses.replace(rule, torch=torch)
+
+
+HUGGING_FACE_RULES = (
+    _SCALE,
+    _renamed(_TEXT_POSITIONS, "text_model.embeddings.position_embedding.weight"),
+    Rule("text_model.embeddings.token_embedding.weight", "text/token_embedding", "text.vocab_size text.width"),
+    *_hugging_face_blocks("text_model", "text"),
+    *_layer_norm("text_model.final_layer_norm", "text/ln_final", "text.width"),
+    _renamed(_VISION[0], "vision_model.embeddings.class_embedding"),
+    _renamed(_VISION[1], "vision_model.embeddings.position_embedding.weight"),
+    _renamed(_PATCHES[0], "vision_model.embeddings.patch_embedding.weight"),
+    *_layer_norm("vision_model.pre_layrnorm", "vision/ln_pre", "vision.width"),
+    *_hugging_face_blocks("vision_model", "vision"),
+    *_layer_norm("vision_model.post_layernorm", "vision/ln_post", "vision.width"),
+    Rule("visual_projection.weight", "image_projection", "embed_dim vision.width", LINEAR),
+    Rule("text_projection.weight", "text_projection", "embed_dim text.width", LINEAR),
+)
+
 CLIP_RULES = _clip_rules(_SCALE)
 SIGLIP_RULES = _clip_rules(_SCALE, Rule("logit_bias", "logit_bias"))
+
+# Model -> layouts -> rules. The first layout is the one to write unless told otherwise.
+MODELS = {
+    "flair": {"flair": FLAIR_RULES},
+    "clip": {
+        "open_clip": CLIP_RULES,
+        "custom_text": _custom_text(CLIP_RULES),
+        "hugging_face": HUGGING_FACE_RULES,
+    },
+    "siglip": {"open_clip": SIGLIP_RULES, "custom_text": _custom_text(SIGLIP_RULES)},
+}
+# Prefixes of names that only this layout has; an empty tuple: the layout of all others.
+LAYOUTS = {
+    "flair": (),
+    "open_clip": (),  # OpenAI's names too
+    "custom_text": ("text.",),
+    "hugging_face": ("text_model.", "vision_model."),
+}
 
 
 def _sizes(config: Mapping[str, Any]) -> Sizes:
     """Every size that a rule names, from the `model` section."""
-    vision, text = config["vision"], config["text"]
-    attentions = [("vision", vision["width"], vision["heads"]), ("text", text["width"], text["heads"])]
+    vision, text, sizes = config["vision"], config["text"], {}
+    attentions = [(part, config[part]["width"], config[part]["heads"]) for part in ("vision", "text") if config[part]]
     if config.get("pooling") is not None:
         attentions.append(("pooling", config["embed_dim"], config["pooling"]["heads"]))
     for part, width, heads in attentions:
         if width % heads:
             raise ConversionError(f"model.{part}.heads is {heads}, which does not divide the width {width}")
-    size = vision["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return {
-        "embed_dim": config["embed_dim"],
-        "vision.tokens": 1 + (height // vision["patch_size"]) * (width // vision["patch_size"]),
-        **{f"vision.{key}": vision[key] for key in ("patch_size", "width", "depth")},
-        **{f"text.{key}": text[key] for key in ("context_length", "vocab_size", "width", "depth")},
-    }
+    if vision is not None:
+        height, width = pair(vision["image_size"])
+        sizes["vision.tokens"] = 1 + (height // vision["patch_size"]) * (width // vision["patch_size"])
+        sizes |= {f"vision.{key}": vision[key] for key in ("patch_size", "width", "depth")}
+    if text is not None:
+        sizes |= {f"text.{key}": text[key] for key in ("context_length", "vocab_size", "width", "depth")}
+    return sizes if config["embed_dim"] is None else sizes | {"embed_dim": config["embed_dim"]}
 
 
-def _widths(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    return config["vision"]["width"], config["text"]["width"], config["embed_dim"]
-
-
-def _config(name: str, sizes: Sizes) -> dict[str, Any]:
+def _config(name: str, towers: Towers, sizes: Sizes) -> dict[str, Any]:
     """The `model` section of a file with these sizes, see `infer_config`; the published one has what shapes do not."""
     from flair_jax.configs import variants  # needs ml_collections, which translating names does without
 
-    published = getattr(variants, name)
-    side = math.isqrt(sizes["vision.tokens"] - 1)
-    if side**2 != sizes["vision.tokens"] - 1:
+    side = math.isqrt(sizes.get("vision.tokens", 1) - 1)
+    if towers.vision and side**2 != sizes["vision.tokens"] - 1:
         raise ConversionError(
-            f"visual.positional_embedding has {sizes['vision.tokens']} rows, which is no square grid of patches and a "
-            "class token; give the model section, with image_size as the pair (height, width)"
+            f"the position embedding of the image tower has {sizes['vision.tokens']} rows, which is no square grid of "
+            "patches and a class token; give the model section, with image_size as the pair (height, width)"
         )
-    known = {_widths(config): config for config in (published(variant).to_dict() for variant in variants.TOWERS)}
-    widths = sizes["vision.width"], sizes["text.width"], sizes["embed_dim"]
-    if widths not in known:
+
+    def widths(sizes: Sizes) -> tuple[int, ...]:
+        return tuple(sizes[key] for key in ("vision.width", "text.width", "embed_dim") if key in sizes)
+
+    def widths_of(config: Mapping[str, Any]) -> tuple[int, ...]:
+        parts = {key: config[key] for key, there in zip(("vision", "text"), towers, strict=False) if there}
+        known = {f"{part}.width": section["width"] for part, section in parts.items()}
+        return widths(known | ({"embed_dim": config["embed_dim"]} if towers.projected else {}))
+
+    published = [getattr(variants, name)(variant).to_dict() for variant in variants.TOWERS]
+    known = {widths_of(config): config for config in published}
+    if widths(sizes) not in known:
+        words = [word for word, there in zip(("vision", "text", "embed_dim"), towers, strict=True) if there]
         raise ConversionError(
             "shapes do not tell the number of heads. They are known for the widths of the published models, "
-            f"(vision, text, embed_dim) = {sorted(known)}; these weights have {widths}: give the model section, with "
+            f"({', '.join(words)}) = {sorted(known)}; these weights have {widths(sizes)}: give the model section, with "
             "vision.heads, text.heads and pooling.heads"
         )
-    config = known[widths]
-    config["embed_dim"] = sizes["embed_dim"]
-    config["vision"] |= {
-        "image_size": side * sizes["vision.patch_size"],
-        "patch_size": sizes["vision.patch_size"],
-        "width": sizes["vision.width"],
-        "depth": sizes["vision.depth"],
-    }
-    config["text"] |= {
-        "context_length": sizes["text.context_length"],
-        "vocab_size": sizes["text.vocab_size"],
-        "width": sizes["text.width"],
-        "depth": sizes["text.depth"],
-    }
+    config = known[widths(sizes)]
+    config["embed_dim"] = sizes["embed_dim"] if towers.projected else None
+    for part, there in (("vision", towers.vision), ("text", towers.text)):
+        if not there:
+            config[part] = None
+    if towers.vision:
+        config["vision"] |= {key: sizes[f"vision.{key}"] for key in ("patch_size", "width", "depth")}
+        config["vision"]["image_size"] = side * sizes["vision.patch_size"]
+    if towers.text:
+        config["text"] |= {key: sizes[f"text.{key}"] for key in ("context_length", "vocab_size", "width", "depth")}
     return config
-
-
-TABLES = {
-    name: Table(name, rules, _sizes, functools.partial(_config, name))
-    for name, rules in (("flair", FLAIR_RULES), ("clip", CLIP_RULES), ("siglip", SIGLIP_RULES))
-}

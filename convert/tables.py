@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import ml_dtypes
@@ -53,6 +53,8 @@ class Rule:
       axes: Flax axis a is PyTorch axis `axes[a]`; empty: the arrays are equal.
       repeat: the size that counts the blocks.
       hint: what to do when it is missing.
+      parts: PyTorch has the parameter in pieces, which are stacked along its first axis; they stand for the `{part}`
+        in its name, and the first word of the shape begins with their number.
     """
 
     torch: str
@@ -61,33 +63,47 @@ class Rule:
     axes: tuple[int, ...] = ()
     repeat: str = ""
     hint: str = ""
+    parts: tuple[str, ...] = ()
 
     def template(self, side: Side) -> str:
         return self.torch if side == "torch" else self.flax
 
-    def name(self, side: Side, block: int) -> str:
-        return self.template(side).replace("{i}", str(block))
+    def names(self, side: Side, block: int) -> tuple[str, ...]:
+        """One name, or one for each part."""
+        name = self.template(side).replace("{i}", str(block))
+        return tuple(name.replace("{part}", part) for part in self.parts) if "{part}" in name else (name,)
 
     def pattern(self, side: Side) -> re.Pattern:
         """Matches the names of all blocks, the number as its group."""
-        return re.compile("(0|[1-9][0-9]*)".join(map(re.escape, self.template(side).split("{i}"))))
+        pattern = "(0|[1-9][0-9]*)".join(map(re.escape, self.template(side).split("{i}")))
+        return re.compile(pattern.replace(re.escape("{part}"), f"(?:{'|'.join(map(re.escape, self.parts))})"))
 
     def words(self, side: Side) -> list[str]:
-        """The shape on one side, not yet numbers."""
+        """The shape of an array on one side, not yet numbers."""
         words = self.shape.split()
-        return [words[axis] for axis in self.axes] if side == "flax" and self.axes else words
+        if side == "flax":
+            return [words[axis] for axis in self.axes] if self.axes else words
+        return [words[0].removeprefix(f"{len(self.parts)}*"), *words[1:]] if self.parts else words
 
-    def convert(self, array: np.ndarray, to: Side) -> np.ndarray:
-        """The array as the other side has it, C-contiguous."""
-        axes = self.axes if to == "flax" else np.argsort(self.axes).tolist()
-        return np.asarray(array.transpose(axes) if axes else array, order="C")
+    def convert(self, arrays: Sequence[np.ndarray], to: Side) -> list[np.ndarray]:
+        """The arrays as the other side has them, C-contiguous float32."""
+        arrays = [array.astype(np.float32, copy=False) for array in arrays]
+        if to == "flax":
+            array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+            return [np.asarray(array.transpose(self.axes) if self.axes else array, order="C")]
+        array = arrays[0].transpose(np.argsort(self.axes).tolist()) if self.axes else arrays[0]
+        return [np.asarray(part, order="C") for part in (np.split(array, len(self.parts)) if self.parts else [array])]
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """All of one model: its rules, and its sizes out of a `model` section and back."""
+    """All of one model in one layout: its rules, and its sizes out of a `model` section and back.
+
+    `layout` is a key of `names.LAYOUTS`.
+    """
 
     model: str
+    layout: str
     rules: tuple[Rule, ...]
     sizes: Callable[[Mapping[str, Any]], Sizes]
     config: Callable[[Sizes], dict[str, Any]]
@@ -103,7 +119,7 @@ class Table:
           ConversionError: the section itself does not fit the model.
         """
         sizes = self.measure(arrays, side) if config is None else self._config_sizes(config)
-        rules = {old: rule for old, _, rule in self._names(side, sizes)}
+        rules = {name: rule for old, _, rule in self._names(side, sizes) for name in old}
         problems = []
         for name, rule in rules.items():
             shape = _expected_shape(rule, side, sizes)
@@ -131,10 +147,10 @@ class Table:
         for dtype, count in halves.items():
             warnings.warn(f"{count} of {len(arrays)} tensors are {dtype}; cast to float32", stacklevel=3)
         other = "flax" if side == "torch" else "torch"
-        return {
-            new: rule.convert(arrays[old].astype(np.float32, copy=False), other)
-            for old, new, rule in self._names(side, self.measure(arrays, side))
-        }
+        converted = {}
+        for old, new, rule in self._names(side, self.measure(arrays, side)):
+            converted |= zip(new, rule.convert([arrays[name] for name in old], other), strict=True)
+        return converted
 
     def measure(self, arrays: Arrays, side: Side) -> Sizes:
         """Every size that the arrays tell, each by majority, so that one wrong tensor is reported and not believed."""
@@ -165,13 +181,27 @@ class Table:
             raise ConversionError(f"the model section is for {model!r}; expected {self.model!r}")
         return sizes
 
-    def _names(self, side: Side, sizes: Sizes) -> Iterator[tuple[str, str, Rule]]:
-        """The name on this side, the one on the other, and the rule; all of one block before the next."""
+    def _names(self, side: Side, sizes: Sizes) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Rule]]:
+        """The names on this side, those on the other, and the rule; all of one block before the next."""
         other = "flax" if side == "torch" else "torch"
         for repeat, group in itertools.groupby(self.rules, key=lambda rule: rule.repeat):
             rules = list(group)
             for i in range(sizes[repeat] if repeat else 1):
-                yield from ((rule.name(side, i), rule.name(other, i), rule) for rule in rules)
+                yield from ((rule.names(side, i), rule.names(other, i), rule) for rule in rules)
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """The size of an image as (height, width): of a square's side, or of a pair, which JSON gives back as a list.
+
+    `data.transforms.images.pair` for files: weights are converted without the data's packages.
+
+    Raises:
+      ConversionError: it is neither.
+    """
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int] or min(sides) < 1:
+        raise ConversionError(f"model.vision.image_size is {size!r}; expected a positive integer or (height, width)")
+    return sides[0], sides[1]
 
 
 def refuse(problems: tuple[Problem, ...], names: int, model: str) -> None:

@@ -1,9 +1,11 @@
 """Reading and writing PyTorch's weight files without running anything that is in them.
 
-.safetensors needs no PyTorch; .pt, .pth and .bin are pickles and are read by PyTorch's restricted reader only.
+.safetensors and TorchScript archives need no PyTorch; other .pt, .pth and .bin are pickles and are read by PyTorch's
+restricted reader only.
 """
 
 import contextlib
+import errno
 import os
 import re
 import types
@@ -16,24 +18,19 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from flair_jax.convert import torch_script
+from flair_jax.convert.errors import UnsafeFileError, WeightsFileError
 from flair_jax.convert.names import state_dict_of
 
 PICKLES = (".pt", ".pth", ".bin")
-
-
-class WeightsFileError(ValueError):
-    """The file does not hold tensors by name: damaged, of another format, or with other things in it."""
-
-
-class UnsafeFileError(WeightsFileError):
-    """The file is a pickle with code or foreign objects in it. None of it was run."""
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads the tensors of a file, by name, in the dtype that they have there.
 
     Args:
-      path: .safetensors, or .pt, .pth or .bin with a state dict or a training checkpoint (`{"state_dict": …}`).
+      path: .safetensors, or .pt, .pth or .bin with a state dict, a training checkpoint (`{"state_dict": …}`) or a
+        TorchScript archive.
 
     Raises:
       UnsafeFileError: a pickle carries more than tensors and plain values.
@@ -44,6 +41,8 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     if suffix_of(path) == ".safetensors":
         with _reading(path):
             return safetensors.numpy.load_file(path)
+    if torch_script.is_archive(path):
+        return torch_script.read(path).tensors
     return _read_pickle(Path(path))
 
 
@@ -76,11 +75,11 @@ def write(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], text: Mapp
     # safetensors writes the memory of an array as it lies there, so a transposed view would come back scrambled.
     arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     if suffix_of(path) == ".safetensors":
-        with _replacing(path) as partial:
+        with replacing(path) as partial:
             safetensors.numpy.save_file(arrays, partial, dict(text) if text else None)
         return
     torch = _import_torch(path)
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, partial)
 
 
@@ -147,13 +146,14 @@ def _reading(path: str | os.PathLike) -> Iterator[None]:
         pass
     try:
         yield
-    except (MemoryError, OSError):
-        raise
     except Exception as error:  # A damaged pickle can raise anything.
+        # PyTorch looks for the directory of a ZIP that is cut short at a negative position.
+        if isinstance(error, MemoryError | OSError) and getattr(error, "errno", None) != errno.EINVAL:
+            raise
         message = str(error)
-        if type(error).__name__ == "UnpicklingError" or "TorchScript" in message:
+        if type(error).__name__ == "UnpicklingError":
             # Only the name of what was found: the advice around it is to switch the protection off.
-            found = re.search(r"GLOBAL [\w.]+|(?i:unsupported) (class|operand) [\w.]+|TorchScript", message)
+            found = re.search(r"GLOBAL [\w.]+|(?i:unsupported) (class|operand) [\w.]+", message)
             raise UnsafeFileError(
                 f"{path} carries code or objects beside tensors ({found[0] if found else 'a foreign pickle'}). Nothing "
                 "of it was run. Ask for a file with the state dict alone, best as .safetensors; if you trust its "
@@ -166,7 +166,7 @@ def _reading(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; it takes the place of `path` when all went well."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flair_jax.convert.tables import pair
+
 
 class InputProjection(nn.Module):
-    """Attention's parameters by PyTorch's names, (3W, W) fused in front, the output projection behind."""
+    """Attention's parameters by PyTorch's names, (3W, W) fused, and the output projection."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -90,7 +92,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, image_size: int | tuple[int, int], patch_size: int, width: int, depth: int, heads: int):
         super().__init__()
-        height, columns = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, columns = pair(image_size)
         patches = (height // patch_size) * (columns // patch_size)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
         self.positional_embedding = nn.Parameter(torch.randn(1 + patches, width) * width**-0.5)
@@ -109,7 +111,7 @@ class VisionTower(nn.Module):
 class TextConditionedPooling(nn.Module):
     """Pools the patches of an image with a text as the query, in parts that are done once for what they depend on.
 
-    Behind the projected keys and values stands a row of zeros, where a text may look that finds nothing in the image.
+    After the projected keys and values comes a row of zeros: a text that finds nothing in the image can attend to it.
     """
 
     def __init__(self, width: int, heads: int):

@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 
 from flair_jax import configs
 from flair_jax.configs import base
-from flair_jax.data.transforms.base import CAPTIONS, NEGATIVES
 from flair_jax.data.transforms.tokenizer import VOCAB_SIZE
 from flair_jax.lora import LoraOptions
 
@@ -190,17 +189,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def text_slots(data: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
-    """(name, count) of the slots of an image's texts, in the order in which the loader joins them; () where all are
-    captions.
-
-    Args:
-      data: the `data` section.
-    """
-    kinds = data["negatives"]["kinds"]
-    return ((CAPTIONS, data["captions"]["count"]), (NEGATIVES, len(kinds))) if kinds else ()
-
-
 def check(config: Mapping[str, Any]) -> None:
     """Refuses a config with an unknown, missing or contradicting key before anything is done.
 
@@ -224,6 +212,8 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"config.profile_steps is {profile}; expected the first and the last, such as (10, 12)")
     if config["lora"] is not None:
         LoraOptions.of(config["lora"])
+    if lacking := [tower for tower in ("vision", "text") if config["model"][tower] is None]:
+        raise ValueError(f"config.model.{lacking[0]} is None: a tower alone is neither trained nor evaluated")
     if config["model"].get("micro_batches", 1) < 1:
         raise ValueError(f"config.model.micro_batches is {config['model']['micro_batches']}; expected 1 or more")
     if config["model"]["text"]["vocab_size"] < VOCAB_SIZE:

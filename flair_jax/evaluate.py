@@ -30,7 +30,7 @@ from flair_jax.untrained import looks_untrained
 
 SHEET_IMAGES = 6
 SHEET_TEXTS = 4  # per image
-INTERNAL = ("preprocess", "mesh", "label", "prepare")  # arguments of evaluators that no config sets
+INTERNAL = ("preprocess", "mesh", "label", "text_tower")  # arguments of evaluators that no config sets
 
 # Images, and for each its texts and their boxes or None: what a sheet of attention maps shows.
 Examples = tuple[Sequence[np.ndarray], Sequence[Sequence[str]], Sequence[Sequence[Any]]]

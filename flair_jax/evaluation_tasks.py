@@ -101,24 +101,28 @@ def retrieval(
       context_length: evaluates with a longer context, too, of stretched position embeddings; None: no.
     """
     options = dict(options)
-    ways = options.pop("windows", "truncate")
+    for key in ("windows", "modes", "pooling"):
+        if isinstance(options.get(key), str):
+            options[key] = (options[key],)
+    ways, modes = options.pop("windows", ("truncate",)), options.pop("modes", None)
     longer = options.pop("context_length", None)
-    modes = options.pop("modes", None)
     pixels = Pixels(data.pictures, model.image_size)
 
-    def evaluator(model, way, label, **more):
-        tokens, rows = text_windows.text_rows(data.texts, model.context_length, way)
+    def evaluator(context_length, way, label, text_tower=None):
+        tokens, rows = text_windows.text_rows(data.texts, context_length, way)
         rows = None if way == "truncate" else rows
         known = modes if modes is None or rows is None else [mode for mode in modes if mode != "topk"]
         texts = RetrievalSet(benchmark.name, pixels, tokens, data.image_of_text, rows, data.texts)
-        return Retrieval(model, texts, preprocess=image_rules.normalize, modes=known, label=label, **more, **options)
+        return Retrieval(
+            model, texts, preprocess=image_rules.normalize, modes=known, label=label, text_tower=text_tower, **options
+        )
 
-    for way in (ways,) if isinstance(ways, str) else ways:
-        yield evaluator(model, way, "" if way == "truncate" else way)
+    for way in ways:
+        yield evaluator(model.context_length, way, "" if way == "truncate" else way)
     if longer is not None and longer > model.context_length:
         long_model = model.clone(text_options=freeze({**model.text_options, "context_length": longer}))
         stretch = functools.partial(initialize.stretch_context, length=longer)
-        yield evaluator(long_model, "truncate", f"{longer} tokens", prepare=stretch)
+        yield evaluator(longer, "truncate", f"{longer} tokens", (long_model, stretch))
 
 
 def classification(

@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from flair_jax import compilation, flops, models, optimizer, sharding, state
 from flair_jax import config as configuration
 from flair_jax.data.transforms.images import pair
-from flair_jax.step import step_of
+from flair_jax.step import step_of, text_slots
 
 RECIPES = ("flair_cc3m", "flair_cc12m", "flair_yfcc15m", "flair_merged30m", "flair_pixelprose")
 CHIPS = ("A100", "H200", "TPU v5e", "TPU v6e")  # an H100 counts as an H200
@@ -72,7 +72,7 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
 
 def negatives_of(config: Mapping[str, Any]) -> int:
     """Hard negatives an image."""
-    return dict(configuration.text_slots(config["data"])).get("negatives", 0)
+    return dict(text_slots(config["data"])).get("negatives", 0)
 
 
 def abstract_state(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:

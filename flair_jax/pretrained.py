@@ -14,7 +14,7 @@ from PIL import Image
 
 from flair_jax import checkpoint, lora, models, state
 from flair_jax.config import normalize
-from flair_jax.convert import flax_files, lora_files
+from flair_jax.convert import flax_files, hugging_face, lora_files
 from flair_jax.convert.tables import flatten
 from flair_jax.data.transforms import images as image_rules
 from flair_jax.data.transforms.tokenizer import Tokenizer
@@ -26,15 +26,21 @@ IMAGE_BATCH, TEXT_BATCH = 64, 512  # images, rows of texts
 
 
 def read(
-    path: str | os.PathLike, model: Mapping[str, Any] | None = None, *, lora_scale: float = 1.0
+    path: str | os.PathLike,
+    model: Mapping[str, Any] | None = None,
+    gelu: str | None = None,
+    *,
+    lora_scale: float = 1.0,
 ) -> tuple[Any, dict[str, Any]]:
     """Reads parameters from wherever they are.
 
     Args:
       path: a work directory of a run (its newest checkpoint, the average of the parameters where the run keeps one),
-        a .safetensors file of either side, or a .pt file.
+        a .safetensors file of either side, a .pt or .bin file (a state dict, or OpenAI's archive), or a folder of
+        Hugging Face's with config.json and model.safetensors.
       model: the `model` section; None: the one stored with the weights, or that of the published model
         whose widths a PyTorch file has.
+      gelu: "quick" or "exact", where neither the file nor `model` says it: state dicts of CLIP do not.
       lora_scale: of a run with `lora`, see `Checkpoints.weights`.
 
     Returns:
@@ -42,7 +48,8 @@ def read(
 
     Raises:
       FileNotFoundError: nothing is there.
-      ValueError: it holds no FLAIR, one of another size or with another `model` section, or a number is not finite.
+      ValueError: it holds no such model, one of another size or with another `model` section, a number is not finite,
+        or nobody says which GELU the model has.
       TypeError: `path` is no path or `model` no mapping.
     """
     if not isinstance(path, str | os.PathLike):
@@ -53,16 +60,20 @@ def read(
     folder = epath.Path(path).expanduser()
     if not folder.exists():
         raise FileNotFoundError(f"{path}: no such file or work directory")
-    if not folder.is_dir():
-        if folder.suffix == ".safetensors" and lora_files.is_lora(folder):
-            raise ValueError(
-                f"{path} holds LoRA's changes alone; flair_jax.load({str(path)!r}, pretrained=PATH) adds them to the "
-                "weights that they are of"
-            )
-        params, found = flax_files.load(folder, given)
+    if not folder.is_dir() and lora_files.is_lora(folder):
+        raise ValueError(
+            f"{path} holds LoRA's changes alone; flair_jax.load({str(path)!r}, pretrained=PATH) adds them to the "
+            "weights that they are of"
+        )
+    has_checkpoints = (folder / "checkpoints").is_dir()
+    if not folder.is_dir() or (not has_checkpoints and hugging_face.is_folder(folder)):
+        params, found = flax_files.load(folder, given, gelu)
         return params, normalize(found)
-    if not (folder / "checkpoints").is_dir():
-        raise FileNotFoundError(f"{path}: a work directory holds a folder 'checkpoints', and this one does not")
+    if not has_checkpoints:
+        raise FileNotFoundError(
+            f"{path}: a work directory holds a folder 'checkpoints', a folder of Hugging Face's a config.json; "
+            "this one has neither"
+        )
     saved = checkpoint.Checkpoints(folder, keep=None)
     step = saved.latest()
     if step is None:
@@ -70,6 +81,7 @@ def read(
     stored = saved.config(step)["model"]
     if given is not None:
         flax_files.check_same_model(stored, given, saved.folder / str(step))
+    flax_files.check_same_gelu(stored.get("gelu", "exact"), gelu, saved.folder / str(step))
     found = stored if given is None else given
     device = SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(functools.partial(state.init_params, models.create(found), seed=0))
@@ -85,6 +97,7 @@ def read_fine_tuned(
     pretrained: str | os.PathLike | None,
     wise_ft: float = 1.0,
     model: Mapping[str, Any] | None = None,
+    gelu: str | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Reads fine-tuned weights, or some way from the pretrained ones to them (WiSE-FT, Wortsman et al., CVPR 2022).
 
@@ -94,7 +107,7 @@ def read_fine_tuned(
       wise_ft: 1: the fine-tuned weights; 0: the pretrained ones; between them (1 - wise_ft) * pretrained + wise_ft *
         fine-tuned. With LoRA both matrices of a pair are multiplied by it, as in FSC-CLIP's code, and so the change of
         a weight by its square.
-      model: as for `read`.
+      model, gelu: as for `read`.
 
     Returns:
       As `read`.
@@ -107,10 +120,10 @@ def read_fine_tuned(
         raise ValueError(f"wise_ft is {wise_ft}; expected a share of the way, 0 <= wise_ft <= 1")
     path = epath.Path(path).expanduser()
     if path.is_dir() and _is_lora_run(path):
-        return read(path, model, lora_scale=wise_ft)
+        return read(path, model, gelu, lora_scale=wise_ft)
     if pretrained is None:
         raise ValueError(f"{path} needs the weights that were fine-tuned: give pretrained=PATH")
-    before, found = read(pretrained, model)
+    before, found = read(pretrained, model, gelu)
     if not path.is_dir() and lora_files.is_lora(path):
         pairs, section, options = lora_files.read(path)
         flax_files.check_same_model(section, found, path)
@@ -135,19 +148,20 @@ def load(
     *,
     pretrained: str | os.PathLike | None = None,
     wise_ft: float = 1.0,
+    gelu: str | None = None,
 ) -> "Pretrained":
-    """Loads a model.
+    """Loads a model; from a checkpoint of one tower alone, that tower.
 
         flair_jax.load("RUN/lora.safetensors", pretrained="ViT-B-32.pt").save("merged.safetensors")
 
     Args:
-      path, config: `path` and `model` of `read`.
+      path, config, gelu: `path`, `model` and `gelu` of `read`.
       pretrained, wise_ft: of fine-tuned weights, see `read_fine_tuned`.
     """
     if pretrained is None and wise_ft == 1.0:
-        params, model = read(path, config)
+        params, model = read(path, config, gelu)
     else:
-        params, model = read_fine_tuned(path, pretrained, wise_ft, config)
+        params, model = read_fine_tuned(path, pretrained, wise_ft, config, gelu)
     return Pretrained(model, params)
 
 
@@ -169,7 +183,6 @@ class Pretrained:
         self.model = models.create(self.config)
         self._encoder = Encoder(self.model, pixels_or_floats, image_batch=IMAGE_BATCH, text_batch=TEXT_BATCH)
         self.params = self._encoder.place(params)
-        self._tokenizer = Tokenizer(self.model.context_length)
 
     def preprocess(self, images: Sequence[Image.Image] | Image.Image) -> np.ndarray:
         """Images of any size and mode -> (B, H, W, 3) float32, as the reference evaluates them.
@@ -190,7 +203,7 @@ class Pretrained:
 
     def tokenize(self, texts: Sequence[str] | str) -> np.ndarray:
         """Texts -> (N, T) int32; what does not fit the context is cut off."""
-        return self._tokenizer(texts)
+        return Tokenizer(self.model.context_length)(texts)
 
     def encode_image(self, images: np.ndarray) -> ImageFeatures:
         """Images -> `pooled` (B, D) and `local` (B, L, D), projected and not normalised.
@@ -210,21 +223,27 @@ class Pretrained:
         # Batches are equally full but for the last, which alone has padding.
         return jax.tree.map(lambda x: x[: len(images)], features)
 
-    def encode_text(self, texts: np.ndarray, *, local: bool = False) -> TextFeatures:
+    def encode_text(self, texts: np.ndarray, *, local: bool = False, hidden_states: bool = False) -> TextFeatures:
         """Texts -> `pooled` (N, D), projected and not normalised.
 
         Args:
           texts: integers (N, T) with T up to the context length, from `tokenize`. N may be 0.
           local: give `local` (N, T, D) and `mask` too, the features of all tokens. Without it several short texts share
             a row of the text tower, which is faster by their number.
+          hidden_states: give `local`, `mask` and `hidden` too, the states of the transformer before the projection:
+            `last` (N, T, W), `second_to_last` (N, T, W), `pooled` (N, W), which diffusion models are conditioned on.
+            They depend on the ids after the end of text too, see docs/using_clip.md.
 
         Raises:
           TypeError: something else than integers. ValueError: another shape, or an id outside of the vocabulary.
         """
         texts = self._checked_texts(texts)
         if not len(texts):
-            features = self.encode_text(np.zeros((1, texts.shape[1]), np.int32), local=local)
+            one = np.zeros((1, texts.shape[1]), np.int32)
+            features = self.encode_text(one, local=local, hidden_states=hidden_states)
             return jax.tree.map(lambda x: x[:0], features)
+        if hidden_states:
+            return self._encoder.apply("encode_text_with_hidden", self.params, Text.padded(jnp.asarray(texts)))
         if local:
             return self._encoder.apply("encode_text", self.params, Text.padded(jnp.asarray(texts)))
         return self._encoder.texts(self.params, texts)

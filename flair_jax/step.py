@@ -10,7 +10,7 @@ import optax
 
 from flair_jax import models, objectives
 from flair_jax.augmentation import crop_and_resize
-from flair_jax.config import text_slots
+from flair_jax.data.transforms.base import CAPTIONS, NEGATIVES
 from flair_jax.data.transforms.images import normalize
 from flair_jax.models.dual_encoder import DualEncoder
 from flair_jax.models.text import Text
@@ -91,3 +91,14 @@ def step_of(config: Mapping[str, Any], model: DualEncoder, optimizer: Optimizer)
         ema_decay=config["ema_decay"],
         slots=text_slots(config["data"]),
     )
+
+
+def text_slots(data: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    """(name, count) of the slots of an image's texts, in the order in which the loader joins them; () where all are
+    captions.
+
+    Args:
+      data: the `data` section.
+    """
+    kinds = data["negatives"]["kinds"]
+    return ((CAPTIONS, data["captions"]["count"]), (NEGATIVES, len(kinds))) if kinds else ()

@@ -39,7 +39,7 @@ from flair_jax.data.transforms import packing
 from flair_jax.lock import WorkdirLock
 from flair_jax.models.vision import grid
 from flair_jax.report import flat
-from flair_jax.step import step_of
+from flair_jax.step import step_of, text_slots
 
 
 def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float]:
@@ -231,8 +231,9 @@ def initial_weights(config: Mapping[str, Any], fresh: Any) -> Any:
     """
     if not config["init_partial"]:
         return pretrained.read(config["init_from"], config["model"])[0]
-    loaded, section = pretrained.read(config["init_from"])
-    grids = (grid(model["vision"]["image_size"], model["vision"]["patch_size"]) for model in (config["model"], section))
+    loaded, section = pretrained.read(config["init_from"], gelu=config["model"].get("gelu", "exact"))
+    towers = (model["vision"] for model in (config["model"], section))
+    grids = (None if tower is None else grid(tower["image_size"], tower["patch_size"]) for tower in towers)
     params, origins = initialize.combine(fresh, loaded, *grids)
     if jax.process_index() == 0:
         print(f"{config['init_from']}: {initialize.table(origins)}", flush=True)
@@ -280,7 +281,7 @@ def _work(config: Mapping[str, Any], texts: Mapping[str, np.ndarray]) -> tuple[f
     slots of this process's captions."""
     lengths = packing.text_lengths(texts)
     everywhere = np.tile(lengths, jax.process_count())
-    negatives = dict(configuration.text_slots(config["data"])).get("negatives", 0)
+    negatives = dict(text_slots(config["data"])).get("negatives", 0)
     work = flops.train_step(
         config["model"], config["objectives"], config["batch_size"], everywhere, negatives=negatives
     )

@@ -62,7 +62,7 @@ def path(name: str) -> pathlib.Path:
 
 def _path_in_root(name: str) -> pathlib.Path:
     if name.split("/")[0] in OTHERS:
-        return pathlib.Path(name)
+        return pathlib.Path(name.replace("tiny_features_", "tiny_model_"))  # the copy has outputs alone
     for pattern, replacement in PATHS:
         if re.fullmatch(pattern, name):
             return pathlib.Path(FLAIR, re.sub(pattern, replacement, name))

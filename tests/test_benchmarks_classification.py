@@ -308,6 +308,7 @@ def test_pixels_without_a_header(tmp_path, name, side, header):
         ("food101", {"food101/food-101/meta/test.txt": "apple_pie/../../x\n"}, "expected a path inside of"),
         ("food101", {"food101/food-101/meta/test.txt": "\n"}, "no image is named"),
         ("food101", {"food101/food-101/meta/test.txt": b"\xff\n"}, "not UTF-8"),
+        ("food101", {"food101/food-101/meta/classes.txt": "a\na\n"}, "2 classes are named, of which 1 differ"),
         ("pets", {"pets/annotations/test.txt": "Abyssinian_1 2 1 1\n"}, "has class 2, which is American Bulldog"),
         ("pets", {"pets/annotations/test.txt": "Abyssinian_1 99 1 1\n"}, "has class 98; expected 0 to 36"),
         ("pets", {"pets/annotations/test.txt": "Abyssinian_1 one 1 1\n"}, "'one'; expected a number"),

@@ -424,6 +424,7 @@ def parts_of(name: str, scores: dict[str, float]) -> tuple[list[float], list[str
     return [scores[key] for key, _, _ in rows], [group for _, group, _ in rows], [size for _, _, size in rows]
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize(
     "name",
     ["aro", "crepe", "sugarcrepe", "valse", "vl_checklist", "whatsup", "imagecode", "svo_probes", "eqben"],
@@ -533,8 +534,8 @@ def test_a_set_is_evaluated_by_name(tmp_path):
     assert results["choice/sugarcrepe/global/accuracy"] == pytest.approx(2 / 3)
     assert results["choice/sugarcrepe/chance/accuracy/swap/swap_obj"] == 0.5
     assert [title for title, _ in evaluator.figures({})] == [
-        "sugarcrepe: by part",
-        "sugarcrepe: most confident wrong decisions (global)",
+        "by part",
+        "most confident wrong decisions (global)",
     ]
     (tmp_path / "coco/val2017/1.png").write_bytes(b"no image")
     [evaluator] = evaluation_sets.evaluators(model, "sets", allow_missing=True, **options)

@@ -165,7 +165,7 @@ def test_a_set_is_evaluated_by_name(scale, tmp_path):
     [inner] = evaluator._evaluators
     assert inner.notes == ["1 phrases are left out: the crop cuts their boxes away."]
     assert [title for title, _ in evaluator.figures({})] == [
-        f"coco_pointing: hits and misses ({mode})" for mode in ("attention", "projected")
+        f"hits and misses ({mode})" for mode in ("attention", "projected")
     ]
     image.rotate(90, expand=True).save(file)
     [evaluator] = evaluation_sets.evaluators(

@@ -290,6 +290,25 @@ def test_folders_of_the_hub_of_datacomp_and_of_the_suite(tmp_path, folder):
     assert read(tmp_path, "wds_vtab-dtd").labels.tolist() == [1]
 
 
+def test_what_a_set_of_clip_benchmark_lacks_is_named_from_the_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("classnames.txt", "test/0.tar"):
+        wds(tmp_path / "sets", "wds_mnist", [("cls", b"1")])
+        root = pathlib.Path("sets")
+        assert read(root, "wds_mnist").labels.tolist() == [1]
+        (root / "wds_mnist" / name).unlink()
+        with pytest.raises(base.MissingError) as error:
+            read(root, "wds_mnist")
+        assert error.value.files == (f"wds_mnist/{name}",)
+
+
+@pytest.mark.parametrize("name", ["wds_mnist", "wds_flickr8k"])
+def test_a_set_of_clip_benchmark_without_images_is_refused(tmp_path, name):
+    wds(tmp_path, name, [])
+    with pytest.raises(base.AnnotationError, match="no image in 1 tars"):
+        read(tmp_path, name)
+
+
 def test_a_set_of_which_a_tar_is_missing_is_read_in_part(tmp_path):
     wds(tmp_path, "wds_mnist", [("cls", b"1")], shards=3)
     (tmp_path / "wds_mnist/test/1.tar").unlink()
@@ -304,6 +323,9 @@ def test_sets_in_the_layout_that_no_table_names(tmp_path):
     birds, stories = clip_benchmark.unlisted(tmp_path)
     assert (birds.name, birds.task, birds.read(tmp_path).labels.tolist()) == ("wds_birds", "classification", [1])
     assert (stories.name, stories.task, stories.read(tmp_path).texts) == ("wds_stories", "retrieval", ["a"])
+    assert read(tmp_path, "wds_classification:wds_birds").labels.tolist() == [1]
+    own = read(tmp_path / "elsewhere", f"wds_retrieval:{tmp_path}/wds_stories")
+    assert own.texts == ["a"] and own.pictures[0].read() == b"I0"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

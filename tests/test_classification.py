@@ -120,9 +120,8 @@ def test_roc_auc_is_that_of_scikit_learn(levels):
     metrics = classification_metrics(scores, labels)
     assert list(metrics) == ["acc1", "mean_per_class", "roc_auc"]  # two classes have no top-5
     assert metrics["roc_auc"] == pytest.approx(sklearn.roc_auc_score(labels, scores[:, 1] - scores[:, 0]))
-    theirs = torchmetrics.functional.classification.binary_auroc(
-        torch.from_numpy(scores[:, 1] - scores[:, 0]), torch.from_numpy(labels)
-    )
+    difference = torch.from_numpy(scores[:, 1] - scores[:, 0])
+    theirs = torchmetrics.functional.classification.binary_auroc(difference, torch.from_numpy(labels))
     assert metrics["roc_auc"] == pytest.approx(theirs.item(), abs=1e-6)
 
 
@@ -242,8 +241,9 @@ def test_scores_of_a_model_are_what_the_modes_say(tiny_model, tiny_params):
     images, tokens = nhwc(inputs["images"]), inputs["tokens"].reshape(-1, inputs["tokens"].shape[-1])
     tokens = np.unique(tokens, axis=0)[:7]
     owner = np.array([2, 0, 1, 2, 2, 0, 2])[: len(tokens)]
-    labels = np.arange(len(images)) % 3
-    data = ClassificationSet("tiny", ("a", "b", "c"), images, labels, tokens, owner)
+    twin = np.flatnonzero(owner == 2)[::-1]  # class 3 has the prompts of class 2
+    tokens, owner = np.concatenate([tokens, tokens[twin]]), np.concatenate([owner, np.full(len(twin), 3)])
+    data = ClassificationSet("tiny", tuple("abcd"), images, np.arange(len(images)) % 3, tokens, owner)
     scores = evaluator(data, tiny_model, image_batch=2, text_batch=3, mesh=mesh(1)).scores(tiny_params)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -252,14 +252,15 @@ def test_scores_of_a_model_are_what_the_modes_say(tiny_model, tiny_params):
 
     image, text = call("encode_image", images), call("encode_text", Text.padded(tokens))
     unit = np.asarray(normalize(text.pooled))
-    vectors = np.asarray(normalize(np.stack([unit[owner == c].mean(0) for c in range(3)])))
+    vectors = np.asarray(normalize(np.stack([unit[owner == c].mean(0) for c in range(4)])))
     vectors = text.replace(pooled=vectors)
     each = np.asarray(call("score", image, text))
-    after = np.stack([each[:, owner == c].mean(1) for c in range(3)], axis=1)
+    after = np.stack([each[:, owner == c].mean(1) for c in range(4)], axis=1)
     np.testing.assert_allclose(scores["flair_after"], after, atol=1e-4)
     np.testing.assert_allclose(scores["flair_before"], call("score", image, vectors), atol=1e-4)
     np.testing.assert_allclose(scores["global"], call("global_score", image, vectors), atol=1e-4)
     assert np.abs(scores["flair_after"] - scores["flair_before"]).max() > 0.01
+    assert all((table[:, 2] == table[:, 3]).all() for table in scores.values())
 
 
 def test_class_vectors_and_accuracy_are_those_of_clip_benchmark():
@@ -327,7 +328,7 @@ def test_several_labels_and_the_main_metric():
     ]
     assert [result.value for result in results] == [1, 1, pytest.approx((expected[3] + expected[2]) / 2), 1]
     (title, bars), (_, examples) = run.figures({})
-    assert title == "Average precision by class, flair_after"
+    assert title == "average precision by class (flair_after)"
     assert bars.mode == examples.mode == "RGB" and examples.width > 500
 
 
@@ -403,7 +404,7 @@ def test_pictures_are_drawn_after_a_run():
     run = evaluator()
     list(run.run({}))
     pictures = dict(run.figures({}))
-    assert list(pictures) == ["Classes most often confused, flair_before", "Right and wrong images, flair_before"]
+    assert list(pictures) == ["classes most often confused (flair_before)", "right and wrong images (flair_before)"]
     for picture in pictures.values():
         assert picture.mode == "RGB" and np.asarray(picture).std() > 5
 

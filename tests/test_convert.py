@@ -307,13 +307,6 @@ def test_a_pickle_that_carries_code_is_refused_and_not_run(tmp_path, form):
     assert target.exists()  # The trap is a real one.
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchscript_is_refused(tmp_path):
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "a.pt")
-    with pytest.raises(UnsafeFileError, match="TorchScript"):
-        torch_files.read(tmp_path / "a.pt")
-
-
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("keep", [0, 20, 0.5, -1])
 def test_a_file_cut_short(tmp_path, weights, suffix, keep):
@@ -485,7 +478,7 @@ def test_check_of_good_files(tmp_path, weights, section, tiny_params, capsys):
     assert command.main(["check", str(tmp_path / "a.pt"), "--model-config", section]) == 0
     assert command.main(["check", str(tmp_path / "b.safetensors")]) == 0
     first, second = capsys.readouterr().out.split("result        good\n")[:2]
-    assert "PyTorch names, .pt" in first and "Flax paths, .safetensors" in second
+    assert "PyTorch names of flair, .pt" in first and "Flax paths, .safetensors" in second
     for report in (first, second):
         assert "parameters    626,402\n" in report and "dtypes        97 float32\n" in report
 

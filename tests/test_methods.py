@@ -49,7 +49,7 @@ def inputs():
     """8 images, some of them darker copies, and 2 captions each, of the golden inputs."""
     golden = load_golden("tiny_inputs.npz")
     images, tokens = golden["images"], golden["tokens"]
-    copies = np.float32(0.5) ** (np.arange(8) // len(images))
+    copies = (0.5 ** (np.arange(8) // len(images))).astype(np.float32)
     return (
         np.resize(images, (8, *images.shape[1:])) * copies[:, None, None, None],
         np.resize(tokens, (16, tokens.shape[1])),
@@ -124,7 +124,7 @@ def test_names_go_both_ways(name):
     model = models.create(section(name))
     params = fresh_params(model)
     weights = names.to_torch(params, name)
-    assert names.recognize(weights) == name
+    assert names.recognize(weights).model == name
     assert ("logit_bias" in weights) == (name == "siglip") and weights["visual.proj"].shape == (96, 64)
     back = names.to_flax(weights, name, section(name))
     jax.tree.map(np.testing.assert_array_equal, back, params)

@@ -49,7 +49,8 @@ def values_and_grads(model, configs, params, batch):
 
     def losses_of(params, batch):
         def features_of(params):
-            return model.apply({"params": params}, batch["images"], Text(**batch["texts"]), method="features")
+            found = model.apply({"params": params}, batch["images"], Text(**batch["texts"]), method="features")
+            return found.replace(text=found.text.replace(mask=None))  # bool has no gradient, and no loss reads it
 
         features, towers_back = jax.vjp(features_of, params)
 

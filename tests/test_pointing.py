@@ -104,7 +104,7 @@ def test_a_hit_in_any_box_counts(image_batch, devices):
     }
     assert evaluator.notes == ["3 phrases are left out: the crop cuts their boxes away."]
     pictures = dict(evaluator.figures({}))
-    assert list(pictures) == ["colours: hits and misses (attention)", "colours: hits and misses (projected)"]
+    assert list(pictures) == ["hits and misses (attention)", "hits and misses (projected)"]
     assert all(np.asarray(picture).std() > 0 for picture in pictures.values())
 
 

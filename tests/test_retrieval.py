@@ -486,7 +486,7 @@ def test_pictures_of_what_was_found(colours, long_colours, pooling, monkeypatch)
     figures = dict(runs.figures({}))
     mode = "flair mean" if pooling else "global"
     titles = ["recall", f"best answers ({mode})", f"worst answers ({mode})"]
-    assert list(figures) == [f"retrieval, colours: {title}" for title in titles]
+    assert list(figures) == titles
     for picture in figures.values():
         assert isinstance(picture, Image.Image) and min(picture.size) > 100
         assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 10
@@ -512,7 +512,7 @@ def public(tmp_path_factory):
     return base.Benchmark("long", "retrieval", "Long", (), lambda root: data, "none", "here"), data
 
 
-def test_a_public_set_is_evaluated_in_all_ways(public, tiny_model, tiny_params, tmp_path):
+def test_a_public_set_is_evaluated_in_all_ways(public, tiny_params, tmp_path):
     """With a store, as `eval_all` has it: texts of a longer context are not those of the shorter one."""
     model = models.create({**TINY, "text": {**TINY["text"], "vocab_size": 49408}})
     rng = np.random.default_rng(0)
@@ -527,11 +527,14 @@ def test_a_public_set_is_evaluated_in_all_ways(public, tiny_model, tiny_params, 
             found |= {name: scores for name, (scores, _) in part.scores(params).items()}
         return found
 
-    with features.session(store=FeatureStore(tmp_path, "w")):
+    with features.session(store=FeatureStore(tmp_path)):
         found = scores(options)
+    rows = [sum(1 for _ in file.open("rb")) - 1 for file in tmp_path.glob("*/images-*.index")]
+    assert rows == [3]  # images of all ways are encoded once
     names = ["flair", "topk", "global"]
     names += [f"{mode} {way} mean" for way in ("windows", "sentences") for mode in ("flair", "global")]
     assert list(found) == names + [f"{mode} 120 tokens" for mode in ("flair", "topk", "global")]
+    assert list(scores(dict(windows="windows", modes="global", pooling="max"))) == ["global windows max"]
     alone = scores(dict(context_length=120, windows=(), topk=2))
     for name, values in alone.items():
         np.testing.assert_allclose(found[name], values, atol=1e-5)

@@ -320,24 +320,28 @@ def test_a_tie_with_the_background_is_background_and_other_ties_are_nothing():
     assert decide(values, [0, 0, 1]).tolist() == [[UNDECIDED, 0, UNDECIDED]]
 
 
-def sclip_areas(probabilities, threshold, area):
+def sclip_classes(values, owner, threshold, area):
     """The rule as its authors state it: classes of a small area lose, then what is unsure is background."""
-    best = probabilities.argmax(0)
-    pixels = np.array([(best == name).sum() for name in range(1, len(probabilities))])
+    probabilities = np.exp(values) / np.exp(values).sum(0)
+    classes = np.stack([probabilities[owner == name].max(0) for name in range(max(owner) + 1)])
+    best = classes.argmax(0)
+    pixels = np.array([(best == name).sum() for name in range(1, len(classes))])
     kept = pixels > area * pixels.sum()
-    probabilities = probabilities * np.r_[True, kept][:, None, None]
-    return np.where(probabilities.max(0) < threshold, 0, probabilities.argmax(0))
+    classes = classes * np.r_[True, kept][:, None, None]
+    return np.where(classes.max(0) < threshold, 0, classes.argmax(0))
 
 
 @pytest.mark.parametrize(("threshold", "area"), [(0.1, 0.1), (0.3, 0.3)])
 def test_small_areas_are_left_out(threshold, area):
-    values = np.random.default_rng(1).normal(size=(6, 20, 30))
-    values[4] -= 1.5  # a class that is rare
-    values[:, 5:] += 3 * np.eye(6)[np.repeat([1, 2, 0], 10)].T[:, None]
-    probabilities = np.exp(values) / np.exp(values).sum(0)
-    expected = sclip_areas(probabilities, threshold, area)
-    assert (decide(values, range(6), background=0, threshold=threshold, area=area) == expected).all()
-    assert (expected != sclip_areas(probabilities, threshold, 1e-9)).any()
+    rng = np.random.default_rng(1)
+    owner = np.array([0, 0, 1, 2, 2, 3, 4, 5])
+    values = rng.normal(size=(8, 20, 30))
+    values[6] -= 1.5  # a class that is rare
+    values[:, 5:] += 3 * np.eye(8)[np.repeat([2, 3, 0], 10)].T[:, None]
+    expected = sclip_classes(values, owner, threshold, area)
+    assert (decide(values, owner, background=0, threshold=threshold, area=area) == expected).all()
+    for changed in (sclip_classes(values, owner, threshold, 1e-9), sclip_classes(values, owner, 1e-9, area)):
+        assert (expected != changed).any()
 
 
 def test_names_that_two_classes_share_are_equal_to_the_bit():
@@ -434,7 +438,7 @@ def test_predictions_are_those_of_the_protocol(tiny_model, tiny_params, apply, p
     assert (found[0]["value"] != found[0]["projected"]).any()
 
 
-def test_whole_images_with_resized_positions(tiny_model, tiny_params, photos):
+def test_whole_images_with_resized_positions(tiny_model, tiny_params, apply, photos):
     """Each image at once, in the size nearest to the asked one; by hand for one of them."""
     options = dict(short_side=1.25, whole_image=True, modes=("projected",))
 
@@ -449,7 +453,7 @@ def test_whole_images_with_resized_positions(tiny_model, tiny_params, photos):
     model, params = initialize.with_image_size(tiny_model, tiny_params, size)
     pixels = segmentation.resize(photos.images[2], size)[None]
     local = jax.jit(lambda params, x: model.apply({"params": params}, x, method="encode_image").local)(params, pixels)
-    pooled = tiny_model.apply({"params": tiny_params}, Text.padded(TOKENS[:6]), method="encode_text").pooled
+    pooled = apply("encode_text", Text.padded(TOKENS[:6])).pooled
     vectors = unit(np.stack([unit(np.asarray(pooled))[query == OWNER].mean(0) for query in range(4)]))
     scores = (unit(np.asarray(local[0])) @ vectors.T).T.reshape(1, 4, size[0] // patch, size[1] // patch)
     large = torch.nn.functional.interpolate(torch.from_numpy(scores.copy()), size, mode="bilinear")
@@ -531,7 +535,7 @@ def test_figures_show_masks_and_bars():
     assert list(evaluator.figures({})) == []
     list(evaluator.run({}))
     (title, masks), (_, bars) = evaluator.figures({})
-    assert title == "colours: true and predicted masks (projected)"
+    assert title == "true and predicted masks (projected)"
     assert evaluator.notes == [
         "Scores of patches come from windows of 16 x 24 pixels at a stride of half a window; "
         "the mean IoU is over classes that are true or predicted."
@@ -564,5 +568,5 @@ def test_wrong_sets_and_options_are_refused():
     empty = colour_set(labels=[np.full((16, 24), IGNORE)] * 2)
     with pytest.raises(ValueError, match="segmentation/colours: no pixel has a label"):
         evaluate(empty, modes=("projected",))
-    with pytest.raises(ValueError, match="segmentation/colours: scores are not finite"):
+    with pytest.raises(ValueError, match="segmentation/colours: scores of image 0 are not finite"):
         flat(Segmentation(Colours(4), colour_set(), preprocess=lambda x: x * np.nan).run({}))

@@ -14,6 +14,7 @@ from optional import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from flair_jax import models
+from flair_jax.convert import names
 from flair_jax.data.transforms import tokenizer
 from flair_jax.models.text import Text
 
@@ -21,19 +22,6 @@ VOCAB, EOT, CONTEXT, EMBED = 100, 99, 12, 40  # the end of text is the largest i
 VISION = dict(image_size=32, patch_size=8, width=64, depth=2, heads=4)
 TEXT = dict(context_length=CONTEXT, vocab_size=VOCAB, width=48, depth=3, heads=3)
 ATOL = 1e-5  # features are of size 1
-
-# Their names -> ours, of modules outside of the blocks and within one.
-OUTSIDE = {
-    "vision": {"pre_layrnorm": "ln_pre", "post_layernorm": "ln_post"},
-    "text": {"final_layer_norm": "ln_final"},
-}
-WITHIN = {
-    "layer_norm1": ("ln_1",),
-    "layer_norm2": ("ln_2",),
-    "self_attn.out_proj": ("attention", "out"),
-    "mlp.fc1": ("mlp", "fc"),
-    "mlp.fc2": ("mlp", "proj"),
-}
 
 
 def small_clip():
@@ -66,57 +54,16 @@ def small_clip():
     return model
 
 
-def flax_tree(model) -> dict:
-    """The weights of a CLIP as the tree of FLAIR's towers. A weight that finds no place fails."""
-    theirs = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
-    ours = {}
-
-    def put(value, *path):
-        node = ours
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = value
-
-    def move(source, *path):
-        """A linear layer (out, in) or a normalisation."""
-        weight, bias = theirs.pop(f"{source}.weight"), theirs.pop(f"{source}.bias")
-        put(weight.T if weight.ndim == 2 else weight, *path, "kernel" if weight.ndim == 2 else "scale")
-        put(bias, *path, "bias")
-
-    for tower, depth in (("vision", VISION["depth"]), ("text", TEXT["depth"])):
-        embeddings = f"{tower}_model.embeddings"
-        put(theirs.pop(f"{embeddings}.position_embedding.weight"), tower, "position_embedding")
-        for source, target in OUTSIDE[tower].items():
-            move(f"{tower}_model.{source}", tower, target)
-        for i in range(depth):
-            layer = f"{tower}_model.encoder.layers.{i}"
-            for source, target in WITHIN.items():
-                move(f"{layer}.{source}", tower, f"blocks_{i}", *target)
-            for kind, leaf in (("weight", "kernel"), ("bias", "bias")):
-                thirds = [theirs.pop(f"{layer}.self_attn.{third}_proj.{kind}") for third in "qkv"]
-                put(np.concatenate(thirds).T, tower, f"blocks_{i}", "attention", "qkv", leaf)
-    put(theirs.pop("vision_model.embeddings.class_embedding"), "vision", "class_embedding")
-    kernel = theirs.pop("vision_model.embeddings.patch_embedding.weight").transpose(2, 3, 1, 0)  # (p, p, 3, W)
-    put(kernel, "vision", "patch_embedding", "kernel")
-    put(theirs.pop("text_model.embeddings.token_embedding.weight"), "text", "token_embedding")
-    put(theirs.pop("visual_projection.weight").T, "image_projection")
-    put(theirs.pop("text_projection.weight").T, "text_projection")
-    put(theirs.pop("logit_scale"), "logit_scale")
-    put(np.float32(0), "logit_bias")  # FLAIR's own, not part of a score
-    assert not theirs, f"without a place: {sorted(theirs)}"
-    return ours
-
-
 @pytest.fixture(scope="module")
 def clip():
     return small_clip()
 
 
 @pytest.fixture(scope="module")
-def flair(clip):
-    section = dict(name="flair", embed_dim=EMBED, vision=VISION, text=TEXT, pooling=dict(heads=4))
-    model = models.create({**section, "init_logit_scale": 0.0, "init_logit_bias": 0.0})
-    return model.bind({"params": flax_tree(clip)})
+def flax_clip(clip):
+    section = dict(name="clip", embed_dim=EMBED, vision=VISION, text=TEXT)
+    weights = {name: x.numpy() for name, x in clip.state_dict().items()}
+    return models.create(section).bind({"params": names.to_flax(weights, "clip", section)})
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +85,10 @@ def close(actual, expected, atol=ATOL):
     np.testing.assert_allclose(actual, expected.numpy(), atol=atol, rtol=0)
 
 
-def test_image_features(clip, flair, inputs):
+def test_image_features(clip, flax_clip, inputs):
     images, _ = inputs
     vision = clip.vision_model(pixel_values=nchw(images))
-    features = flair.encode_image(images)
+    features = flax_clip.encode_image(images)
     assert np.abs(features.pooled).max() > 0.5
     close(features.pooled, clip.visual_projection(vision.pooler_output))
     # CLIP normalises the class token alone, FLAIR all of them.
@@ -149,19 +96,19 @@ def test_image_features(clip, flair, inputs):
     close(features.local, clip.visual_projection(patches))
 
 
-def test_text_features(clip, flair, inputs):
+def test_text_features(clip, flax_clip, inputs):
     _, tokens = inputs
     text = clip.text_model(input_ids=torch.from_numpy(tokens))
-    features = flair.encode_text(Text.padded(tokens))
+    features = flax_clip.encode_text(Text.padded(tokens))
     assert np.abs(features.pooled).max() > 0.5
     close(features.pooled, clip.text_projection(text.pooler_output))
     close(features.local, clip.text_projection(text.last_hidden_state))
 
 
-def test_global_score_is_clips_logit(clip, flair, inputs):
+def test_global_score_is_clips_logit(clip, flax_clip, inputs):
     images, tokens = inputs
     expected = clip(input_ids=torch.from_numpy(tokens), pixel_values=nchw(images)).logits_per_image
-    score = flair.global_score(flair.encode_image(images), flair.encode_text(Text.padded(tokens)))
+    score = flax_clip.global_score(flax_clip.encode_image(images), flax_clip.encode_text(Text.padded(tokens)))
     close(score, expected, atol=np.exp(clip.logit_scale.item()) * ATOL)
 
 

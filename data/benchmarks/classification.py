@@ -149,17 +149,21 @@ def _whole(text: str, path: pathlib.Path) -> int:
     return int(text)
 
 
-def _number(keys: Sequence[str], key: str, path: pathlib.Path) -> int:
-    """The position of a class in the list of all."""
-    try:
-        return _numbers(tuple(keys))[key]
-    except KeyError:
-        raise AnnotationError(f"{path}: class {key!r}; expected one of {len(keys)}, such as {keys[0]!r}") from None
+class _Numbers(dict[str, int]):
+    """The number of each class by its key in the release's files, in the order of `keys`.
 
+    Raises:
+      AnnotationError: a class is named twice.
+    """
 
-@functools.lru_cache(maxsize=4)
-def _numbers(keys: tuple[str, ...]) -> dict[str, int]:
-    return {key: number for number, key in enumerate(keys)}
+    def __init__(self, keys: Sequence[str], path: pathlib.Path):
+        super().__init__((key, number) for number, key in enumerate(keys))
+        self._path = path
+        if len(self) < len(keys):
+            raise AnnotationError(f"{path}: {len(keys)} classes are named, of which {len(self)} differ")
+
+    def __missing__(self, key: str) -> int:
+        raise AnnotationError(f"{self._path}: class {key!r}; expected one of {len(self)}, such as {next(iter(self))!r}")
 
 
 def _spaced(keys: Iterable[str]) -> list[tuple[str, ...]]:
@@ -209,7 +213,8 @@ def class_folders(
     classes = _spaced(keys) if classes is None else classes
     if len(keys) != len(classes):
         raise AnnotationError(f"{folder}: {len(keys)} folders; expected one for each of {len(classes)} classes")
-    rows = [(f"{key}/{name}", _number(keys, key, folder)) for key in there for name in _images_in(folder / key)]
+    numbers = _Numbers(keys, folder)
+    rows = [(f"{key}/{name}", numbers[key]) for key in there for name in _images_in(folder / key)]
     parts = () if len(there) == len(keys) else (f"{len(there)} of {len(keys)} classes",)
     return _data(folder, folder, rows, classes, templates, parts)
 
@@ -294,13 +299,13 @@ def read_imagenet(root: pathlib.Path) -> Classification:
     if folder.is_dir() and _subfolders(folder):
         return _imagenet_folders(folder, "imagenet1k")
     path = find(root, _SOLUTION)
-    keys, rows = prompts.imagenet_folders(), []
+    numbers, rows = _Numbers(prompts.imagenet_folders(), path), []
     for row in csv.reader(io.StringIO(read_text(path))):
         if row[:1] != ["ImageId"] and row:
             image, found = row[0], row[1].split() if len(row) > 1 else []
             if not found:
                 raise AnnotationError(f"{path}: {row}; expected an image and its class")
-            rows.append((f"{image}.JPEG", _number(keys, found[0], path)))
+            rows.append((f"{image}.JPEG", numbers[found[0]]))
     return _data(folder, path, rows, *_imagenet_prompts())
 
 
@@ -394,7 +399,8 @@ def _read_stl10(root: pathlib.Path) -> Classification:
 def _read_food101(root: pathlib.Path) -> Classification:
     path = find(root, _in(_FOOD, "meta/test.txt"))
     keys = [line for (line,) in _lines(path.parent / "classes.txt")]
-    rows = [(f"{line}.jpg", _number(keys, line.split("/")[0], path)) for (line,) in _lines(path)]
+    numbers = _Numbers(keys, path)
+    rows = [(f"{line}.jpg", numbers[line.split("/")[0]]) for (line,) in _lines(path)]
     return _data(path.parents[1] / "images", path, rows, _spaced(keys), prompts.templates("food101"))
 
 
@@ -413,17 +419,17 @@ def _read_dtd(root: pathlib.Path) -> Classification:
     path = find(root, _in(_DTD, "labels/test1.txt"))
     names = [line for (line,) in _lines(path)]
     keys = sorted({name.split("/")[0] for name in names})
-    rows = [(name, _number(keys, name.split("/")[0], path)) for name in names]
+    numbers = _Numbers(keys, path)
+    rows = [(name, numbers[name.split("/")[0]]) for name in names]
     return _data(path.parents[1] / "images", path, rows, _spaced(keys), prompts.templates("dtd"))
 
 
 def _read_aircraft(root: pathlib.Path) -> Classification:
     path = find(root, _in(_AIRCRAFT, "images_variant_test.txt"))
     keys = [line for (line,) in _lines(path.parent / "variants.txt")]
-    rows = []
-    for (line,) in _lines(path):
-        image, _, variant = line.partition(" ")
-        rows.append((f"{image}.jpg", _number(keys, variant, path)))
+    numbers = _Numbers(keys, path)
+    lines = [line.partition(" ") for (line,) in _lines(path)]
+    rows = [(f"{image}.jpg", numbers[variant]) for image, _, variant in lines]
     return _data(path.parent / "images", path, rows, [(key,) for key in keys], prompts.templates("fgvc_aircraft"))
 
 
@@ -431,7 +437,8 @@ def _read_sun397(root: pathlib.Path) -> Classification:
     """The first of the ten official splits; "/a/apse/indoor" is called "apse indoor"."""
     path = find(root, _in(_SUN, "Testing_01.txt", "Partitions/Testing_01.txt"))
     keys = [line for (line,) in _lines(find(path.parent, "ClassName.txt", "../ClassName.txt"))]
-    rows = [(line.lstrip("/"), _number(keys, line.rpartition("/")[0], path)) for (line,) in _lines(path)]
+    numbers = _Numbers(keys, path)
+    rows = [(line.lstrip("/"), numbers[line.rpartition("/")[0]]) for (line,) in _lines(path)]
     classes = _spaced(key[3:].replace("/", " ") for key in keys)
     return _data(find_folder(root, f"{_SUN}/SUN397|{_SUN}"), path, rows, classes, prompts.templates("sun397"))
 
@@ -744,7 +751,7 @@ BENCHMARKS = (
     _entry(
         *("resisc45", "RESISC45, whole", _read_resisc45, 31_500, 45),
         (File(_RESISC, 31_500, count_images),),
-        "https://1drv.ms/u/s!AmgKYzARBl5ca3HNaHIlzp_IXjs",
+        "https://www.tensorflow.org/datasets/catalog/resisc45",
     ),
     _entry(
         *("country211", "Country211", _of_folders(_COUNTRY, "country211"), 21_100, 211),
@@ -767,6 +774,6 @@ BENCHMARKS = (
     _entry(
         *("coco_objects", "COCO val2017, categories of objects", _read_coco, 5_000, 80),
         (File(_COCO, 5_000, _count_coco), File("coco/images/val2017|coco/val2017")),
-        *("https://cocodataset.org/#download", "CC-BY-4.0"),
+        *("https://cocodataset.org/#download", "annotations CC-BY-4.0, images: Flickr terms"),
     ),
 )

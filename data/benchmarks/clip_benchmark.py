@@ -39,6 +39,7 @@ from flair_jax.data.sources.base import ShardError
 HUB = "https://huggingface.co/datasets/clip-benchmark"
 SHARDS, CLASSES, TEMPLATES = "test/nshards.txt", "classnames.txt", "zeroshot_classification_templates.txt"
 TYPE = "dataset_type.txt"
+PREFIXES = ("wds_retrieval:", "wds_classification:")  # of folders of one's own
 OPENAI = "OpenAI CLIP ViT-B/16"
 RESULTS = "LAION-AI/CLIP_benchmark, benchmark/benchmark.csv"
 
@@ -47,19 +48,18 @@ def read_classification(root: pathlib.Path, folders: str) -> Classification:
     """
     Args:
       root: of all sets.
-      folders: of this set, relative to the root; `a|b`: either.
+      folders: of this set, relative to the root or absolute; `a|b`: either.
 
     Raises:
       MissingError, AnnotationError: see `Benchmark.read`.
     """
     folder = _folder(root, folders)
-    classes = _lines(find(root, f"{folder}/{CLASSES}"))
-    templates_file = find(root, f"{folder}/{TEMPLATES}")
+    classes, templates_file = _lines(_need(root, folder / CLASSES)), _need(root, folder / TEMPLATES)
     templates = _lines(templates_file)
     for template in templates:
         if "{c}" not in template:
             raise AnnotationError(f"{templates_file}: template {template!r} has no {{c}} for the name of the class")
-    tars, parts = _tars(root / folder)
+    tars, parts = _tars(root, folder)
     partner = next((name for name in ("cls", "npy") if len(_scan(tars[0], name).spans)), "cls")
     read_label = {"cls": _label, "npy": _vector}[partner]
     pictures, labels = [], []
@@ -67,6 +67,8 @@ def read_classification(root: pathlib.Path, folders: str) -> Classification:
         for picture, where, content in _samples(tar, partner):
             pictures.append(picture)
             labels.append(read_label(content, len(classes), where))
+    if not pictures:
+        raise AnnotationError(f"{folder}: no image in {len(tars)} tars")
     names = [(name,) for name in classes]
     return Classification(pictures, np.asarray(labels), names, templates, parts=parts)
 
@@ -74,7 +76,7 @@ def read_classification(root: pathlib.Path, folders: str) -> Classification:
 def read_retrieval(root: pathlib.Path, folders: str) -> Retrieval:
     """As `read_classification`, for a set of captions."""
     folder = _folder(root, folders)
-    tars, parts = _tars(root / folder)
+    tars, parts = _tars(root, folder)
     pictures, texts, owners = [], [], []
     for tar in tars:
         for picture, where, content in _samples(tar, "txt"):
@@ -84,6 +86,8 @@ def read_retrieval(root: pathlib.Path, folders: str) -> Retrieval:
             owners += [len(pictures)] * len(captions)
             texts += captions
             pictures.append(picture)
+    if not pictures:
+        raise AnnotationError(f"{folder}: no image in {len(tars)} tars")
     return Retrieval(pictures, texts, np.asarray(owners), parts=parts)
 
 
@@ -101,19 +105,36 @@ def unlisted(root: pathlib.Path) -> list[Benchmark]:
             continue
         type_file = shards.parents[1] / TYPE
         retrieval = type_file.exists() and read_text(type_file).strip() == "retrieval"
-        make = _retrieval_entry if retrieval else _classification_entry
-        found.append(make(name, name, name, "not known", source="not known"))
+        found.append(located(f"wds_{'retrieval' if retrieval else 'classification'}:{name}"))
     return found
+
+
+def located(name: str) -> Benchmark:
+    """An entry for a set in this layout that no table lists.
+
+    Args:
+      name: one of `PREFIXES` and the set's folder, relative to the root or absolute.
+    """
+    prefix, _, folder = name.partition(":")
+    title = folder.strip("/").replace("/", "_")
+    make = _retrieval_entry if f"{prefix}:" == PREFIXES[0] else _classification_entry
+    return make(title, folder, title, "not known", source=name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
-def _folder(root: pathlib.Path, folders: str) -> str:
-    """The folder of a set, relative to the root: the first one with a number of shards."""
-    shards = find(root, *(f"{folder}/{SHARDS}" for folder in folders.split("|")))
-    return str(shards.parents[1].relative_to(root))
+def _folder(root: pathlib.Path, folders: str) -> pathlib.Path:
+    """The folder of a set: the first one with a number of shards."""
+    return find(root, *(f"{folder}/{SHARDS}" for folder in folders.split("|"))).parents[1]
+
+
+def _need(root: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+    """Raises MissingError, relative to the root, if there is no such file."""
+    if not path.exists():
+        raise MissingError([str(path.relative_to(root) if path.is_relative_to(root) else path)])
+    return path
 
 
 def _lines(path: pathlib.Path) -> list[str]:
@@ -123,7 +144,7 @@ def _lines(path: pathlib.Path) -> list[str]:
     return lines
 
 
-def _tars(folder: pathlib.Path) -> tuple[list[pathlib.Path], tuple[str, ...]]:
+def _tars(root: pathlib.Path, folder: pathlib.Path) -> tuple[list[pathlib.Path], tuple[str, ...]]:
     """The tars that are there, and their names if some are not."""
     text = read_text(folder / SHARDS).strip()
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 10**6):
@@ -131,7 +152,7 @@ def _tars(folder: pathlib.Path) -> tuple[list[pathlib.Path], tuple[str, ...]]:
     tars = [folder / f"test/{number}.tar" for number in range(int(text))]
     there = [tar for tar in tars if tar.exists()]
     if not there:
-        raise MissingError([str(pathlib.PurePosixPath(folder.name, "test/0.tar"))])
+        _need(root, tars[0])
     return there, () if len(there) == len(tars) else tuple(tar.name for tar in there)
 
 
@@ -188,7 +209,7 @@ def _vector(content: bytes, classes: int, where: str) -> np.ndarray:
 
 def _count(folder: pathlib.Path, partner: str) -> int:
     """Samples in the tars of a folder `test`."""
-    return sum(len(_scan(tar, partner).spans) for tar in _tars(folder.parent)[0])
+    return sum(len(_scan(tar, partner).spans) for tar in _tars(folder.parent, folder.parent)[0])
 
 
 def _count_classified(folder: pathlib.Path) -> int:
@@ -215,7 +236,7 @@ def _classification_entry(
     licence: str,
     images: int | None = None,
     classes: int | None = None,
-    metric: str = "acc1",
+    metric: str | None = None,
     published: tuple[Published, ...] = (),
     *,
     source: str,
@@ -236,7 +257,7 @@ def _classification_entry(
         images=images,
         classes=classes,
         published=published,
-        options={"metric": metric, "ties": "first"},  # the suite takes the argmax
+        options={"metric": metric, "ties": "first"},  # None: what the labels allow first; the suite takes the argmax
     )
 
 

@@ -1,6 +1,8 @@
 """FG-OVD (Bianchi et al., CVPR 2024) as a choice: a box of COCO 2017, its description and up to ten wrong ones."""
 
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 from flair_jax.data.benchmarks import compositional
 from flair_jax.data.benchmarks.base import AnnotationError, Benchmark, Choice, Picture
@@ -34,15 +36,17 @@ def read(root: pathlib.Path) -> Choice:
             folders = [f"coco/images/{folder}", f"coco/{folder}"] if folder else ["coco/images/val2017", "coco/val2017"]
             if ".." in folder.split("/") or folder.startswith("/"):
                 raise AnnotationError(f"{where}: image {name!r}; expected a path inside of COCO's folder")
-            picture: Picture = compositional.locate(
-                root, folders, rest, file, box=box_of(*box, where), box_in=(int(size[0]), int(size[1]))
-            )
+            picture: Picture = compositional.locate(root, folders, rest, file, box=box_of(*box, where), box_in=size)
             builder.add([picture], [text.lower() for text in texts], group=part)
 
     return compositional.read_parts(root, FILES, add)
 
 
-def _lines(file: pathlib.Path):
+# Where an item is, name of the image, its width and height, box as x, y, width, height, texts.
+Row = tuple[str, str, tuple[int, int], list[Any], list[str]]
+
+
+def _lines(file: pathlib.Path) -> Iterator[Row]:
     """Lines with everything in them; lists may be written as texts."""
     for number, row in enumerate(read_json_lines(file), 1):
         where = f"{file}: record {number}"
@@ -54,7 +58,7 @@ def _lines(file: pathlib.Path):
         yield where, field(row, "img_path", str, where), size, _four(box, where), texts
 
 
-def _coco(file: pathlib.Path):
+def _coco(file: pathlib.Path) -> Iterator[Row]:
     """The release's own form, COCO's with the categories of wrong descriptions."""
     content = typed(read_json(file), dict, str(file))
     where = str(file)
@@ -76,7 +80,7 @@ def _coco(file: pathlib.Path):
         yield where, name, size, _four(row.get("bbox"), where), [names[category] for category in categories]
 
 
-def _four(box, where: str) -> list:
+def _four(box: Any, where: str) -> list[Any]:
     if not isinstance(box, list | tuple) or len(box) != 4:
         raise AnnotationError(f"{where}: bbox is {str(box)[:60]!r}; expected [x, y, width, height]")
     return list(box)

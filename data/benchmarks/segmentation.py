@@ -288,10 +288,7 @@ def read_cityscapes(root: pathlib.Path) -> Segmentation:
 # COCO
 
 COCO_IMAGES = "coco/images/val2017|coco/val2017|coco_stuff164k/images/val2017"
-STUFF_MASKS = (
-    "coco/stuffthingmaps/val2017|coco/annotations/stuffthingmaps/val2017|coco_stuff164k/annotations/val2017|"
-    "cocostuff/stuffthingmaps/val2017|cocostuff/val2017|coco/stuffthingmaps_trainval2017/val2017"
-)
+STUFF_MASKS = "coco/stuffthingmaps/val2017|coco_stuff164k/annotations/val2017|cocostuff/val2017"
 STUFF_10K = "coco_stuff10k|cocostuff10k|cocostuff-10k-v1.1"
 PANOPTIC = "coco/annotations/panoptic_val2017.json|coco/panoptic/panoptic_val2017.json"
 PANOPTIC_MASKS = "coco/annotations/panoptic_val2017|coco/panoptic/panoptic_val2017"
@@ -419,10 +416,10 @@ def _each(content: Mapping[str, Any], key: str, file: pathlib.Path, **types: typ
 VOC21 = {"temperature": 65, "threshold": 0.1, "area": 0.1}
 BACKGROUND = {"temperature": 50, "threshold": 0.1}
 
-FLAIR_30M = "FLAIR-30M, issue 18 of its repository (a user; the paper's 73.0 second-hand)"
-FLAIR_3M = "second-hand notes on the paper, not confirmed"
+FLAIR_30M = "a user's run, issue 18 of FLAIR's repository; the paper's 73.0 second-hand"
+FLAIR_3M = "second-hand: notes on the paper, not confirmed"
 # The same protocol with another model and another attention in its last layer: checks the order of magnitude.
-SCLIP = "README of SCLIP (its correlative self-attention on OpenAI's weights: the same protocol, another model)"
+SCLIP = "SCLIP's README: the same protocol, another model and attention"
 
 
 def _sclip(value: float) -> Published:
@@ -477,8 +474,8 @@ BENCHMARKS = (
         images=1449,
         classes=20,
         published=(
-            Published("FLAIR-30M", "miou", 0.73, FLAIR_30M, "projected"),
-            Published("FLAIR-CC3M", "miou", 0.597, FLAIR_3M, "projected"),
+            Published("FLAIR Merged30M", "miou", 0.73, FLAIR_30M, "projected"),
+            Published("FLAIR CC3M-recap", "miou", 0.597, FLAIR_3M, "projected"),
             _sclip(0.8154),
         ),
     ),

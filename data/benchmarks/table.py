@@ -44,7 +44,8 @@ for family in FAMILIES:
 def select(patterns: Iterable[str]) -> list[Benchmark]:
     """The sets that one of the patterns matches, in the order of the table: names, or wildcards such as "iiw_*".
 
-    One's own sets for classification, `folders:DIR` and `tfds:NAME?split=…` (see `classification.located`), come last.
+    One's own sets come last: `folders:DIR` and `tfds:NAME?split=…` (see `classification.located`),
+    `wds_classification:DIR` and `wds_retrieval:DIR` (see `clip_benchmark.located`).
 
     Raises:
       ValueError: a pattern matches none.
@@ -53,6 +54,9 @@ def select(patterns: Iterable[str]) -> list[Benchmark]:
     for pattern in patterns:
         if pattern.startswith((classification.FOLDERS, classification.TFDS)):
             own.append(classification.located(pattern))
+            continue
+        if pattern.startswith(clip_benchmark.PREFIXES):
+            own.append(clip_benchmark.located(pattern))
             continue
         names = fnmatch.filter(ALL, pattern)
         if not names:

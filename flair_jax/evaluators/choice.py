@@ -20,7 +20,6 @@ from PIL import Image
 
 from flair_jax.evaluators.features import Encoder, call, one_behind
 from flair_jax.evaluators.pointing import texts_by_image
-from flair_jax.figures import choice as drawing
 from flair_jax.models.layers import normalize
 from flair_jax.report import Result
 
@@ -376,17 +375,20 @@ class Choice:
 
     def figures(self, params: Any) -> Iterator[tuple[str, Image.Image]]:
         """Pictures of what `run` found, with their titles: accuracy by part, and the most confident wrong decisions."""
+        from flair_jax.figures import choice as drawing  # matplotlib, for who wants pictures
+
         if not self._results:
             return
-        name = self._data.name
-        yield f"{name}: by part", drawing.bars(self._results)
+        yield "by part", drawing.bars(self._results)
         for mode, scores in self._scores.items():
             worst = self._worst(scores)
             if worst and len(self._data.texts):
-                yield f"{name}: most confident wrong decisions ({mode})", drawing.sheet(worst)
+                yield f"most confident wrong decisions ({mode})", drawing.sheet(worst)
 
-    def _worst(self, scores: np.ndarray) -> list[drawing.Decision]:
-        """The wrong decisions with the largest margin of a wrong answer over a right one."""
+    def _worst(self, scores: np.ndarray) -> list[Any]:
+        """The wrong decisions with the largest margin of a wrong answer over a right one, `figures.choice.Decision`."""
+        from flair_jax.figures import choice as drawing
+
         data, margins = self._data, np.empty(len(self._data.items))
         for number, (item, pairs) in enumerate(zip(data.items, self._pairs_of_item, strict=True)):
             values = scores[pairs].reshape(len(item.images), len(item.texts))

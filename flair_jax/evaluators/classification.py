@@ -198,7 +198,7 @@ class Classification:
       flair_after: prompts are averaged after it. The image is pooled for each prompt and compared with it, and the
         class has the mean of its prompts' `model.score`.
       global: `model.global_score` of the vector of flair_before, as CLIP.
-    Means are taken in float64, so that classes with the same prompts have the same score to the bit.
+    Means are taken in float64, and of equal prompts one is scored: classes with the same prompts tie to the bit.
 
     Images are encoded once for all modes, in batches. The device holds the features of two of them, all prompts' pooled
     features, and scores of `image_batch` x `text_batch` pairs at a time; the host 4 bytes per image, class and mode.
@@ -259,36 +259,34 @@ class Classification:
             metric = first
         if metric not in self._chance:
             raise ValueError(f"classification/{data.name}: metric {metric!r}; its labels allow {tuple(self._chance)}")
-        if alike := self._alike(data):
+        self._tokens, prompt = np.unique(data.tokens, axis=0, return_inverse=True)
+        prompt = prompt.reshape(-1)
+        self._prompt = prompt[np.lexsort((prompt, data.class_of_prompt))]  # (P,) numbers in _tokens, class by class
+        self._count = np.bincount(data.class_of_prompt)  # (C,) prompts of each class
+        # Classes with the same prompts are scored once, so that they tie whatever the order in which devices add.
+        own = np.split(self._prompt, np.cumsum(self._count)[:-1])
+        known: dict[bytes, int] = {}
+        self._number = np.array([known.setdefault(part.tobytes(), len(known)) for part in own])  # (C,)
+        self._first = np.unique(self._number, return_index=True)[1]  # the classes that are scored
+        if alike := [data.classes[c] for c in np.setdiff1d(np.arange(len(own)), self._first)]:
             self._note(f"Classes with the same prompts as another one, with which they tie: {', '.join(alike)}.")
         if data.labels.ndim == 1:
             self.notes.append(f"Among equal scores {TIES[ties]}.")
         self._modes, self._metric, self._ties = tuple(modes), metric, ties
         self._encoder = Encoder(model, preprocess, image_batch=image_batch, text_batch=text_batch, mesh=mesh)
-        order = np.argsort(data.class_of_prompt, kind="stable")
-        self._tokens = data.tokens[order]  # class by class
-        self._count = np.bincount(data.class_of_prompt)  # (C,) prompts of each class
         self._kept: dict[str, np.ndarray] = {}
 
     def _note(self, text: str) -> None:
         logging.warning("classification/%s: %s", self._data.name, text)
         self.notes.append(text)
 
-    @staticmethod
-    def _alike(data: ClassificationSet) -> list[str]:
-        """Names of the classes whose prompts are those of an earlier class."""
-        order = np.argsort(data.class_of_prompt, kind="stable")
-        own = np.split(data.tokens[order], np.cumsum(np.bincount(data.class_of_prompt))[:-1])
-        prompts = [np.unique(tokens, axis=0).tobytes() for tokens in own]
-        return [name for number, name in enumerate(data.classes) if prompts.index(prompts[number]) < number]
-
     def scores(self, params: Any) -> dict[str, np.ndarray]:
         """The score matrix of every mode, float32 (I, C)."""
-        encoder, images, classes = self._encoder, self._data.images, len(self._count)
+        encoder, images = self._encoder, self._data.images
         params = encoder.place(params)
         prompts = encoder.texts(params, self._tokens)
-        unit = np.asarray(normalize(np.asarray(prompts.pooled)))  # (P, D)
-        vectors = np.asarray(normalize(self._class_means(unit.T).T))  # (C, D)
+        unit = np.asarray(normalize(np.asarray(prompts.pooled)))[self._prompt]  # (P, D)
+        vectors = np.asarray(normalize(self._class_means(unit.T).T))[self._first]
         vectors = prompts.replace(pooled=jax.device_put(vectors, encoder.whole))
         texts = {mode: self._blocks(prompts if mode == "flair_after" else vectors) for mode in self._modes}
         local = self._modes != ("global",)
@@ -301,16 +299,16 @@ class Classification:
                 }
                 yield numbers, started
 
-        tables = {mode: np.empty((len(images), classes), np.float32) for mode in self._modes}
+        tables = {mode: np.empty((len(images), len(self._count)), np.float32) for mode in self._modes}
         for numbers, started in one_behind(batches()):
             for mode, blocks in started.items():
                 found = np.concatenate([np.asarray(block) for block in blocks], axis=1)[: len(numbers)]
                 if found.dtype != np.float32:  # bfloat16 has about 3 digits: many of the best classes would be ties
                     raise TypeError(f"the model's {MODES[mode]} gives {found.dtype}; expected float32")
                 if mode == "flair_after":
-                    tables[mode][numbers] = self._class_means(found[:, : len(self._tokens)])
+                    tables[mode][numbers] = self._class_means(found[:, self._prompt])
                 else:
-                    tables[mode][numbers] = found[:, :classes]
+                    tables[mode][numbers] = found[:, self._number]
         return tables
 
     def _class_means(self, values: np.ndarray) -> np.ndarray:
@@ -351,14 +349,14 @@ class Classification:
         del params
         data, kept, mode = self._data, self._kept, self._modes[0]
         if data.labels.ndim == 2:
-            yield f"Average precision by class, {mode}", figures.bars(data.classes, kept["precision"])
+            yield f"average precision by class ({mode})", figures.bars(data.classes, kept["precision"])
         else:
             yield (
-                f"Classes most often confused, {mode}",
+                f"classes most often confused ({mode})",
                 figures.confusion(data.classes, data.labels, kept["best"][:, 0]),
             )
         yield (
-            f"Right and wrong images, {mode}",
+            f"right and wrong images ({mode})",
             figures.examples(data.images, data.labels, data.classes, kept["best"], kept["best_scores"], kept["margin"]),
         )
 

@@ -239,7 +239,7 @@ class Pointing:
                 )
                 for text in np.concatenate(chosen)
             ]
-            yield f"{data.name}: hits and misses ({mode})", drawing.sheet(examples)
+            yield f"hits and misses ({mode})", drawing.sheet(examples)
 
 
 def image_size(images: Sequence[np.ndarray]) -> tuple[int, int]:

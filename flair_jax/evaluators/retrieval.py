@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
-from flair_jax.evaluators import features
 from flair_jax.evaluators.features import Encoder, call, check_texts, one_behind
 from flair_jax.report import Result
 
@@ -284,8 +283,8 @@ class Retrieval:
       topk: texts that each image keeps; more than there are means all.
       pooling: some of `POOLINGS`, of the scores of a text's rows; one row a text needs none.
       label: of what is done with the texts, a part of the modes' names.
-      prepare: parameters -> those of this model, whose text tower is another one, such as with longer position
-        embeddings; None: as they are.
+      text_tower: what encodes the texts instead of `model`, such as one with longer position embeddings: a model that
+        differs in its text tower alone, and a function from parameters of `model` to its own.
       image_batch, text_batch: sizes of batches. Results depend on neither, nor on the devices.
       mesh: see `features.Encoder`.
 
@@ -303,7 +302,7 @@ class Retrieval:
         topk: int = 128,
         pooling: Sequence[str] = ("mean", "max"),
         label: str = "",
-        prepare: Callable[[Any], Any] | None = None,
+        text_tower: tuple[nn.Module, Callable[[Any], Any]] | None = None,
         image_batch: int = 64,
         text_batch: int = 512,
         mesh: Mesh | None = None,
@@ -321,13 +320,13 @@ class Retrieval:
         if data.text_of_row is not None and not pooling:
             raise ValueError(f"{data.name}: texts have several rows of tokens; pooling needs one of {POOLINGS}")
         self._model, self._data, self._preprocess = model, data, preprocess
-        self._modes, self._pooling, self._label, self._prepare = tuple(modes), tuple(pooling), label, prepare
+        self._modes, self._pooling, self._label = tuple(modes), tuple(pooling), label
         self._topk = min(topk, len(data.tokens))
         sizes = dict(image_batch=image_batch, text_batch=text_batch, mesh=mesh)
         self._encoder = self._text_encoder = Encoder(model, preprocess, **sizes)
-        if prepare is not None:
-            with features.session():  # the store's texts are those of the parameters as they were
-                self._text_encoder = Encoder(model, preprocess, **sizes)
+        self._text_model, self._text_params = text_tower or (model, lambda params: params)
+        if text_tower is not None:
+            self._text_encoder = Encoder(self._text_model, preprocess, **sizes)
         self._score, self._global_score, self._select, self._rescore = _programs(
             model, self._encoder.whole, len(data.tokens), self._topk
         )
@@ -358,7 +357,7 @@ class Retrieval:
             for name in self._names(mode):
                 valid = np.zeros((images, texts), bool) if mode == "topk" else None
                 tables[name] = np.full((images, texts), -np.inf, np.float32), valid
-        for numbers, results in one_behind(self._batches(self._encoder.place(self._prepared(params)))):
+        for numbers, results in one_behind(self._batches(params)):
             for name, (blocks, columns) in results.items():
                 table, valid = tables[name]
                 values = np.concatenate([np.asarray(block) for block in blocks], axis=1)[: len(numbers)]
@@ -381,9 +380,9 @@ class Retrieval:
         if self._margins is None:
             raise RuntimeError("figures show what run found: run first")
         data = self._data
-        title = " ".join(part for part in (f"retrieval, {data.name}", self._label) if part)
+        label = f"{self._label}: " if self._label else ""
         curves = {mode: {name: found.curve() for name, found in ranks.items()} for mode, ranks in self._ranks.items()}
-        yield f"{title}: recall", drawing.recall_curves(curves)
+        yield f"{label}recall", drawing.recall_curves(curves)
         mode, ranks = next(iter(self._ranks.items()))
         margin, rival = self._margins
         order = np.argsort(-margin, kind="stable")
@@ -391,7 +390,7 @@ class Retrieval:
             _, first = np.unique(data.image_of_text[chosen], return_index=True)  # each image once
             texts = chosen[np.sort(first)[:EXAMPLES]]
             rows = self._examples(params, texts, rival[texts], ranks["text_to_image"].rank[texts])
-            yield f"{title}: {kind} answers ({mode})", drawing.examples(rows)
+            yield f"{label}{kind} answers ({mode})", drawing.examples(rows)
 
     def _examples(self, params: Any, texts: np.ndarray, rivals: np.ndarray, ranks: np.ndarray) -> list[Any]:
         """Some texts with their own image and the best one of the others, with heat maps where the model has them."""
@@ -406,7 +405,7 @@ class Retrieval:
         if self._model.has_pooling:
             tokens = data.tokens[texts if data.text_of_row is None else np.searchsorted(data.text_of_row, texts)]
             options = dict(preprocess=self._preprocess)
-            maps = attention_maps.heat_maps(self._model, self._prepared(params), pixels, tokens, **options).maps
+            maps = attention_maps.heat_maps(self._text_model, self._text_params(params), pixels, tokens, **options).maps
         rows = []
         for number, (text, rank) in enumerate(zip(texts, ranks, strict=True)):
             string = data.texts[text] if len(data.texts) else f"text {text}"
@@ -419,13 +418,11 @@ class Retrieval:
         poolings = ("",) if self._data.text_of_row is None else self._pooling
         return [" ".join(part for part in (mode, self._label, pooling) if part) for pooling in poolings]
 
-    def _prepared(self, params: Any) -> Any:
-        return params if self._prepare is None else self._prepare(params)
-
     def _batches(self, params: Any) -> Iterator[tuple[np.ndarray, dict[str, tuple[list[jax.Array], Any]]]]:
         """Starts the work on each batch of images: their numbers, and by mode the score blocks with their columns."""
         texts, modes = len(self._data.tokens), self._modes
-        text = self._text_encoder.texts(params, self._data.tokens)
+        text = self._text_encoder.texts(self._text_encoder.place(self._text_params(params)), self._data.tokens)
+        params = self._encoder.place(params)
         rows = self._encoder.text_rows(texts)
         numbers = [np.minimum(np.arange(start, start + rows), texts - 1) for start in range(0, texts, rows)]
         blocks = [self._encoder.take([text], number) for number in numbers]

@@ -330,6 +330,17 @@ def stitching(length: int, window: int, starts: tuple[int, ...], patches: int, o
 # On the devices
 
 
+@jax.jit
+def _query_vectors(members: jax.Array, pooled: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which prompts each query has, bool (U, P), and their features (P, D) -> two means of them, float32 (U, D).
+
+    The first is of the features as they are, which pooling takes; the second of their unit vectors, at unit length.
+    """
+    weights = members / members.sum(1, keepdims=True)
+    mean = functools.partial(jnp.matmul, weights, precision="highest")
+    return mean(pooled.astype(jnp.float32)), normalize(mean(normalize(pooled)))
+
+
 @functools.lru_cache(maxsize=16)
 def _patch_scores(model: nn.Module, out: NamedSharding, mode: str) -> Callable:
     """Features of windows and of Q queries -> the score of each patch, float32 (B, Q, L)."""
@@ -361,25 +372,39 @@ def _decide(
       shares: whether a query's probability is its share of the sum of scores, instead of their softmax.
       background, temperature, threshold, area: see `Segmentation`.
     """
-    owner = class_of_query[:, None, None]
+    # The background comes first, so that it is seen whether it is among the classes that share the best score.
+    owner = class_of_query if background is None else jnp.where(class_of_query == background, -1, class_of_query)
     blocks = rows.reshape(-1, BLOCK, rows.shape[1])
 
+    def better(one, other):
+        """Of two queries' scores, the larger one, and the first and the last class that has it."""
+        (a, a_first, a_last), (b, b_first, b_last) = one, other
+        first, last = jnp.minimum(a_first, b_first), jnp.maximum(a_last, b_last)
+        return (
+            jnp.maximum(a, b),
+            jnp.where(a > b, a_first, jnp.where(a < b, b_first, first)),
+            jnp.where(a > b, a_last, jnp.where(a < b, b_last, last)),
+        )
+
     def best(allowed):
-        """The best class of the `allowed` ones, bool (C,), and its probability among all."""
+        """The best class of the `allowed` ones, bool (C,) or None for all, and its probability among all."""
 
         def block(part):
             values = jnp.einsum("yk,qkl->qyl", part, scores, precision="highest")
             values = jnp.einsum("qyl,xl->qyx", values, columns, precision="highest")
             if texts is not None:
                 values = values[texts]  # here, so that equal texts have equal scores to the bit
-            candidates = jnp.where(allowed[owner], values, -jnp.inf)
-            top = candidates.max(0)
-            wins = candidates == top
-            first, last = jnp.where(wins, owner, classes).min(0), jnp.where(wins, owner, -1).max(0)
+            candidates = values
+            if allowed is not None:
+                candidates = jnp.where(allowed[class_of_query][:, None, None], values, -jnp.inf)
+            owners = jnp.broadcast_to(owner[:, None, None], values.shape)
+            start = jnp.float32(-jnp.inf), jnp.int32(classes), jnp.int32(-2)
+            # One pass over the scores, in place of one each for the maximum and the classes that have it.
+            top, first, last = jax.lax.reduce((candidates, owners, owners), start, better, (0,))
             chosen = jnp.where(first == last, first, UNDECIDED)
             if background is None:
                 return chosen, top
-            chosen = jnp.where((wins & (owner == background)).any(0), background, chosen)
+            chosen = jnp.where(first == -1, background, chosen)
             if shares:
                 likely = top / jnp.maximum(values.sum(0), jnp.finfo(values.dtype).tiny)
             else:
@@ -389,7 +414,7 @@ def _decide(
         chosen, likely = jax.lax.map(block, blocks)
         return chosen.reshape(-1, columns.shape[0]), likely.reshape(-1, columns.shape[0])
 
-    chosen, likely = best(jnp.ones(classes, bool))
+    chosen, likely = best(None)
     if background is not None and area is not None:
         inside = (jnp.arange(chosen.shape[0]) < size[0])[:, None] & (jnp.arange(chosen.shape[1]) < size[1])
         names = jnp.arange(classes)
@@ -543,9 +568,9 @@ class Segmentation:
             images = [np.asarray(data.images[number]) for number in numbers]
             labels = [np.asarray(data.labels[number]) for number in numbers]
             picture = figures.masks(images, labels, predictions, data.classes)
-            yield f"{data.name}: true and predicted masks ({self._modes[0]})", picture
+            yield f"true and predicted masks ({self._modes[0]})", picture
         if self._iou:
-            yield f"{data.name}: intersection over union", figures.bars(data.classes, self._iou)
+            yield "intersection over union", figures.bars(data.classes, self._iou)
 
     @property
     def notes(self) -> list[str]:
@@ -572,11 +597,8 @@ class Segmentation:
         """Windows of one size each: height and width, the numbers of the images, and their grids."""
         size = tuple(self._model.image_size)
         if not self._whole_image:
-            yield (
-                size,
-                np.arange(len(self._data.images)),
-                [sliding(x, size, self._short_side) for x in self._data.sizes],
-            )
+            grids = [sliding(x, size, self._short_side) for x in self._data.sizes]
+            yield size, np.arange(len(grids)), grids
             return
         patch = self._model.vision_options["patch_size"]
         grids = [whole(x, min(size), patch, self._short_side) for x in self._data.sizes]
@@ -603,10 +625,8 @@ class Segmentation:
         base = self._encoder(self._model)
         members, texts = self._queries()
         text = base.texts(base.place(params), data.tokens)
-        mean = functools.partial(jnp.matmul, precision="highest")
-        vectors = normalize(mean(members.astype(np.float32), normalize(text.pooled)))  # (U, D)
-        # Pooling takes texts as they are, not normalised.
-        queries = text.replace(pooled=mean(members / np.float32(members.sum(1, keepdims=True)), text.pooled))
+        raw, vectors = _query_vectors(members, text.pooled)
+        queries = text.replace(pooled=raw)
         mine = set(self._mine().tolist())
         for size, numbers, grids in self._groups():
             model, resized = self._model, params
@@ -616,6 +636,11 @@ class Segmentation:
             try:
                 for image, scores in self._scores(model, resized, windows, (queries, vectors)):
                     number = int(numbers[image])
+                    if not all(np.isfinite(x).all() for x in scores.values()):  # on all processes
+                        raise ValueError(
+                            f"segmentation/{data.name}: scores of image {number} are not finite: "
+                            f"the weights or the image are broken"
+                        )
                     if number not in mine:
                         continue
                     try:
@@ -625,9 +650,9 @@ class Segmentation:
                         continue
                     decide = functools.partial(self._decide, grid=grids[image], window=size, labels=labels, texts=texts)
                     yield number, labels, {mode: decide(x, mode=mode) for mode, x in scores.items()}
-            except BrokenImages as broken:
-                reasons = {int(numbers[windows.image_of(window)]): why for window, why in broken.reasons.items()}
-                raise BrokenImages(reasons) from broken
+            except BrokenImages as error:
+                reasons = {int(numbers[windows.image_of(window)]): why for window, why in error.reasons.items()}
+                raise BrokenImages(reasons) from error
 
     def _scores(
         self, model: nn.Module, params: Any, windows: Windows, queries: tuple[Any, jax.Array]
@@ -663,22 +688,15 @@ class Segmentation:
         mode: str,
     ) -> jax.Array:
         """Patch scores of an image's windows (windows, U, L) -> the best class of every pixel, padded."""
-        if not np.isfinite(scores).all():
-            raise ValueError(
-                f"segmentation/{self._data.name}: scores are not finite: the weights or an image are broken"
-            )
         patches = patch_grid(*window, scores.shape[-1])
         starts = grid.tops, grid.lefts
         scores = scores.reshape(*map(len, starts), -1, *patches).transpose(2, 0, 3, 1, 4)  # (U, rows, h, columns, w)
         scores = scores.reshape(len(scores), len(grid.tops) * patches[0], -1)
         # Numbers of windows differ from image to image: padded, so that the program is compiled for few of them.
         steps = [side * (WINDOWS if len(start) > 1 else 1) for side, start in zip(patches, starts, strict=True)]
-        rows, columns = (
-            _padded(stitching(*axis), out, step)
-            for *axis, out, step in zip(
-                grid.size, window, starts, patches, labels.shape, (ROWS, COLUMNS), steps, strict=True
-            )
-        )
+        axes = zip(grid.size, window, starts, patches, labels.shape, strict=True)
+        rows, columns = (stitching(*axis) for axis in axes)
+        rows, columns = _padded(rows, ROWS, steps[0]), _padded(columns, COLUMNS, steps[1])
         scores = np.pad(scores, [(0, 0), *((0, -n % step) for n, step in zip(scores.shape[1:], steps, strict=True))])
         repeated = None if len(scores) == len(texts) else texts
         owner = self._data.class_of_query.astype(np.int32)

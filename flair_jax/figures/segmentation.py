@@ -52,10 +52,10 @@ def masks(
             tiles.append(Image.blend(picture, flat, OPACITY))
         rows.append((tiles, _legend(true, found, classes, palette, font)))
     heights = [max(tiles[0].height, legend.height) for tiles, legend in rows]
-    width = 3 * (TILE + MARGIN) + MARGIN + max(legend.width for _, legend in rows)
+    width = 3 * (TILE + MARGIN) + MARGIN + max(140, *(legend.width for _, legend in rows))
     page = Image.new("RGB", (width, LINE + sum(heights) + MARGIN * (len(rows) + 1)), "white")
     draw = ImageDraw.Draw(page)
-    for column, title in enumerate(("image", "true", "predicted")):
+    for column, title in enumerate(("image", "true", "predicted", "* not in the true mask")):
         draw.text((MARGIN + column * (TILE + MARGIN), 2), title, fill="black", font=font)
     top = LINE
     for (tiles, legend), height in zip(rows, heights, strict=True):

@@ -30,9 +30,13 @@ def create(model: Mapping[str, Any]) -> DualEncoder:
     dtype = jnp.dtype(options.pop("dtype", "float32"))
     compute = ComputeOptions(dtype, **{key: options.pop(key) for key in COMPUTE if key in options})
     parts = {key: dict(options.pop(key)) for key in ("vision", "text", "pooling") if options.get(key) is not None}
-    options.pop("pooling", None)
-    parts["vision"]["image_size"] = pair(parts["vision"]["image_size"])  # JSON gives back a list
-    frozen = {f"{key}_options": FrozenDict(value) for key, value in parts.items()}  # a model can be hashed
+    # A tower that is None is none; one that is missing is a mistake, which the module reports.
+    absent = {f"{key}_options": None for key in ("vision", "text", "pooling") if key in options}
+    for key in ("vision", "text", "pooling"):
+        options.pop(key, None)
+    if "vision" in parts:
+        parts["vision"]["image_size"] = pair(parts["vision"]["image_size"])  # JSON gives back a list
+    frozen = absent | {f"{key}_options": FrozenDict(value) for key, value in parts.items()}  # a model can be hashed
     return DualEncoder(**options, **frozen, compute=compute)
 
 

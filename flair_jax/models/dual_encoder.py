@@ -15,7 +15,7 @@ from flair_jax.data.transforms.base import CAPTIONS
 from flair_jax.data.transforms.images import pair
 from flair_jax.models import layers
 from flair_jax.models.pooling import TextConditionedPooling
-from flair_jax.models.text import Text, TextTower
+from flair_jax.models.text import HiddenStates, Text, TextTower
 from flair_jax.models.vision import VisionTower
 
 
@@ -30,12 +30,13 @@ class ImageFeatures:
 @flax.struct.dataclass
 class TextFeatures:
     """Projected, not normalised. `pooled`: (N, D) at the ends. `local`: (R, T, D), or None where nobody asked for it.
-    `mask`: (R, T), False on padding.
+    `mask`: (R, T), False on padding. `hidden`: states of the transformer, where they were asked for.
     """
 
     pooled: jax.Array
     local: jax.Array | None
     mask: jax.Array
+    hidden: HiddenStates | None = None
 
 
 @flax.struct.dataclass
@@ -107,11 +108,12 @@ class Features:
 
 
 class DualEncoder(nn.Module):
-    """An image tower and a text tower with a shared space of D dimensions.
+    """An image tower and a text tower with a shared space of D dimensions; or one of them alone, as some checkpoints
+    hold it, to encode with.
 
     Attributes:
-      embed_dim: D, width of the shared space.
-      vision_options, text_options: sizes, the arguments of the towers.
+      embed_dim: D, width of the shared space. None, for a tower alone: features are not projected.
+      vision_options, text_options: sizes, the arguments of the towers; None: there is no such tower.
       pooling_options: arguments of `TextConditionedPooling`; None: the model has none and compares pooled features.
       init_logit_scale: starting value of the scale, as its logarithm.
       init_logit_bias: starting value of the bias; None: the model has none.
@@ -119,9 +121,9 @@ class DualEncoder(nn.Module):
       micro_batches: parts in which a training step encodes its batch, see `accumulation.in_micro_batches`.
     """
 
-    embed_dim: int
-    vision_options: Mapping[str, Any]
-    text_options: Mapping[str, Any]
+    embed_dim: int | None
+    vision_options: Mapping[str, Any] | None
+    text_options: Mapping[str, Any] | None
     pooling_options: Mapping[str, Any] | None = None
     init_logit_scale: float = math.log(1 / 0.07)
     init_logit_bias: float | None = None
@@ -129,16 +131,22 @@ class DualEncoder(nn.Module):
     micro_batches: int = 1
 
     def setup(self):
-        self.vision = VisionTower(**self.vision_options, compute=self.compute)
-        self.text = TextTower(**self.text_options, compute=self.compute)
+        if self.vision_options is not None:
+            self.vision = VisionTower(**self.vision_options, compute=self.compute)
+        if self.text_options is not None:
+            self.text = TextTower(**self.text_options, compute=self.compute)
         if self.pooling_options is not None:
             self.pooling = TextConditionedPooling(self.embed_dim, **self.pooling_options, compute=self.compute)
 
         def projection(name, width):
             return self.param(name, nn.initializers.normal(width**-0.5), (width, self.embed_dim))
 
-        self.image_projection = projection("image_projection", self.vision_options["width"])
-        self.text_projection = projection("text_projection", self.text_options["width"])
+        if self.embed_dim is not None and self.vision_options is not None:
+            self.image_projection = projection("image_projection", self.vision_options["width"])
+        if self.embed_dim is not None and self.text_options is not None:
+            self.text_projection = projection("text_projection", self.text_options["width"])
+        if self.vision_options is None or self.text_options is None:
+            return
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.init_logit_scale), ())
         if self.init_logit_bias is not None:
             self.logit_bias = self.param("logit_bias", nn.initializers.constant(self.init_logit_bias), ())
@@ -149,16 +157,30 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, images: jax.Array, *, rng: jax.Array | None = None, micro_batches: int = 1) -> ImageFeatures:
         """Normalised images (B, H, W, 3) -> features; `rng` and `micro_batches` are training's, see `VisionTower`."""
+        self._needs("vision")
         x = self.vision(images, rng=rng, micro_batches=micro_batches)
-        x = layers.project(x, self.image_projection.astype(self.dtype))  # (B, 1 + L, D)
+        if self.embed_dim is not None:
+            x = layers.project(x, self.image_projection.astype(self.dtype))  # (B, 1 + L, D)
         return ImageFeatures(pooled=x[:, 0], local=x[:, 1:])
 
     def encode_text(self, text: Text, *, local: bool = True, micro_batches: int = 1) -> TextFeatures:
         """Captions, packed or padded -> features in the order of `text.ends`; without `local` in less time."""
+        self._needs("text")
         pooled, tokens = self.text(text, local=local, micro_batches=micro_batches)
-        projection = self.text_projection.astype(self.dtype)
+        return self._text_features(text, pooled, tokens)
+
+    def encode_text_with_hidden(self, text: Text) -> TextFeatures:
+        """`encode_text` with `local` and `hidden`."""
+        self._needs("text")
+        hidden = self.text.hidden_states(text)
+        return self._text_features(text, hidden.pooled, hidden.last).replace(hidden=hidden)
+
+    def _text_features(self, text: Text, pooled: jax.Array, tokens: jax.Array | None) -> TextFeatures:
         mask = text.tokens != 0 if text.segments is None else text.segments != 0
-        return TextFeatures(pooled @ projection, layers.project(tokens, projection) if local else None, mask)
+        if self.embed_dim is None:
+            return TextFeatures(pooled, tokens, mask)
+        projection = self.text_projection.astype(self.dtype)
+        return TextFeatures(pooled @ projection, None if tokens is None else layers.project(tokens, projection), mask)
 
     def features(
         self, images: jax.Array, text: Text, *, rng: jax.Array | None = None, local_text: bool = False
@@ -215,6 +237,8 @@ class DualEncoder(nn.Module):
 
     def global_score(self, image_features: ImageFeatures, text_features: TextFeatures) -> jax.Array:
         """Scaled cosine of the pooled features, as CLIP ranks: (B, N) float32."""
+        self._needs("vision")
+        self._needs("text")
         cosine = layers.normalize(image_features.pooled) @ layers.normalize(text_features.pooled).T
         return jnp.exp(self.logit_scale) * cosine
 
@@ -237,6 +261,11 @@ class DualEncoder(nn.Module):
         self._needs_pooling("patch tokens through the pooling's value path")
         return self.pooling.values(image_features.local)
 
+    def _needs(self, tower: str) -> None:
+        if (self.vision_options if tower == "vision" else self.text_options) is None:
+            name = {"vision": "image", "text": "text"}[tower]
+            raise ValueError(f"the model has no {name} tower: config.model.{tower} is None, as in its checkpoint")
+
     def _needs_pooling(self, what: str) -> None:
         if self.pooling_options is None:
             raise ValueError(f"{what} need text-conditioned pooling, and config.model.pooling is None")
@@ -253,10 +282,12 @@ class DualEncoder(nn.Module):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the images that the model takes, in pixels."""
+        """Height and width of the images that the model takes, in pixels. Raises ValueError if it takes none."""
+        self._needs("vision")
         return pair(self.vision_options["image_size"])
 
     @property
     def context_length(self) -> int:
-        """Longest caption in tokens."""
+        """Longest caption in tokens. Raises ValueError if there is no text tower."""
+        self._needs("text")
         return self.text_options["context_length"]

@@ -64,6 +64,19 @@ class Text:
         return jax.shard_map(local, in_specs=(split, split), out_specs=split)(x, self.ends)
 
 
+@flax.struct.dataclass
+class HiddenStates:
+    """States of the text transformer, before any projection.
+
+    `last`: (R, T, W), after the last normalisation. `second_to_last`: (R, T, W), after all blocks but the last, not
+    normalised. `pooled`: (N, W), `last` at the ends.
+    """
+
+    last: jax.Array
+    second_to_last: jax.Array
+    pooled: jax.Array
+
+
 class TextTower(nn.Module):
     """Causal transformer with learned positions.
 
@@ -104,6 +117,24 @@ class TextTower(nn.Module):
         Raises:
           ValueError: rows of one caption are longer than the context.
         """
+        x = self.embed(text)
+        mask, options = text.mask(), dict(scan=self.compute.scan_blocks, micro_batches=micro_batches)
+        if local or micro_batches > 1:  # an end may stand in any of the micro-batches
+            x = layers.run_blocks(self.blocks, x, mask, **options)
+            return self.ln_final(text.at_ends(x)), self.ln_final(x) if local else None
+        *blocks, last = self.blocks
+        x = layers.run_blocks(blocks, x, mask, **options)
+        return self.ln_final(last(x, mask, jax.tree_util.Partial(Text.at_ends, text))), None
+
+    def hidden_states(self, text: Text) -> HiddenStates:
+        """What diffusion models are conditioned on. Raises ValueError as `__call__`."""
+        *blocks, last = self.blocks
+        before = layers.run_blocks(blocks, self.embed(text), text.mask(), scan=self.compute.scan_blocks)
+        x = self.ln_final(last(before, text.mask()))
+        return HiddenStates(x, before, text.at_ends(x))
+
+    def embed(self, text: Text) -> jax.Array:
+        """Embeddings of tokens and positions, (R, T, W)."""
         length = text.tokens.shape[1]
         if text.positions is None and length > self.context_length:
             raise ValueError(f"texts have {length} tokens; model.text.context_length is {self.context_length}")
@@ -113,11 +144,4 @@ class TextTower(nn.Module):
             x = x + self.position_embedding[:length]
         else:
             x = x + jnp.take(self.position_embedding, text.positions, axis=0)
-        x = x.astype(self.compute.dtype)
-        mask, options = text.mask(), dict(scan=self.compute.scan_blocks, micro_batches=micro_batches)
-        if local or micro_batches > 1:  # an end may stand in any of the micro-batches
-            x = layers.run_blocks(self.blocks, x, mask, **options)
-            return self.ln_final(text.at_ends(x)), self.ln_final(x) if local else None
-        *blocks, last = self.blocks
-        x = layers.run_blocks(blocks, x, mask, **options)
-        return self.ln_final(last(x, mask, jax.tree_util.Partial(Text.at_ends, text))), None
+        return x.astype(self.compute.dtype)
