@@ -1,7 +1,6 @@
 """Everything a run needs to go on, saved and restored together."""
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -143,7 +142,7 @@ class Checkpoints:
             jax.eval_shape(lambda: lora.init(like, options, 0)),
         )
         pairs = lora.scale(self._arrays(step, item, pairs), lora_scale)
-        return jax.jit(functools.partial(lora.merge, options=options))(self._arrays(step, BASE, like), pairs)
+        return lora.merge_jit(self._arrays(step, BASE, like), pairs, options)
 
     def _arrays(self, step: int, item: str, like: Any) -> Any:
         return self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))[item]

@@ -164,6 +164,9 @@ def merge(base: Any, lora: Any, options: LoraOptions) -> Any:
     return params
 
 
+merge_jit = jax.jit(merge, static_argnums=2)
+
+
 def interpolate(pretrained: Any, fine_tuned: Any, share: float) -> Any:
     """WiSE-FT (Wortsman et al., CVPR 2022): (1 - share) * pretrained + share * fine_tuned, for every parameter."""
     return jax.tree.map(lambda before, after: (1 - share) * before + share * after, pretrained, fine_tuned)

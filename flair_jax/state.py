@@ -46,10 +46,7 @@ class TrainState:
         trained = self.trained
         if self.base is None:
             return trained
-        shardings = jax.tree.map(lambda x: x.sharding, self.base)
-        return jax.jit(lambda base, trained: self.replace(base=base).merged(trained), out_shardings=shardings)(
-            self.base, trained
-        )
+        return low_rank.merge_jit(self.base, trained, self.lora)
 
     @property
     def model_params(self) -> Any:

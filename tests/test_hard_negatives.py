@@ -303,6 +303,16 @@ def test_packed_rows_and_devices_change_nothing(sides, devices, row_length, chun
     assert not expected_grads["text_tokens"][tokens == 0].any() and local[:, 0].any(axis=(1, 2)).sum() == IMAGES - 1
 
 
+def test_tokens_of_a_caption_on_another_device_are_nan():
+    """As pooled features are, rather than those of some other text."""
+    rows = jnp.ones((2, 4, 3)), jnp.ones((2, 4), jnp.int32), jnp.tile(jnp.arange(4), (2, 1))
+    ends = jnp.array([11, 19])  # of rows 2 and 4; this device has rows 2 and 3
+    found, usable = hard_negatives.caption_tokens(rows, ends, 2)
+    np.testing.assert_array_equal(found[0], 1)
+    np.testing.assert_array_equal(usable[0], [False, True, True, True])
+    assert np.isnan(found[1]).any()
+
+
 @pytest.mark.parametrize("mask_missing", [False, True])
 def test_losses_equal_their_definition_row_by_row(sides, mask_missing):
     leaves, tokens, valid = sides

@@ -15,18 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY, load_golden, nhwc
+from conftest import load_golden, nhwc
 from test_train import checkpoint_of
 from test_train import tiny as tiny_run
 
 import flair_jax
+from flair_jax import config as configuration
 from flair_jax import lora, metrics, models, optimizer, pretrained, sharding, state, train
 from flair_jax.configs import variants
 from flair_jax.convert import flax_files, lora_files, names
 from flair_jax.convert.tables import flatten
+from flair_jax.data.transforms import packing
 from flair_jax.models.layers import normalize
 from flair_jax.models.text import Text
-from flair_jax.step import train_step
+from flair_jax.step import step_of, train_step
 
 QUICK, LORA = "fsc_clip/tiny_model_quickgelu.npz", "fsc_clip/tiny_model_lora.npz"
 MODELS = [name for name in (QUICK, "fsc_clip/tiny_model_gelu.npz") if golden_files.exists(name)]
@@ -224,11 +226,6 @@ def adapted():
     return golden, source, params, Run(source, json.loads(str(golden["traj/steps"])), section, params, options)
 
 
-@functools.cache
-def merging(options):
-    return jax.jit(functools.partial(lora.merge, options=options))
-
-
 @pytest.mark.golden
 def test_pairs_are_the_reference_s_in_shape_and_distribution():
     golden, _, params, run = adapted()
@@ -260,7 +257,7 @@ def test_names_go_both_ways():
 def test_changes_of_weights():
     golden, _, params, run = adapted()
     tree = lora_files.to_flax(part(golden, "random/param/"))
-    merged = names.to_torch(jax.device_get(merging(run.options)(params, tree)), "clip")
+    merged = names.to_torch(jax.device_get(lora.merge_jit(params, tree, run.options)), "clip")
     before, expected = names.to_torch(params, "clip"), part(golden, "random/delta/")
     assert "visual.conv1.weight" in expected
     for name, change in expected.items():
@@ -272,7 +269,7 @@ def test_changes_of_weights():
 def test_outputs_losses_and_gradients_with_pairs(where):
     golden, source, params, run = adapted()
     tree = lora_files.to_flax(part(golden, "init/" if where == "at_init" else "random/param/"))
-    merged = merging(run.options)(params, tree)
+    merged = lora.merge_jit(params, tree, run.options)
     compare_outputs(run.model, merged, source, part(golden, f"{where}/out/"))
     if where == "random":
         compare_outputs(run.model, merged, source, part(golden, "random/eval/"))
@@ -291,17 +288,15 @@ def test_eight_steps_of_lora_and_wise_ft():
     jax.tree.map(np.testing.assert_array_equal, current.base, params)  # the weights themselves stay
     assert all(jax.tree.leaves(run.optimize.rules.decay(tree))) and len(golden["traj/no_decay_names"]) == 0
     half = lora.scale(lora_files.to_flax(part(golden, "traj/final/")), 0.5)
-    compare_outputs(run.model, merging(run.options)(params, half), source, part(golden, "wise_ft_0.5/eval/"))
+    compare_outputs(run.model, lora.merge_jit(params, half, run.options), source, part(golden, "wise_ft_0.5/eval/"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In the training loop
 
 
-SECTIONS = {
-    "clip": {**TINY, "name": "clip", "pooling": None, "init_logit_bias": None},
-    "flair": TINY,
-}
+SECTIONS = {"flair": tiny_run()["model"]}
+SECTIONS["clip"] = {**SECTIONS["flair"], "name": "clip", "pooling": None, "init_logit_bias": None}
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -353,7 +348,7 @@ def test_trainable_numbers_are_the_published_ones_and_nothing_else_has_moments(v
     ],
 )
 def test_what_does_not_fit_is_named(section, message):
-    params = jax.eval_shape(lambda: state.init_params(models.create(TINY), 0))
+    params = jax.eval_shape(lambda: state.init_params(models.create(SECTIONS["flair"]), 0))
     with pytest.raises(ValueError, match=message):
         lora.init(params, lora.LoraOptions.of(section), 0)
 
@@ -438,3 +433,38 @@ def test_pairs_alone_merged_and_part_of_the_way(run, tmp_path):
 def test_lora_needs_weights_to_change(tmp_path):
     with pytest.raises(ValueError, match=r"set config\.init_from"):
         train.train({**tiny_run(steps=2), "lora": {"rank": 2}}, tmp_path)
+
+
+def test_a_step_is_the_same_on_one_device_and_split_over_eight(monkeypatch):
+    """FSC-CLIP's recipe with LoRA, small: packed rows, negatives, weights split over `fsdp`, and all that plainly."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 2**10)
+    config = configuration.read("fsc_clip_laioncoco:lora", ["--config.batch_size=16", "--config.model.dtype=float32"])
+    config["model"]["embed_dim"] = 32
+    config["model"]["vision"].update(image_size=32, patch_size=16, width=64, depth=1, heads=2)
+    config["model"]["text"].update(width=64, depth=1, heads=2, vocab_size=300, context_length=16)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 14, 16 * 4)
+    tokens = np.where(np.arange(16) < lengths[:, None] - 1, rng.integers(1, 200, (16 * 4, 16)), 0).astype(np.int32)
+    tokens[np.arange(len(tokens)), lengths - 1] = 299
+    valid = rng.random((16, 4)) < 0.7
+    valid[:, 0] = True
+    batch = {"images": rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8), "valid": valid}
+    model = models.create(config["model"])
+    optimize = optimizer.create(total_steps=10, **config["optimizer"])
+    found = []
+    for data, fsdp, texts in (
+        (1, 1, packing.padded(tokens)),
+        (4, 2, packing.Packer(32, range(1, 99), 8)(tokens).texts),
+    ):
+        mesh = sharding.create_mesh(data, fsdp, jax.devices()[: data * fsdp])
+        with jax.set_mesh(mesh):
+            current = state.create(model, optimize, mesh, 0, lora=config["lora"])
+            placed = sharding.global_batch(mesh, batch | {"texts": texts})
+            after, numbers = jax.jit(step_of(config, model, optimize))(current, placed)
+            found.append(jax.device_get((numbers, after.params, after.weights)))
+    (numbers, *trees), (other_numbers, *other_trees) = found
+    assert numbers["local_hard_negatives/missing"] == (~valid).sum() > 0
+    for name, value in numbers.items():
+        np.testing.assert_allclose(other_numbers[name], value, rtol=1e-5, err_msg=name)
+    # The first step of Adam has the size of the learning rate, 1e-6 in the warm-up, and the sign of the gradient.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), trees, other_trees)

@@ -62,7 +62,10 @@ class Transform(Protocol):
 
     Attributes:
       names: of the arrays, for every sample the same, with the same shapes and dtypes. `texts/NAME`, int32 (C, T), are
-        C tokenised texts; beside it there may be `valid/NAME`, bool (C,), which of them are meant.
+        C tokenised texts; beside it there may be `valid/NAME`, bool (C,), which of them are meant. Slots that
+        objectives know: `texts/captions`, and after it `texts/negatives`, hard negatives of its first text, one of each
+        kind of `config.data.negatives.kinds` in their order; one that does not exist is any text, such as the caption
+        itself, and `valid/negatives` says so.
     """
 
     names: tuple[str, ...]
