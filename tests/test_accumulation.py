@@ -18,8 +18,8 @@ IMAGES, CAPTIONS, LENGTH, WIDTH = 32, 3, 24, 40  # no parameter has the shape of
 MODEL = dict(
     name="flair",
     embed_dim=16,
-    vision=dict(image_size=48, patch_size=16, width=WIDTH, depth=2, heads=2),
-    text=dict(context_length=LENGTH, vocab_size=64, width=WIDTH, depth=2, heads=2),
+    vision=dict(image_size=48, patch_size=16, width=WIDTH, depth=3, heads=2),
+    text=dict(context_length=LENGTH, vocab_size=64, width=WIDTH, depth=3, heads=2),
     pooling=dict(heads=2),
     init_logit_bias=-10.0,
 )

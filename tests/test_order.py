@@ -14,8 +14,8 @@ def take(dataset, count, start=0):
 
 
 @pytest.mark.parametrize("small", [0, order.SMALL])
-@pytest.mark.parametrize("window", [None, 1, 7, 16, 50, 333, 1000, 5000])
-@pytest.mark.parametrize("count", [1, 2, 333, 1000])
+@pytest.mark.parametrize("window", [None, 1, 7, 16, 50, 333, 400, 2000])
+@pytest.mark.parametrize("count", [1, 2, 333, 400])
 def test_every_epoch_holds_every_sample_once(monkeypatch, count, window, small):
     """By tables for small sets, by grain's permutation for large ones."""
     monkeypatch.setattr(order, "SMALL", small)
