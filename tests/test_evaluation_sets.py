@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
+from word_model import WordModel
 
 from flair_jax import config as configuration
 from flair_jax import evaluate, evaluation_sets, evaluation_tasks
@@ -160,3 +161,42 @@ def test_options_of_public_sets_are_checked():
     with pytest.raises(ValueError, match="no evaluation set is called 'coko'"):
         arguments = ["--config.data_root=/", "--config.evaluators.public.sets=coko"]
         evaluate.check(configuration.read("eval_all", arguments))
+
+
+@pytest.mark.parametrize("task", ["retrieval", "classification", "choice"])
+def test_results_do_not_depend_on_the_order_of_the_files(tmp_path, task):
+    """Images, texts and questions in another order, with other numbers, give the same numbers."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for number in range(7):
+        pixels = rng.integers(0, 255, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        pictures.append(base.Picture(str(tmp_path / f"{number}.png")))
+    texts, owners, labels = ["the red", "a green", "blue"], np.array([4, 0, 6]), rng.integers(0, 3, 7)
+
+    def results(images, strings):
+        """With the images and texts in the orders that are given."""
+        ordered, words = [pictures[image] for image in images], [texts[text] for text in strings]
+        image_of = np.argsort(images)  # new number of each old image
+        text_of = np.argsort(strings)
+        if task == "retrieval":
+            data = base.Retrieval(ordered, words, image_of[owners[strings]])
+        elif task == "classification":
+            classes = [(("red", "green", "blue")[name],) for name in strings]
+            data = base.Classification(ordered, text_of[labels[images]], classes, ["a {c}"])
+        else:
+            questions = [(image, text, other) for image in range(7) for text in range(3) for other in range(3)]
+            items = [
+                base.Item((int(image_of[image]),), (int(text_of[text]), int(text_of[other])))
+                for image, text, other in questions
+                if text != other
+            ]
+            data = base.Choice(ordered, words, [items[number] for number in rng.permutation(len(items))])
+        entry = base.Benchmark("set", task, "Set", (), lambda root: data, "none", "here")
+        evaluator = evaluation_sets.SetEvaluator(WordModel(8), entry, tmp_path, allow_missing=False, options={})
+        return {result.name: result.value for result in evaluator.run({})}
+
+    expected = results(np.arange(7), np.arange(3))
+    assert any(0 < value < 1 for value in expected.values())
+    for _ in range(2):
+        assert results(rng.permutation(7), rng.permutation(3)) == pytest.approx(expected, abs=1e-6)
