@@ -13,6 +13,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from flair_jax.atomic import write_whole
+
 BEAT = 15.0  # seconds between two signs of life of the run that holds a lock
 WATCH = 4 * BEAT  # seconds without one after which a run on another host counts as dead
 
@@ -132,7 +134,7 @@ class WorkdirLock:
                     self._lost = found
                     logging.error("%s was taken over by %s", self.path, _owner(found))
                     return
-                self.path.write_text(json.dumps({**self._own, "beat": beat}, indent=1))
+                write_whole(self.path, json.dumps({**self._own, "beat": beat}, indent=1).encode())
             except OSError as error:  # a disk that is full or away for a while ends no run
                 logging.warning("%s was not renewed: %s", self.path, error)
 

@@ -125,6 +125,14 @@ def test_a_lock_is_renewed_and_a_run_that_lost_it_is_told(tmp_path, fast):
     assert json.loads(path.read_text())["id"] == "other"  # the other's lock stays
 
 
+def test_a_renewal_is_never_seen_half_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.001)
+    path = tmp_path / "lock.json"
+    with lock.WorkdirLock(tmp_path):
+        beats = {json.loads(path.read_text())["beat"] for _ in range(3000)}
+    assert len(beats) > 1 and list(tmp_path.iterdir()) == []
+
+
 def test_a_damaged_lock_is_watched_and_taken(tmp_path, fast):
     (tmp_path / "lock.json").write_text("{")
     with lock.WorkdirLock(tmp_path):

@@ -4,10 +4,10 @@ import json
 import math
 import operator
 import os
-import uuid
 from collections.abc import Iterable
 from typing import Any
 
+from flair_jax.atomic import write_whole
 from flair_jax.report import layout, markdown, page
 from flair_jax.report.base import Figure, Missing, Result, SetDetails, missing_lines
 from flair_jax.report.values import Values, at_chance
@@ -64,7 +64,7 @@ def write(
     for name, figure in pictures:
         path = workdir / "pictures" / name
         if not path.exists() or path.read_bytes() != figure.data:
-            _replace(path, figure.data)
+            write_whole(path, figure.data)
     for name, content in (
         ("report.html", page.render(document)),
         ("report_details.json", _json(_details(document))),
@@ -72,21 +72,8 @@ def write(
         ("report.md", text),
     ):
         # A name may hold half of a surrogate pair, which has no bytes.
-        _replace(workdir / name, content.encode("utf-8", "backslashreplace"))
+        write_whole(workdir / name, content.encode("utf-8", "backslashreplace"))
     return text
-
-
-def _replace(path: Any, content: bytes) -> None:
-    """Writes a file that appears whole or not at all. An object in a store does so by itself."""
-    if "://" in str(path):
-        path.write_bytes(content)
-        return
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _json(content: Any) -> str:
