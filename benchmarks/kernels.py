@@ -3,7 +3,7 @@
 import collections
 import pathlib
 import re
-from collections.abc import Iterable
+import warnings
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ def kind(kernel: str, instruction: str, scope: str, target: str) -> str:
     return next((name for name, pattern in KINDS if pattern.search(words)), "other")
 
 
-def events(trace: pathlib.Path) -> Iterable[tuple[str, str, float, float]]:
+def events(trace: pathlib.Path) -> list[tuple[str, str, float, float]]:
     """Kernels of the first device: name, instruction, start and duration in nanoseconds.
 
     On a CPU, instructions as its threads ran them.
@@ -54,14 +54,18 @@ def events(trace: pathlib.Path) -> Iterable[tuple[str, str, float, float]]:
     (file,) = trace.rglob("*.xplane.pb")
     planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
     devices = sorted((plane for plane in planes if plane.name.startswith("/device:GPU")), key=lambda plane: plane.name)
-    for plane in devices[:1] or [plane for plane in planes if plane.name == "/host:CPU"]:
-        for line in plane.lines:
-            if devices and not line.name.startswith("Stream"):  # summaries of the streams, where there are any
-                continue
-            for event in line.events:
-                instruction = dict(event.stats).get("hlo_op", "")
-                if devices or instruction:
-                    yield event.name, str(instruction), event.start_ns, event.duration_ns
+    found = []
+    # jaxlib 0.12 makes types without a module at the first access, and aborts where Python's warning of it is an error.
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        for plane in devices[:1] or [plane for plane in planes if plane.name == "/host:CPU"]:
+            for line in plane.lines:
+                if devices and not line.name.startswith("Stream"):  # summaries of the streams, where there are any
+                    continue
+                for event in line.events:
+                    instruction = dict(event.stats).get("hlo_op", "")
+                    if devices or instruction:
+                        found.append((event.name, str(instruction), event.start_ns, event.duration_ns))
+    return found
 
 
 def summary(trace: pathlib.Path, hlo: str, steps: int) -> dict[str, Any]:
