@@ -221,6 +221,37 @@ def test_every_set_is_read_from_its_release(tmp_path, name):
     assert pathlib.Path(kept.pictures[0].path).stem[:12] in data.pictures[-1].path
 
 
+def context_release(root, names=None):
+    """459 labels in MATLAB files, and the names of VOC 2010's validation images."""
+    folder = root / "VOCdevkit/VOC2010"
+    frequent = [name for (name,) in segmentation.class_names("context59")]
+    labels = names or ["accordion", *frequent[::-1], "zebra"]
+    lines(root / "pascal_context/labels.txt", *[f"{number}: {name}" for number, name in enumerate(labels, 1)])
+    lines(folder / "ImageSets/Main/val.txt", "2008_000002", "2008_000003", "2008_000007")  # the last has no annotation
+    (root / "pascal_context/trainval").mkdir()
+    for name in ("2008_000002", "2008_000003"):
+        values = np.zeros(SIZE, np.uint16)
+        values.flat[:5] = [1, 2, 60, 61, 0]  # accordion, the last and the first of the 59, zebra, nothing
+        savemat(root / f"pascal_context/trainval/{name}.mat", {"LabelMap": values})
+        save_image(folder / f"JPEGImages/{name}.jpg")
+
+
+@pytest.mark.parametrize(("name", "labels"), [("context59", [255, 58, 0, 255, 255]), ("context60", [0, 59, 1, 0, 0])])
+def test_pascal_context_from_its_own_release(tmp_path, name, labels):
+    context_release(tmp_path)
+    data = table.ALL[name].read(tmp_path)
+    assert [pathlib.Path(picture.path).stem for picture in data.pictures] == ["2008_000002", "2008_000003"]
+    assert data.masks[1].shape == SIZE and data.masks[1].reshape(-1)[:5].tolist() == labels
+    context(tmp_path)  # the converter's masks count where they are
+    assert pathlib.Path(table.ALL[name].read(tmp_path).pictures[0].path).stem == "2007_000033"
+
+
+def test_pascal_context_with_other_labels_is_refused(tmp_path):
+    context_release(tmp_path, names=["accordion", "bag"])
+    with pytest.raises(AnnotationError, match=r"labels\.txt: no label \['aeroplane', 'bed'"):
+        table.ALL["context59"].read(tmp_path)
+
+
 def test_the_table_states_the_sizes_of_the_releases():
     images = {benchmark.name: benchmark.images for benchmark in segmentation.BENCHMARKS}
     assert images == {

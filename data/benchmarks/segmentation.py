@@ -144,20 +144,22 @@ def read_indices(path: pathlib.Path) -> np.ndarray:
     return np.asarray(image).astype(np.int64)
 
 
-def read_matlab(path: pathlib.Path) -> np.ndarray:
-    """The matrix S of a COCO-Stuff 10k annotation, int (h, w).
+def read_matlab(path: pathlib.Path, matrix: str = "S") -> np.ndarray:
+    """A matrix of a MATLAB file, int (h, w): S of a COCO-Stuff 10k annotation, LabelMap of Pascal Context.
 
     Raises:
       AnnotationError: it is no such file.
     """
-    from scipy.io import loadmat  # slow to import, and for one set
+    from scipy.io import loadmat  # slow to import, and for two sets
 
     try:
-        values = loadmat(path, variable_names=["S"])["S"]
+        values = loadmat(path, variable_names=[matrix])[matrix]
     except Exception as error:  # damaged files raise a dozen types of exception
-        raise AnnotationError(f"{path}: no MATLAB file with a matrix S: {error!r}") from error
+        raise AnnotationError(f"{path}: no MATLAB file with a matrix {matrix}: {error!r}") from error
     if values.ndim != 2 or values.dtype.kind not in "iu":
-        raise AnnotationError(f"{path}: S has shape {values.shape} and type {values.dtype}; expected integers (h, w)")
+        raise AnnotationError(
+            f"{path}: {matrix} has shape {values.shape} and type {values.dtype}; expected integers (h, w)"
+        )
     return values.astype(np.int64)
 
 
@@ -239,8 +241,8 @@ VOC2010 = "VOCdevkit/VOC2010|voc/VOCdevkit/VOC2010|voc2010|VOC2010"
 
 
 def _under(folders: str, path: str) -> str:
-    """A path in each of the folders, to `find`."""
-    return "|".join(f"{folder}/{path}" for folder in folders.split("|"))
+    """A path, or one of several, in each of the folders, to `find`."""
+    return "|".join(f"{folder}/{one}" for one in path.split("|") for folder in folders.split("|"))
 
 
 def read_pascal(
@@ -253,6 +255,55 @@ def read_pascal(
     images = base.find_folder(root, _under(folders, "JPEGImages"))
     pictures, paths = _by_list(file, names, images, folder, ".png")
     return Segmentation(pictures, Masks(paths, pictures, read_indices, table), class_names(classes), background)
+
+
+CONTEXT = "pascal_context|context|VOCdevkit/VOC2010|voc/VOCdevkit/VOC2010|voc2010|VOC2010"
+CONTEXT_MASKS = "SegmentationClassContext"
+CONTEXT_SPLIT = "ImageSets/SegmentationContext/val.txt"
+
+
+def read_context(root: pathlib.Path, *, classes: str, table: np.ndarray, background: int | None) -> Segmentation:
+    """Pascal Context: the masks and the list of mmsegmentation's converter; where they are not there, the release.
+
+    The release has a MATLAB file per image, `trainval/NAME.mat`, with 459 labels whose names `labels.txt` lists, as in
+    "2: aeroplane"; the 59 frequent ones are found by name. Its validation images are those of VOC 2010.
+    """
+    rest = dict(classes=classes, table=table, background=background)
+    try:
+        return read_pascal(root, folders=VOC2010, split=CONTEXT_SPLIT, masks=CONTEXT_MASKS, **rest)
+    except base.MissingError as converted:
+        try:
+            folder, names = find(root, _under(CONTEXT, "trainval")), find(root, _under(CONTEXT, "labels.txt"))
+            file = find(root, _under(VOC2010, f"{CONTEXT_SPLIT}|ImageSets/Main/val.txt"))
+        except base.MissingError as released:
+            raise base.MissingError([*converted.files, *released.files]) from released
+    values = _context_values(names)
+    listed = [name for name in _listed(file) if (folder / f"{name}.mat").exists()]
+    images = base.find_folder(root, _under(VOC2010, "JPEGImages"))
+    pictures, paths = _by_list(file, listed, images, folder, ".mat")
+
+    def read(path: pathlib.Path) -> np.ndarray:
+        labels = read_matlab(path, "LabelMap")
+        if labels.min() < 0 or labels.max() >= len(values):
+            raise AnnotationError(f"{path}: labels up to {labels.max()}; {names} lists {len(values) - 1}")
+        return values[labels]
+
+    return Segmentation(pictures, Masks(paths, pictures, read, table), class_names(classes), background)
+
+
+def _context_values(file: pathlib.Path) -> np.ndarray:
+    """The value that mmsegmentation's converter gives each of the release's labels, 0 for those beside the 59."""
+    numbers = {}
+    for line in base.read_text(file).splitlines():
+        number, colon, name = line.partition(":")
+        if colon and number.strip().isdecimal():
+            numbers[name.replace(" ", "").strip()] = int(number)
+    frequent = [names[0].replace(" ", "") for names in class_names("context59")]
+    if missing := [name for name in frequent if name not in numbers]:
+        raise AnnotationError(f"{file}: no label {missing[:5]}; expected lines such as '2: aeroplane'")
+    values = np.zeros(max(numbers.values()) + 1, int)
+    values[[numbers[name] for name in frequent]] = np.arange(1, len(frequent) + 1)
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,15 +496,13 @@ def _pascal(folders: str, split: str, masks: str, images: int) -> tuple[File, ..
 
 
 _VOC = _pascal(VOC2012, "ImageSets/Segmentation/val.txt", "SegmentationClass", 1449)
-_CONTEXT = _pascal(VOC2010, "ImageSets/SegmentationContext/val.txt", "SegmentationClassContext", 5104)
+_CONTEXT = (
+    File(_under(VOC2010, f"{CONTEXT_SPLIT}|ImageSets/Main/val.txt"), 5104, _lines),
+    File(f"{_under(VOC2010, CONTEXT_MASKS)}|{_under(CONTEXT, 'trainval')}"),
+    File(_under(VOC2010, "JPEGImages"), optional=True),
+)
 _read_voc = functools.partial(
     read_pascal, folders=VOC2012, split="ImageSets/Segmentation/val.txt", masks="SegmentationClass"
-)
-_read_context = functools.partial(
-    read_pascal,
-    folders=VOC2010,
-    split="ImageSets/SegmentationContext/val.txt",
-    masks="SegmentationClassContext",
 )
 _STUFF = (
     File(STUFF_MASKS, 5000, _masks("*.png")),
@@ -497,9 +546,9 @@ BENCHMARKS = (
         "segmentation",
         "Pascal Context 59",
         _CONTEXT,
-        functools.partial(_read_context, classes="context59", table=reduced(59), background=None),
+        functools.partial(read_context, classes="context59", table=reduced(59), background=None),
         VOC_LICENCE,
-        "https://www.cs.stanford.edu/~roozbeh/pascal-context/ (masks and list: mmsegmentation's converter)",
+        "https://www.cs.stanford.edu/~roozbeh/pascal-context/",
         images=5104,
         classes=59,
         published=(_sclip(0.3446),),
@@ -509,9 +558,9 @@ BENCHMARKS = (
         "segmentation",
         "Pascal Context 60",
         _CONTEXT,
-        functools.partial(_read_context, classes="context60", table=labels_of(range(60)), background=0),
+        functools.partial(read_context, classes="context60", table=labels_of(range(60)), background=0),
         VOC_LICENCE,
-        "https://www.cs.stanford.edu/~roozbeh/pascal-context/ (masks and list: mmsegmentation's converter)",
+        "https://www.cs.stanford.edu/~roozbeh/pascal-context/",
         images=5104,
         classes=60,
         published=(_sclip(0.3174),),
