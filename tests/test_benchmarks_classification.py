@@ -401,6 +401,31 @@ def test_a_name_of_tensorflow_datasets(tmp_path, monkeypatch, tfds_records):
     assert opened == ["tfds:group/shapes:1.0.0?split=test"]
 
 
+def test_a_data_set_that_tensorflow_datasets_made(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets", reason="the extra `tf` is not installed")
+    pixels = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+    samples = [
+        (str(number), {"image": np.full((4, 6, 3), pixels[colour], np.uint8), "label": f"{colour} thing"})
+        for number, colour in enumerate(("red", "blue", "red"))
+    ]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="things",
+        version="1.0.0",
+        features=tfds.features.FeaturesDict(
+            {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=["blue thing", "red thing"])}
+        ),
+        split_datasets={"test": samples},
+        data_dir=tmp_path,
+        file_format="array_record",
+        disable_shuffling=True,
+    )
+    (entry,) = table.select([f"tfds:things?split=test&data_dir={tmp_path}"])
+    data = entry.read(tmp_path)
+    assert data.labels.tolist() == [1, 0, 1] and data.classes == [("blue thing",), ("red thing",)]
+    assert [picture.decode().getpixel((0, 0)) for picture in data.pictures] == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
+    assert len({picture.key() for picture in data.pictures}) == 3
+
+
 def open_array_record(path):
     from flair_jax.data.sources import array_record
 
