@@ -50,6 +50,7 @@ def figures_of(main, tmp_path, *arguments, **options):
 
 
 def test_training_beside_the_twin(config_file, tmp_path, alone):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
     shards = tmp_path / "shards"
     scenes.write(shards, count=24, seed=0, size=48)
     arguments = ["--config", config_file, "--shards", str(shards), "--steps", "2", "--turns", "2"]
@@ -63,6 +64,7 @@ def test_training_beside_the_twin(config_file, tmp_path, alone):
 
 
 def test_encoding_and_scoring_beside_the_twin(config_file, tmp_path, alone):
+    pytest.importorskip("torch", reason="PyTorch is not installed")
     sizes = ["--images", "4", "--image-batch", "2", "--texts", "10", "--text-batch", "4"]
     arguments = ["--config", config_file, *sizes, "--turns", "1"]
     for name, kinds in (("encode", ("images", "texts")), ("score", ("pairs", "original"))):
