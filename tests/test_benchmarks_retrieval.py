@@ -10,7 +10,7 @@ from shard_files import write_tar
 
 from flair_jax.data.benchmarks import base, clip_benchmark, long_captions, table
 
-ANNOTATIONS = pathlib.Path("/work/shared/annotations")
+ANNOTATIONS = pathlib.Path(__file__).parents[2] / "shared/annotations"  # beside the checkout
 
 
 def write(root, files):

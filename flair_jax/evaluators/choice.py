@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
-from flair_jax.evaluators.features import Encoder, call, one_behind
+from flair_jax.evaluators.features import Encoder, call, lookahead
 from flair_jax.evaluators.pointing import texts_by_image
 from flair_jax.models.layers import normalize
 from flair_jax.report import Result
@@ -283,7 +283,7 @@ class Choice:
                     yield pairs[part[part >= 0]], part >= 0, results
 
         found = {mode: np.empty(len(self._pair_text), np.float32) for mode in self._modes}
-        for pairs, valid, results in one_behind(batches()):
+        for pairs, valid, results in lookahead(batches()):
             for mode, values in results.items():
                 found[mode][pairs] = np.asarray(values)[: valid.shape[0], : valid.shape[1]][valid]
         for mode, values in found.items():

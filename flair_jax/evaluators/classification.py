@@ -15,7 +15,7 @@ from absl import logging
 from jax.sharding import Mesh
 from PIL import Image
 
-from flair_jax.evaluators.features import Encoder, check_texts, one_behind
+from flair_jax.evaluators.features import Encoder, check_texts, lookahead
 from flair_jax.models.layers import normalize
 from flair_jax.report import Result
 
@@ -300,7 +300,7 @@ class Classification:
                 yield numbers, started
 
         tables = {mode: np.empty((len(images), len(self._count)), np.float32) for mode in self._modes}
-        for numbers, started in one_behind(batches()):
+        for numbers, started in lookahead(batches()):
             for mode, blocks in started.items():
                 found = np.concatenate([np.asarray(block) for block in blocks], axis=1)[: len(numbers)]
                 if found.dtype != np.float32:  # bfloat16 has about 3 digits: many of the best classes would be ties

@@ -86,7 +86,7 @@ def evaluation_mesh() -> Mesh:
     return sharding.create_mesh() if mesh.empty else mesh
 
 
-def one_behind(items: Iterable[Item]) -> Iterator[Item]:
+def lookahead(items: Iterable[Item]) -> Iterator[Item]:
     """Hands out each item after the next one was started: the host loads images while the devices work."""
     waiting = collections.deque()
     for item in items:
@@ -276,7 +276,7 @@ class Encoder:
                 with jax.set_mesh(self.mesh):
                     yield numbers, known, self._encode_image(params, pixels, local=local)
 
-        for numbers, known, features in self._session.progress(one_behind(started()), len(batches)):
+        for numbers, known, features in self._session.progress(lookahead(started()), len(batches)):
             if kind is not None and not known:
                 with _without_disk():
                     self._to_store(kind, keys, numbers, features, broken)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
-from flair_jax.evaluators.features import Encoder, call, check_texts, one_behind, patch_grid
+from flair_jax.evaluators.features import Encoder, call, check_texts, lookahead, patch_grid
 from flair_jax.models.layers import normalize
 from flair_jax.report import Result
 
@@ -192,7 +192,7 @@ class Pointing:
                 yield images, {mode: maps(params, image, text, texts) for mode, maps in self._maps.items()}
 
         found: dict[str, np.ndarray] = {}
-        for images, results in one_behind(batches()):
+        for images, results in lookahead(batches()):
             own = table[images]
             for mode, maps in results.items():
                 maps = np.asarray(maps)[: len(images)]  # (n, M, L)

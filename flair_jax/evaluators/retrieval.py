@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
-from flair_jax.evaluators.features import Encoder, call, check_texts, one_behind
+from flair_jax.evaluators.features import Encoder, call, check_texts, lookahead
 from flair_jax.report import Result
 
 RECALLS = (1, 5, 10)
@@ -357,7 +357,7 @@ class Retrieval:
             for name in self._names(mode):
                 valid = np.zeros((images, texts), bool) if mode == "topk" else None
                 tables[name] = np.full((images, texts), -np.inf, np.float32), valid
-        for numbers, results in one_behind(self._batches(params)):
+        for numbers, results in lookahead(self._batches(params)):
             for name, (blocks, columns) in results.items():
                 table, valid = tables[name]
                 values = np.concatenate([np.asarray(block) for block in blocks], axis=1)[: len(numbers)]

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from flair_jax import initialize
-from flair_jax.evaluators.features import BrokenImages, Encoder, call, check_texts, one_behind, patch_grid, raise_broken
+from flair_jax.evaluators.features import BrokenImages, Encoder, call, check_texts, lookahead, patch_grid, raise_broken
 from flair_jax.figures import segmentation as figures
 from flair_jax.models.layers import normalize
 from flair_jax.report import Result
@@ -526,7 +526,7 @@ class Segmentation:
         mine = self._mine()
         shown = set(mine[np.linspace(0, len(mine) - 1, min(FIGURE_IMAGES, len(mine))).astype(int)].tolist())
         self._shown, broken = [], {}
-        for number, labels, predictions in one_behind(self._predictions(params, broken)):
+        for number, labels, predictions in lookahead(self._predictions(params, broken)):
             for mode, prediction in predictions.items():
                 prediction = np.asarray(prediction)[: labels.shape[0], : labels.shape[1]]
                 matrices[mode].add(labels, prediction)
@@ -668,7 +668,7 @@ class Segmentation:
 
         # Those of an image come together, unless a store has some of them already.
         waiting: dict[int, dict[int, dict[str, np.ndarray]]] = collections.defaultdict(dict)
-        for numbers, batch in one_behind(started()):
+        for numbers, batch in lookahead(started()):
             batch = {mode: np.asarray(x) for mode, x in batch.items()}
             for row, number in enumerate(numbers.tolist()):
                 image = int(windows.image_of(number))
