@@ -411,7 +411,7 @@ def test_pictures_are_drawn_after_a_run():
 
 def test_the_most_confused_classes_are_shown(monkeypatch):
     shown = {}
-    monkeypatch.setattr(figures, "_image", lambda figure: shown.update(axes=figure.axes))
+    monkeypatch.setattr(figures, "to_image", lambda figure, dpi: shown.update(axes=figure.axes))
     names = [f"class {number}" for number in range(40)]
     labels, predictions = np.repeat([3, 3, 8, 20], [5, 2, 4, 9]), np.repeat([7, 3, 3, 20], [5, 2, 4, 9])
     figures.confusion(names, labels, predictions)
@@ -422,7 +422,7 @@ def test_the_most_confused_classes_are_shown(monkeypatch):
 
 def test_bars_show_the_worst_and_the_best_classes(monkeypatch):
     shown = {}
-    monkeypatch.setattr(figures, "_image", lambda figure: shown.update(axes=figure.axes))
+    monkeypatch.setattr(figures, "to_image", lambda figure, dpi: shown.update(axes=figure.axes))
     monkeypatch.setattr(figures, "BARS", 4)
     figures.bars([f"class {number}" for number in range(7)], np.array([0.5, np.nan, 0.1, 0.9, 0.6, 0.2, 0.8]))
     (axes,) = shown["axes"]

@@ -1,7 +1,6 @@
 """Pictures of choice: accuracy by part beside chance, and wrong decisions with their scores."""
 
 import dataclasses
-import io
 import textwrap
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from flair_jax.figures import to_image
 from flair_jax.report import Result
 
 MAX_BARS = 40
@@ -61,13 +61,7 @@ def bars(results: Sequence[Result]) -> Image.Image:
     axes.set(xlim=(0, 1), xlabel=first or "score", title=results[0].set)
     axes.invert_yaxis()
     axes.legend(loc="lower right", fontsize=8)
-    return _image(figure)
-
-
-def _image(figure: Figure) -> Image.Image:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return Image.open(buffer).convert("RGB")
+    return to_image(figure, dpi=100)
 
 
 def sheet(decisions: Sequence[Decision]) -> Image.Image:

@@ -1,11 +1,12 @@
 """Pictures of zero-shot classification: confused classes, average precision by class, right and wrong images."""
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+
+from flair_jax.figures import to_image
 
 CLASSES = 15  # of a confusion matrix, at most
 BARS = 30
@@ -43,7 +44,7 @@ def confusion(classes: Sequence[str], labels: np.ndarray, predictions: np.ndarra
     for row, column in np.argwhere(matrix):
         colour = "white" if matrix[row, column] > 0.6 * total[row] else "black"
         axes.text(column, row, matrix[row, column], ha="center", va="center", color=colour)
-    return _image(figure)
+    return to_image(figure, dpi=100)
 
 
 def bars(classes: Sequence[str], precision: np.ndarray) -> Image.Image:
@@ -58,7 +59,7 @@ def bars(classes: Sequence[str], precision: np.ndarray) -> Image.Image:
     axes.set_xlim(0, 1.1)
     axes.set_ylim(-1, len(order))
     axes.set_xlabel("average precision")
-    return _image(figure)
+    return to_image(figure, dpi=100)
 
 
 def examples(
@@ -101,7 +102,7 @@ def examples(
                     va="top",
                     size=9,
                 )
-    return _image(figure)
+    return to_image(figure, dpi=100)
 
 
 def _spread(order: np.ndarray, allowed: np.ndarray, truth: np.ndarray) -> list[int]:
@@ -113,9 +114,3 @@ def _spread(order: np.ndarray, allowed: np.ndarray, truth: np.ndarray) -> list[i
 
 def _short(text: str, length: int = NAME) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def _image(figure: Figure) -> Image.Image:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
-    return Image.open(file).convert("RGB")

@@ -1,6 +1,5 @@
 """Pictures of retrieval: recall against the number of answers looked at, and answers with what the model looks at."""
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from flair_jax.attention_maps import overlay
+from flair_jax.figures import to_image
 
 DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 WIDTH = 110  # characters of a line of text
@@ -67,13 +67,6 @@ def examples(rows: Sequence[Example]) -> Image.Image:
             if heat is not None:
                 _show(next(panels), overlay(image, heat), "where the text looks")
     return to_image(figure)
-
-
-def to_image(figure: Figure, dpi: int = 110) -> Image.Image:
-    """A matplotlib figure as a PIL image, RGB."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=dpi)
-    return Image.open(file).convert("RGB")
 
 
 def _show(panel, image: Image.Image, title: str) -> None:

@@ -1,11 +1,12 @@
 """Pictures of segmentation: masks beside images, and the IoU of the classes."""
 
 import colorsys
-import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from flair_jax.figures import to_image
 
 TILE = 256  # pixels of a picture's longer side
 MARGIN, LINE, FONT = 6, 18, 12
@@ -116,6 +117,4 @@ def bars(classes: Sequence[str], iou: Mapping[str, np.ndarray]) -> Image.Image:
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return Image.open(buffer).convert("RGB")
+    return to_image(figure)
