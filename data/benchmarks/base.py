@@ -386,6 +386,8 @@ class Benchmark:
 # ---------------------------------------------------------------------------------------------------------------------
 # For readers
 
+COCO_IMAGES = "coco/images/val2017|coco/val2017"  # the folder of val2017, which many sets use
+
 
 def find(root: pathlib.Path, *paths: str) -> pathlib.Path:
     """The file or folder of the first path under `root` that is there; `a|b` stands for two paths, wildcards match.

@@ -19,6 +19,7 @@ from PIL import Image
 
 from flair_jax.data.benchmarks import prompts
 from flair_jax.data.benchmarks.base import (
+    COCO_IMAGES,
     AnnotationError,
     Benchmark,
     Classification,
@@ -495,7 +496,7 @@ def _read_coco(root: pathlib.Path) -> Classification:
         if image not in rows or category not in columns:
             raise AnnotationError(f"{path}: an object of category {category} in image {image}, which is not listed")
         labels[rows[image], columns[category]] = True
-    folder = find_folder(root, "coco/images/val2017|coco/val2017")
+    folder = find_folder(root, COCO_IMAGES)
     pictures = [inside(folder, names[image], path) for image in rows]
     classes = [(categories[key],) for key in columns]
     return Classification(pictures, labels, classes, prompts.templates("voc2007_multilabel"))
@@ -773,7 +774,7 @@ BENCHMARKS = (
     ),
     _entry(
         *("coco_objects", "COCO val2017, categories of objects", _read_coco, 5_000, 80),
-        (File(_COCO, 5_000, _count_coco), File("coco/images/val2017|coco/val2017")),
+        (File(_COCO, 5_000, _count_coco), File(COCO_IMAGES)),
         *("https://cocodataset.org/#download", "annotations CC-BY-4.0, images: Flickr terms"),
     ),
 )

@@ -24,7 +24,6 @@ from flair_jax.data.benchmarks.base import (
 )
 from flair_jax.data.benchmarks.json_files import read_json
 
-COCO_VAL2017 = "coco/images/val2017|coco/val2017"
 COCO_VAL2014 = "coco/images/val2014|coco/val2014"
 # The two folders of Visual Genome's images, which lie in either.
 VISUAL_GENOME = ("VG_100K", "VG_100K_2")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flair_jax.data.benchmarks import compositional
-from flair_jax.data.benchmarks.base import AnnotationError, Benchmark, Choice, Picture
+from flair_jax.data.benchmarks.base import COCO_IMAGES, AnnotationError, Benchmark, Choice, Picture
 from flair_jax.data.benchmarks.compositional import Builder, box_of, literal, texts_of
 from flair_jax.data.benchmarks.json_files import field, read_json, read_json_lines, typed
 
@@ -98,7 +98,7 @@ BENCHMARKS = (
         files=compositional.files(
             FILES,
             {part: items for part, (_, items) in PARTS.items()},
-            *("coco/images/val2017|coco/val2017", "coco/images/train2017|coco/train2017"),
+            *(COCO_IMAGES, "coco/images/train2017|coco/train2017"),
             count=_count,
         ),
         read=read,

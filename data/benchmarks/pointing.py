@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from flair_jax.data.benchmarks.base import (
+    COCO_IMAGES,
     AnnotationError,
     Benchmark,
     File,
@@ -23,7 +24,7 @@ from flair_jax.data.benchmarks.base import (
     inside,
     read_text,
 )
-from flair_jax.data.benchmarks.compositional import COCO_VAL2017, box_of
+from flair_jax.data.benchmarks.compositional import box_of
 from flair_jax.data.benchmarks.json_files import field, read_json, typed
 
 PROMPT = "a photo of a {}"
@@ -66,7 +67,7 @@ class Builder:
 
 def read_coco(root: pathlib.Path) -> Pointing:
     """For each category in an image a phrase with the boxes of all its objects, regions of a crowd among them."""
-    file, folder = find(root, COCO), find_folder(root, COCO_VAL2017)
+    file, folder = find(root, COCO), find_folder(root, COCO_IMAGES)
     content, where = typed(read_json(file), dict, str(file)), str(file)
     names = {
         field(row, "id", int, where): field(row, "name", str, where)
@@ -169,7 +170,7 @@ BENCHMARKS = (
         name="coco_pointing",
         task="pointing",
         title="COCO val2017, pointing game",
-        files=(File(COCO, None, lambda path: len(read_json(path)["annotations"])), File(COCO_VAL2017)),
+        files=(File(COCO, None, lambda path: len(read_json(path)["annotations"])), File(COCO_IMAGES)),
         read=read_coco,
         images=4_952,  # 48 of the 5,000 have no object
         licence="CC-BY-4.0; images: terms of Flickr",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from flair_jax.data.benchmarks.base import (
+    COCO_IMAGES,
     AnnotationError,
     Benchmark,
     File,
@@ -52,7 +53,6 @@ def gather(file: pathlib.Path, rows: Iterable[Row], parts: tuple[str, ...] = ())
 # COCO and Flickr30k
 
 COCO_VAL2017 = "coco/annotations/captions_val2017.json|coco/captions_val2017.json"
-COCO_IMAGES = "coco/images/val2017|coco/val2017"
 COCO_2014 = "coco/images/val2014|coco/val2014"
 COCO_KARPATHY = "|".join(
     f"coco/{folder}{name}.json"

@@ -8,7 +8,6 @@ several names of it separated by commas.
 import functools
 import importlib.resources
 import io
-import json
 import os
 import pathlib
 import re
@@ -20,6 +19,7 @@ from PIL import Image
 
 from flair_jax.data.benchmarks import base
 from flair_jax.data.benchmarks.base import AnnotationError, Benchmark, File, Picture, Published, Segmentation, find
+from flair_jax.data.benchmarks.json_files import read_json, typed
 from flair_jax.data.transforms import images as image_rules
 
 IGNORE = 255  # label of pixels that do not count
@@ -338,7 +338,7 @@ def read_cityscapes(root: pathlib.Path) -> Segmentation:
 # ---------------------------------------------------------------------------------------------------------------------
 # COCO
 
-COCO_IMAGES = "coco/images/val2017|coco/val2017|coco_stuff164k/images/val2017"
+STUFF_IMAGES = f"{base.COCO_IMAGES}|coco_stuff164k/images/val2017"
 STUFF_MASKS = "coco/stuffthingmaps/val2017|coco_stuff164k/annotations/val2017|cocostuff/val2017"
 STUFF_10K = "coco_stuff10k|cocostuff10k|cocostuff-10k-v1.1"
 PANOPTIC = "coco/annotations/panoptic_val2017.json|coco/panoptic/panoptic_val2017.json"
@@ -359,7 +359,7 @@ def read_coco_pixel_maps(
     In the released ones a pixel has the category's id less 1, and 255 where nothing is labelled.
     """
     folder = find(root, STUFF_MASKS)
-    images = base.find_folder(root, COCO_IMAGES)
+    images = base.find_folder(root, STUFF_IMAGES)
     entries = [entry.name for entry in os.scandir(folder) if entry.name.endswith(".png")]
     if any("TrainIds" not in name for name in entries):
         names, ending, table = _names_in(folder, ".png", without="TrainIds"), ".png", native
@@ -396,8 +396,8 @@ def read_panoptic(root: pathlib.Path) -> Segmentation:
     A pixel's colour is the id of its segment, R + 256 G + 65536 B; the JSON file says which category that is.
     """
     file = find(root, PANOPTIC)
-    folder, images = find(root, PANOPTIC_MASKS), base.find_folder(root, COCO_IMAGES)
-    content = _json(file)
+    folder, images = find(root, PANOPTIC_MASKS), base.find_folder(root, STUFF_IMAGES)
+    content = typed(read_json(file), dict, str(file))
     categories = sorted(_each(content, "categories", file, id=int, name=str), key=lambda entry: entry["id"])
     ids = _unique([entry["id"] for entry in categories], file)
     if not 0 < ids[0] <= ids[-1] < IGNORE:
@@ -435,16 +435,6 @@ def _plain_name(name: str) -> str:
     for ending in ("-merged", "-stuff", "-other"):
         name = name.removesuffix(ending)
     return name.replace("-", " ")
-
-
-def _json(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(base.read_text(file))
-    except json.JSONDecodeError as error:
-        raise AnnotationError(f"{file}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise AnnotationError(f"{file}: a {type(content).__name__}; expected an object")
-    return content
 
 
 def _each(content: Mapping[str, Any], key: str, file: pathlib.Path, **types: type) -> list[Mapping[str, Any]]:
@@ -506,7 +496,7 @@ _read_voc = functools.partial(
 )
 _STUFF = (
     File(STUFF_MASKS, 5000, _masks("*.png")),
-    File(COCO_IMAGES, optional=True),
+    File(STUFF_IMAGES, optional=True),
 )
 VOC_LICENCE = "images: Flickr terms; annotations: free for research"
 COCO_LICENCE = "images: Flickr terms; annotations: CC-BY-4.0"
@@ -644,9 +634,9 @@ BENCHMARKS = (
         "segmentation",
         "COCO panoptic, by category",
         (
-            File(PANOPTIC, 5000, lambda file: len(_each(_json(file), "annotations", file))),
+            File(PANOPTIC, 5000, lambda file: len(_each(typed(read_json(file), dict, str(file)), "annotations", file))),
             File(PANOPTIC_MASKS, 5000, _masks("*.png")),
-            File(COCO_IMAGES, optional=True),
+            File(STUFF_IMAGES, optional=True),
         ),
         read_panoptic,
         COCO_LICENCE,

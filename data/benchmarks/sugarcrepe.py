@@ -3,8 +3,8 @@
 import pathlib
 
 from flair_jax.data.benchmarks import compositional
-from flair_jax.data.benchmarks.base import Benchmark, Choice, Published, find_folder, inside
-from flair_jax.data.benchmarks.compositional import COCO_VAL2017, Builder
+from flair_jax.data.benchmarks.base import COCO_IMAGES, Benchmark, Choice, Published, find_folder, inside
+from flair_jax.data.benchmarks.compositional import Builder
 from flair_jax.data.benchmarks.json_files import field, read_json, typed
 
 SIZES = {
@@ -28,7 +28,7 @@ def group(part: str) -> str:
 
 def read(root: pathlib.Path) -> Choice:
     """One image, a caption and a negative one. The keys of a file are numbers as texts, with gaps."""
-    folder = find_folder(root, COCO_VAL2017)
+    folder = find_folder(root, COCO_IMAGES)
 
     def add(builder: Builder, part: str, file: pathlib.Path) -> None:
         for key, row in typed(read_json(file), dict, str(file)).items():
@@ -42,7 +42,7 @@ def read(root: pathlib.Path) -> Choice:
 
 def read_plus(root: pathlib.Path) -> Choice:
     """One image, two captions that mean the same, and a negative one close to the first."""
-    folder = find_folder(root, COCO_VAL2017)
+    folder = find_folder(root, COCO_IMAGES)
 
     def add(builder: Builder, part: str, file: pathlib.Path) -> None:
         for number, row in enumerate(typed(read_json(file), list, str(file))):
@@ -59,7 +59,7 @@ BENCHMARKS = (
         name="sugarcrepe",
         task="choice",
         title="SugarCrepe",
-        files=compositional.files(PARTS, SIZES, COCO_VAL2017),
+        files=compositional.files(PARTS, SIZES, COCO_IMAGES),
         read=read,
         items=sum(SIZES.values()),
         licence="MIT; images: COCO",
@@ -71,7 +71,7 @@ BENCHMARKS = (
         name="sugarcrepe_pp",
         task="choice",
         title="SugarCrepe++",
-        files=compositional.files(PLUS_PARTS, PLUS_SIZES, COCO_VAL2017),
+        files=compositional.files(PLUS_PARTS, PLUS_SIZES, COCO_IMAGES),
         read=read_plus,
         items=sum(PLUS_SIZES.values()),
         licence="CC-BY-4.0; images: COCO",

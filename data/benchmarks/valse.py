@@ -3,8 +3,8 @@
 import pathlib
 
 from flair_jax.data.benchmarks import compositional
-from flair_jax.data.benchmarks.base import Benchmark, Choice, find_folder, inside
-from flair_jax.data.benchmarks.compositional import COCO_VAL2014, COCO_VAL2017, Builder
+from flair_jax.data.benchmarks.base import COCO_IMAGES, Benchmark, Choice, find_folder, inside
+from flair_jax.data.benchmarks.compositional import COCO_VAL2014, Builder
 from flair_jax.data.benchmarks.json_files import field, read_json, typed
 
 VOTES = 2  # of three annotators, for the caption
@@ -16,11 +16,11 @@ COREFERENCE_HARD = "valse/coref/release_v18/test_images|valse/visdial|valse/VisD
 # Part -> group, rows, items after the vote, folders of its images.
 PARTS = {
     "existence": ("existence", 534, 505, VISUAL7W),
-    "plurals": ("plurals", 1000, 851, f"valse/plurals/test_images|{COCO_VAL2017}"),
+    "plurals": ("plurals", 1000, 851, f"valse/plurals/test_images|{COCO_IMAGES}"),
     "counting-hard": ("counting/counting-hard", 1000, 868, VISUAL7W),
     "counting-small-quant": ("counting/counting-small-quant", 1000, 900, VISUAL7W),
     "counting-adversarial": ("counting/counting-adversarial", 756, 691, VISUAL7W),
-    "relations": ("relations", 614, 535, f"valse/relations/test_images|{COCO_VAL2017}"),
+    "relations": ("relations", 614, 535, f"valse/relations/test_images|{COCO_IMAGES}"),
     "action-replacement": ("action/action-replacement", 779, 648, SWIG),
     "actant-swap": ("action/actant-swap", 1042, 949, SWIG),
     "coreference-standard": ("coreference/coreference-standard", None, 708, COREFERENCE),

@@ -3,16 +3,16 @@
 import pathlib
 
 from flair_jax.data.benchmarks import compositional
-from flair_jax.data.benchmarks.base import AnnotationError, Benchmark, Choice, find_folder, inside
-from flair_jax.data.benchmarks.compositional import COCO_VAL2017, Builder, texts_of
+from flair_jax.data.benchmarks.base import COCO_IMAGES, AnnotationError, Benchmark, Choice, find_folder, inside
+from flair_jax.data.benchmarks.compositional import Builder, texts_of
 from flair_jax.data.benchmarks.json_files import field, read_json, typed
 
 # Part -> file, items, folders of its images.
 PARTS = {
     "WhatsUp_A": ("controlled_images_dataset.json", 412, "whatsup/controlled_images|whatsup/data/controlled_images"),
     "WhatsUp_B": ("controlled_clevr_dataset.json", 408, "whatsup/controlled_clevr|whatsup/data/controlled_clevr"),
-    "COCO_QA_ONE": ("coco_qa_one_obj.json", 2_247, f"whatsup/val2017|whatsup/data/val2017|{COCO_VAL2017}"),
-    "COCO_QA_TWO": ("coco_qa_two_obj.json", 440, f"whatsup/val2017|whatsup/data/val2017|{COCO_VAL2017}"),
+    "COCO_QA_ONE": ("coco_qa_one_obj.json", 2_247, f"whatsup/val2017|whatsup/data/val2017|{COCO_IMAGES}"),
+    "COCO_QA_TWO": ("coco_qa_two_obj.json", 440, f"whatsup/val2017|whatsup/data/val2017|{COCO_IMAGES}"),
     "VG_QA_ONE": ("vg_qa_one_obj.json", 1_160, "whatsup/vg_images|whatsup/data/vg_images"),
     "VG_QA_TWO": ("vg_qa_two_obj.json", 291, "whatsup/vg_images|whatsup/data/vg_images"),
 }
