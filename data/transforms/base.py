@@ -16,7 +16,8 @@ import numpy as np
 from flair_jax.data.sources.base import Record
 
 TEXTS, VALID = "texts/", "valid/"
-CAPTIONS, NEGATIVES = "captions", "negatives"  # slots that objectives know, as "texts/captions"
+CAPTIONS, NEGATIVES, DESCRIPTIONS = "captions", "negatives", "descriptions"  # slots that objectives know
+BOXES, BOXES_VALID, DESCRIPTION_IDS = "regions/boxes", "regions/valid", "regions/description_ids"
 
 
 class SampleError(ValueError):
