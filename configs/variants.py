@@ -34,6 +34,9 @@ def _dual_encoder(name: str, variant: str, **options) -> ConfigDict:
             pooling=None,
             init_logit_scale=math.log(1 / 0.07),
             init_logit_bias=None,
+            # From a picture to the model's input: "crop" or "squash", mean and deviation of "openai" or "imagenet"; see
+            # Preprocessing in data/transforms/images.py.
+            preprocess=dict(resize="crop", mean_std="openai"),
             dtype="float32",  # of the computation; parameters, normalisation, softmax and losses stay float32
             scan_blocks=False,  # True: one compiled block, for pods and deep models; same checkpoint
             remat="none",  # what the backward pass computes again: "dots" all but dense layers, "full" whole blocks

@@ -11,7 +11,6 @@ import optax
 from flair_jax import models, objectives
 from flair_jax.augmentation import crop_and_resize
 from flair_jax.data.transforms.base import CAPTIONS, NEGATIVES
-from flair_jax.data.transforms.images import normalize
 from flair_jax.models.dual_encoder import DualEncoder
 from flair_jax.models.text import Text
 from flair_jax.optimizer import Optimizer, average
@@ -48,7 +47,7 @@ def train_step(
     images = batch["images"]
     if "crop_boxes" in batch:
         images = crop_and_resize(images, batch["crop_boxes"], model.image_size)
-    images = normalize(images) if images.dtype == jnp.uint8 else images
+    images = model.preprocessing(images)
     of_model, of_objectives = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
 
     def loss_of(trained):

@@ -1,4 +1,4 @@
-"""Images as FLAIR sees them: decoded by Pillow, cropped, resized with antialiased bicubic weights, normalised.
+"""Images as models see them: decoded by Pillow, cropped, resized with antialiased bicubic weights, normalised.
 
 Sizes are an int for a square or a pair (height, width). Pixels are uint8 RGB (H, W, 3). The arithmetic is to the bit
 that of torchvision's transforms of PIL images, which the reference uses.
@@ -9,7 +9,7 @@ import io
 import math
 import numbers
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -18,6 +18,10 @@ from flair_jax.data.transforms.base import SampleError
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of CLIP's training images, RGB in [0, 1]
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN_STD = {
+    "openai": (MEAN, STD),
+    "imagenet": (np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)),
+}
 
 # Largest picture that is decoded or made on the way to a crop: a quarter of a gibibyte as RGB, and where Pillow
 # itself starts to warn of a decompression bomb.
@@ -132,14 +136,21 @@ def evaluation_crop(image: Image.Image, size: int | tuple[int, int]) -> np.ndarr
       ImageError: if the image is so long that the resized one has more than `MAX_PIXELS`.
     """
     height, width = pair(size)
-    if image.width * height <= image.height * width:  # the width decides the scale
-        covering = (width, width * image.height // image.width)
-    else:
-        covering = (height * image.width // image.height, height)
+    covering = _covering(image.width, image.height, (height, width))
     check_pixels(covering, f"the image of {image.width} x {image.height} pixels, resized for a crop,")
     image = resize(image, *covering)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return _pixels(image.crop((left, top, left + width, top + height)))
+
+
+def squash(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+    """The whole of an image, resized to `size`, whose proportions it takes; converted to RGB last.
+
+    Returns:
+      uint8 (H, W, 3).
+    """
+    height, width = pair(size)
+    return _pixels(resize(image, width, height))
 
 
 def random_resized_crop(
@@ -168,16 +179,72 @@ def random_resized_crop(
     return _pixels(resize(part, width, height))
 
 
-def normalize(pixels):
-    """Pixels as the vision tower takes them: in [0, 1], minus `MEAN`, over `STD`.
+RESIZES: dict[str, Callable[[Image.Image, int | tuple[int, int]], np.ndarray]] = {
+    "crop": evaluation_crop,
+    "squash": squash,
+}
 
-    Args:
-      pixels: uint8 (…, 3), a numpy or a jax array.
 
-    Returns:
-      float32 (…, 3), of the same kind of array.
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """The way from a picture to the input of a model, wherever nothing is drawn at random: `config.model.preprocess`.
+
+    Calling it normalises, inside jit too. The defaults are those of CLIP and FLAIR; GRAIN has "squash" and "imagenet".
+
+    Attributes:
+      resize: a key of `RESIZES`. "crop" takes the centre, "squash" the whole picture without its proportions.
+      mean_std: a key of `MEAN_STD`: the mean that is subtracted, and the deviation that is divided by.
+
+    Raises:
+      ValueError: there is no such key.
     """
-    return (pixels.astype(np.float32) / 255 - MEAN) / STD
+
+    resize: str = "crop"
+    mean_std: str = "openai"
+
+    def __post_init__(self):
+        for name, allowed in (("resize", RESIZES), ("mean_std", MEAN_STD)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"config.model.preprocess.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
+                )
+
+    @property
+    def fit(self) -> Callable[[Image.Image, int | tuple[int, int]], np.ndarray]:
+        """(image, size) -> uint8 (H, W, 3): `evaluation_crop` or `squash`."""
+        return RESIZES[self.resize]
+
+    def fit_boxes(self, boxes: np.ndarray, image_size: Sequence[int], size: tuple[int, int]) -> np.ndarray:
+        """Boxes where `fit` puts them: resized with the image, cut at the edges of the result.
+
+        Args:
+          boxes: float (M, 4), x0, y0, x1, y1 in pixels of the image.
+          image_size: width and height of the image. size: height and width of the result.
+
+        Returns:
+          float (K, 4) in pixels of the result, without the boxes of which nothing is left: less than a thousandth of a
+          pixel in one direction.
+        """
+        (width, height), (rows, columns) = (int(side) for side in image_size), size
+        resized = (columns, rows) if self.resize == "squash" else _covering(width, height, size)
+        offset = np.array([round((resized[0] - columns) / 2), round((resized[1] - rows) / 2)])
+        moved = np.reshape(boxes, (-1, 2, 2)) * (np.array(resized) / (width, height)) - offset
+        moved = moved.clip(0, [columns, rows]).reshape(-1, 4)
+        return moved[(moved[:, 2:] - moved[:, :2] > 1e-3).all(1)]
+
+    def __call__(self, pixels):
+        """Pixels as the vision tower takes them: in [0, 1], minus the mean, over the deviation.
+
+        Args:
+          pixels: (…, 3), a numpy or a jax array: uint8; or floats, which are taken as normalised and stay.
+
+        Returns:
+          float32 (…, 3), of the same kind of array.
+        """
+        if pixels.dtype != np.uint8:
+            return pixels
+        mean, std = MEAN_STD[self.mean_std]
+        return (pixels.astype(np.float32) / 255 - mean) / std
 
 
 def random_box(
@@ -211,6 +278,14 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
         return resize(image.convert(image.mode[:-1] + "a"), width, height).convert(image.mode)
     rows = image.resize((width, image.height), Image.Resampling.BICUBIC)
     return rows.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _covering(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of an image of the same proportions that just covers `size`, (height, width)."""
+    rows, columns = size
+    if width * rows <= height * columns:  # the width decides the scale
+        return columns, columns * height // width
+    return rows * width // height, rows
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
