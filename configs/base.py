@@ -73,7 +73,15 @@ def get_config() -> ConfigDict:
     config.data.negatives = ConfigDict()
     config.data.negatives.kinds = config_dict.placeholder(tuple)  # such as ("negclip", "replace", "ngram_shuffle_2")
     config.data.negatives.annotations = config_dict.placeholder(str)  # folder of `data.prepare annotate`; None: beside
+    # Regions of an image, descriptions with boxes; see data/transforms/regions.py.
+    config.data.regions = ConfigDict()
+    config.data.regions.count = config_dict.placeholder(int)  # M, regions per image; None: none
+    config.data.regions.min_area = 0.5  # share of a box that a crop has to show, or the region is left out
+    # See AugmentationOptions in data/transforms/images.py.
     config.data.augmentation = ConfigDict(dict(scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)))
+    config.data.augmentation.squash = False  # True: no crop is drawn, the whole picture is resized
+    config.data.augmentation.flip = 0.0  # share of the pictures that are mirrored, left for right, such as 0.5
+    config.data.augmentation.sided = "refuse"  # texts that say left or right end such a run; "keep", "flip" the picture
     config.data.pixels = "reference"  # the reference's to the bit; "fast", or "device": cropped inside the step
     config.data.packing = ConfigDict()  # of captions, side by side
     config.data.packing.row_length = config_dict.placeholder(int)  # tokens; None: a row for each caption

@@ -10,7 +10,7 @@ import optax
 
 from flair_jax import models, objectives
 from flair_jax.augmentation import crop_and_resize
-from flair_jax.data.transforms.base import CAPTIONS, NEGATIVES
+from flair_jax.data.transforms.base import CAPTIONS, DESCRIPTIONS, NEGATIVES
 from flair_jax.models.dual_encoder import DualEncoder
 from flair_jax.models.text import Text
 from flair_jax.optimizer import Optimizer, average
@@ -99,5 +99,6 @@ def text_slots(data: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
     Args:
       data: the `data` section.
     """
-    kinds = data["negatives"]["kinds"]
-    return ((CAPTIONS, data["captions"]["count"]), (NEGATIVES, len(kinds))) if kinds else ()
+    negatives, descriptions = len(data["negatives"]["kinds"] or ()), data["regions"]["count"] or 0
+    slots = ((CAPTIONS, data["captions"]["count"]), (NEGATIVES, negatives), (DESCRIPTIONS, descriptions))
+    return tuple((name, count) for name, count in slots if count) if negatives or descriptions else ()

@@ -117,12 +117,12 @@ def test_random_crop_is_cropped_first_and_resized_then():
 def test_pixels_outside_the_crop_are_ignored():
     image = Image.new("RGB", (40, 40))
     image.paste((255, 255, 255), (0, 0, 20, 40))
-    bounds = dict(scale=(0.1, 0.2), ratio=(1, 1))
-    boxes = {seed: images.random_box(40, 40, random.Random(seed), **bounds) for seed in range(1000)}
+    options = images.AugmentationOptions(scale=(0.1, 0.2), ratio=(1, 1))
+    boxes = {seed: options.draw_box(40, 40, random.Random(seed)) for seed in range(1000)}
     at_the_edge = [seed for seed, (left, *_) in boxes.items() if left == 20]
     assert at_the_edge
     for seed in at_the_edge:
-        assert images.random_resized_crop(image, 16, random.Random(seed), **bounds).max() == 0
+        assert images.random_resized_crop(image, 16, random.Random(seed), options).max() == 0
 
 
 # Mean and standard deviation of left, top, width, height over 200,000 draws of RandomResizedCrop.get_params,

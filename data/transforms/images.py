@@ -10,6 +10,7 @@ import math
 import numbers
 import random
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -30,16 +31,53 @@ MAX_PIXELS = 89_478_485
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
+class View(NamedTuple):
+    """What a training crop shows of a picture.
+
+    orientation: EXIF's, 1 to 8, by which the picture was turned first; 1: not at all.
+    part: (x0, y0, x1, y1), the part of the turned picture, as shares of its width and height.
+    flip: whether the part was mirrored, left for right.
+    """
+
+    orientation: int
+    part: tuple[float, float, float, float]
+    flip: bool
+
+
+SIDED = {
+    "refuse": "they end the run",
+    "keep": "they are never mirrored",
+    "flip": "they are mirrored like the others, and their texts become wrong",
+}
+
+
 class ImageError(SampleError):
     """An image that cannot be used. The message says why, without naming the image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationOptions:
-    """Bounds of the random resized crop; the defaults are FLAIR's."""
+    """What training does to a picture at random; the defaults are FLAIR's.
 
-    scale: tuple[float, float] = (0.9, 1.0)  # share of the area
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    Raises:
+      ValueError: a value that is none of the allowed ones.
+    """
+
+    scale: tuple[float, float] = (0.9, 1.0)  # share of the area that a crop has
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # its width / height
+    squash: bool = False  # no crop is drawn: the whole picture is resized, its proportions are not kept
+    flip: float = 0.0  # share of the pictures that are mirrored, left for right
+    sided: str = "refuse"  # pictures with a text that says left or right: a key of SIDED
+
+    def __post_init__(self):
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"augmentation.flip is {self.flip}; expected a share of the pictures, from 0 to 1")
+        if self.sided not in SIDED:
+            raise ValueError(f"augmentation.sided is {self.sided!r}; expected one of {', '.join(SIDED)}")
+
+    def draw_box(self, width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) in pixels of a picture: of a random part, or of all of it."""
+        return (0, 0, width, height) if self.squash else random_box(width, height, rng, self.scale, self.ratio)
 
 
 def decode(data: bytes, upright: bool = False) -> Image.Image:
@@ -85,6 +123,23 @@ def orientation(image: Image.Image) -> int:
     except Exception:  # damaged tags raise a dozen types of exception, and say nothing of the pixels
         return 1
     return found if found in range(1, 9) else 1
+
+
+def stored_size(data: bytes) -> tuple[int, int, int]:
+    """Width, height and EXIF orientation of an image file, as it is stored, without decoding its pixels.
+
+    TIFF files are decoded, for Pillow turns them then; their orientation is 1.
+
+    Raises:
+      ImageError: see `decode`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.format != "TIFF":
+                return *image.size, orientation(image)
+    except Exception:  # of which the decoder says more
+        pass
+    return *decode(data).size, 1
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
@@ -157,8 +212,8 @@ def random_resized_crop(
     image: Image.Image,
     size: int | tuple[int, int],
     rng: random.Random,
-    scale: tuple[float, float] = (0.9, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    options: AugmentationOptions = AugmentationOptions(),
+    flip: bool = False,
 ) -> np.ndarray:
     """A random part of an image, resized to `size`: the training augmentation.
 
@@ -168,15 +223,14 @@ def random_resized_crop(
       image: of any mode; it is converted to RGB last.
       size: of the result.
       rng: the source of all draws.
-      scale: range of the part's share of the image's area.
-      ratio: range of the part's width over its height, drawn uniformly in the logarithm.
+      options: how the part is drawn.
+      flip: whether the result is mirrored, left for right.
 
     Returns:
       uint8 (H, W, 3).
     """
-    height, width = pair(size)
-    part = image.crop(random_box(image.width, image.height, rng, scale, ratio))
-    return _pixels(resize(part, width, height))
+    part = squash(image.crop(options.draw_box(image.width, image.height, rng)), size)
+    return np.ascontiguousarray(part[:, ::-1]) if flip else part
 
 
 RESIZES: dict[str, Callable[[Image.Image, int | tuple[int, int]], np.ndarray]] = {
@@ -250,7 +304,14 @@ class Preprocessing:
 def random_box(
     width: int, height: int, rng: random.Random, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a random part; if ten draws do not fit, the largest allowed in the centre."""
+    """(left, top, right, bottom) of a random part; if ten draws do not fit, the largest allowed in the centre.
+
+    Args:
+      width, height: of the image.
+      rng: the source of all draws.
+      scale: range of the part's share of the image's area.
+      ratio: range of the part's width over its height, drawn uniformly in the logarithm.
+    """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
