@@ -63,6 +63,7 @@ def get_config() -> ConfigDict:
     config.data.captions = ConfigDict()  # see CaptionOptions in data/transforms/captions.py
     config.data.captions.fields = DREAMLIP_FIELDS
     config.data.captions.splitting = "every_stop"  # of one string; "sentences" knows abbreviations, "whole" splits not
+    config.data.captions.join_fields = False  # True: each field is one text, however many sentences it holds
     config.data.captions.first = config_dict.placeholder(int)  # sentences to draw from; None: all
     config.data.captions.count = 8  # K, captions per image
     config.data.captions.min_merged = 1  # sentences a caption

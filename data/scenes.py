@@ -315,9 +315,10 @@ def write(
     """Writes scenes 0 ... count - 1 of a split as webdataset shards and returns their paths, in order.
 
     Every sample has KEY.jpg; KEY.json with the seven caption fields, the "regions" (see `transforms.regions`) and,
-    under "scene", where it comes from and its objects; KEY.masks.png, RGB, whose channels are the masks "colour", "shape" and "object". The same arguments write
-    the same bytes. A complete folder with the same arguments is left as it is (INFO is written last), an incomplete one
-    is written again. Raises FileExistsError where the folder holds scenes of other arguments.
+    under "scene", where it comes from and its objects; KEY.masks.png, RGB, whose channels are the masks "colour",
+    "shape" and "object". The same arguments write the same bytes. A complete folder with the same arguments is left as
+    it is (INFO is written last), an incomplete one is written again. Raises FileExistsError where the folder holds
+    scenes of other arguments.
     """
     folder = pathlib.Path(os.path.expanduser(folder))
     info = {"format": FORMAT, "count": count, "seed": seed, "shard_size": shard_size, "size": size, "split": split}

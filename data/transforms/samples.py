@@ -136,8 +136,7 @@ class Flip:
 
     def _sided(self, sample: Sample) -> str | None:
         """The first text that a draw may use and that says left or right, among captions and descriptions."""
-        options = self.captions.options
-        texts = captions.sentences(sample.fields, options.fields, options.splitting)
+        texts = captions.texts(sample.fields, self.captions.options)
         return next(filter(SIDED_WORDS.search, (*texts, *regions.descriptions(sample.fields))), None)
 
 
