@@ -43,6 +43,9 @@ def _dual_encoder(name: str, variant: str, **options) -> ConfigDict:
             decoder=None,
             init_logit_scale=math.log(1 / 0.07),
             init_logit_bias=None,
+            # From a picture to the model's input: "crop" or "squash", mean and deviation of "openai" or "imagenet"; see
+            # Preprocessing in data/transforms/images.py.
+            preprocess=dict(resize="crop", mean_std="openai"),
             dtype="float32",  # of the computation; parameters, normalisation, softmax and losses stay float32
             scan_blocks=False,  # True: one compiled block, for pods and deep models; same checkpoint
             remat="none",  # what the backward pass computes again: "dots" all but dense layers, "full" whole blocks
@@ -86,6 +89,7 @@ def laclip(variant: str = "B/16") -> ConfigDict:
     Raises KeyError as `flair`.
     """
     config = _dual_encoder("laclip", variant)
+    config.preprocess.mean_std = "imagenet"
     config.vision.update(pre_norm=False, patch_bias=True, qk_norm=True, norm_eps=1e-6, init="timm")
     config.text.gelu = "quick"
     return config
@@ -98,6 +102,7 @@ def grain(variant: str = "B/16") -> ConfigDict:
     """
     config = laclip(variant)
     config.name = "grain"
+    config.preprocess.resize = "squash"
     config.decoder = decoder()
     config.project_image = False  # the image query gives the image's features
     return config

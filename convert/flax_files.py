@@ -18,7 +18,8 @@ FORMAT = 1
 # Keys of a `model` section that do not change what given weights compute: starting values, what training alone does,
 # and how a result is computed.
 FREE = {
-    "init_logit_scale", "init_logit_bias", "vision.position_std", "vision.patch_dropout",
+    "init_logit_scale", "init_logit_bias", "vision.position_std", "vision.init", "vision.patch_dropout",
+    "decoder.dropout",
     "dtype", "scan_blocks", "remat", "attention", "micro_batches",
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from flair_jax.data.transforms.images import pair
+from flair_jax.data.transforms.images import Preprocessing, pair
 from flair_jax.models.dual_encoder import DualEncoder
 from flair_jax.models.layers import ComputeOptions
 
@@ -25,6 +25,7 @@ def create(model: Mapping[str, Any]) -> DualEncoder:
 
     Raises:
       TypeError: a key is unknown or missing.
+      ValueError: there is no such preprocessing.
     """
     options = dict(model)
     options.pop("name", None)
@@ -38,7 +39,8 @@ def create(model: Mapping[str, Any]) -> DualEncoder:
     if "vision" in parts:
         parts["vision"]["image_size"] = pair(parts["vision"]["image_size"])  # JSON gives back a list
     frozen = absent | {f"{key}_options": FrozenDict(value) for key, value in parts.items()}  # a model can be hashed
-    return DualEncoder(**options, **frozen, compute=compute)
+    preprocessing = Preprocessing(**(options.pop("preprocess", None) or {}))
+    return DualEncoder(**options, **frozen, compute=compute, preprocessing=preprocessing)
 
 
 def cast_matrices(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from flair_jax import cpu
 from flair_jax.data.transforms.base import CAPTIONS
-from flair_jax.data.transforms.images import pair
+from flair_jax.data.transforms.images import Preprocessing, pair
 from flair_jax.models import layers
 from flair_jax.models.decoder import Decoded, QueryDecoder
 from flair_jax.models.pooling import TextConditionedPooling
@@ -134,6 +134,7 @@ class DualEncoder(nn.Module):
       init_logit_bias: starting value of the bias; None: the model has none.
       compute: how it computes, see `layers.ComputeOptions`.
       micro_batches: parts in which a training step encodes its batch, see `accumulation.in_micro_batches`.
+      preprocessing: the way from pictures to `images`, for those who call the model.
     """
 
     embed_dim: int | None
@@ -146,6 +147,7 @@ class DualEncoder(nn.Module):
     init_logit_bias: float | None = None
     compute: layers.ComputeOptions = layers.ComputeOptions()
     micro_batches: int = 1
+    preprocessing: Preprocessing = Preprocessing()
 
     def setup(self):
         if self.vision_options is not None:
