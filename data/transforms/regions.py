@@ -139,8 +139,8 @@ class Regions:
     `texts/descriptions`, int32 (M, T), and `valid/descriptions`, bool (M,): whether there is such a description.
     `regions/boxes`, float32 (M, 4), centre x, centre y, width and height in 0 to 1 of the image that the model sees,
     and `regions/valid`, bool (M,): whether there is a box with an area. `regions/description_ids`, int32 (M,): the same
-    number for descriptions that read the same, in any case. Row m of all of them is one region. Where an image has fewer
-    than M the rows that are left are zeros and empty texts, and not valid.
+    number for descriptions that read the same, in any case. Row m of all of them is one region. Where an image has
+    fewer than M the rows that are left are zeros and empty texts, and not valid.
 
     Attributes:
       count: M.
@@ -179,14 +179,22 @@ class Regions:
         texts = [region.description for region in found] + [""] * (self.count - len(found))
         described = np.array(list(map(bool, texts)))
         ids = np.array([zlib.crc32(text.lower().encode()) for text in texts], np.uint32).view(np.int32)
-        corners = np.zeros((self.count, 4))
-        for row, region in zip(corners, found, strict=False):
-            row[:] = (0, 0, 0, 0) if region.box is None else region.box
-        low, high = corners[:, :2], corners[:, 2:]
-        there = (low < high).all(axis=1)
-        boxes = np.concatenate([(low + high) / 2, high - low], axis=1) * there[:, None]  # centre and size
-        arrays = self.tokenize(texts), described, boxes.astype(np.float32), there, ids
-        return dict(zip(self.names, arrays, strict=True))
+        found = self.tokenize(texts), described, *arrays(found, self.count), ids
+        return dict(zip(self.names, found, strict=True))
+
+
+def arrays(regions: Sequence[Region], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes as models predict them, float32 (count, 4), and which of them have an area, bool (count,).
+
+    A row is (centre x, centre y, width, height); zeros where there is no box, or none with an area.
+    """
+    corners = np.zeros((count, 4))
+    for row, region in zip(corners, regions, strict=False):
+        row[:] = (0, 0, 0, 0) if region.box is None else region.box
+    low, high = corners[:, :2], corners[:, 2:]
+    there = (low < high).all(axis=1)
+    boxes = np.concatenate([(low + high) / 2, high - low], axis=1) * there[:, None]
+    return boxes.astype(np.float32), there
 
 
 def best(regions: Sequence[Region], count: int) -> list[Region]:
