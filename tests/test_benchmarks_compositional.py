@@ -402,6 +402,53 @@ def test_relations_that_do_not_count():
     assert len(aro.EXCLUDED) == 157 and {"adjusting", "attached to", "by"} <= aro.EXCLUDED
 
 
+SINGLE = "cola/data/COLA_singleobjects_benchmark_{}.json"
+LABELS = ["square white plate", "red cup"]
+
+
+@pytest.mark.parametrize("part", ["GQA", "CLEVR", "PACO"])
+def test_single_objects_of_cola(part, tmp_path):
+    [benchmark] = table.select([f"cola_single_{part.lower()}"])
+    with pytest.raises(MissingError):
+        benchmark.read(tmp_path)
+    images = {"GQA": "vg/VG_100K/1.jpg", "CLEVR": "clevr/images/val/1.jpg", "PACO": "coco/train2017/1.jpg"}
+    (tmp_path / images[part]).parent.mkdir(parents=True)
+    (tmp_path / images[part]).write_bytes(b"")
+    objects = [] if part == "PACO" else [{"plate": ["white"]}]
+    rows = [["/home/x/1.jpg", *objects, [1, 0], [1, 1]], ["2.jpg", *objects, [0, 1], [1, 0]]]
+    content = {"labels": LABELS, "data": rows}
+    for form in (content, list(content.values())):
+        write(tmp_path, SINGLE.format(part), form)
+        data = benchmark.read(tmp_path)
+        assert data.pictures[0].path == str(tmp_path / images[part]) and data.pictures[1].path.endswith("/2.jpg")
+        assert data.labels.tolist() == [[True, False], [False, True]]
+        assert data.counted.tolist() == [[True, True], [True, False]]
+        assert data.classes == [(label,) for label in LABELS] and data.templates == ("{c}",)
+        assert (
+            data.counts() == {"images": 2, "classes": 2}
+            and benchmark.files[0].count(tmp_path / SINGLE.format(part)) == 2
+        )
+    kept = data.keep(np.array([False, True]))
+    assert kept.labels.tolist() == [[False, True]] and kept.counted.tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([["1.jpg", {}, [1], [1, 0]]], r"'data'\[0\]: \[1\]; expected 0 or 1 for each of 2 classes"),
+        ([["1.jpg", {}, [1, 2], [1, 0]]], r"\[1, 2\]; expected 0 or 1"),
+        ([["1.jpg", [1, 0]]], "has 2 entries"),
+        ([["1.jpg", [1, 0], [1, 0]], ["a/1.jpg", [1, 0], [1, 0]]], "2 images, of which 1 differ"),
+        ([["..", [1, 0], [1, 0]]], "expected a path inside"),
+        ([], "0 images"),
+    ],
+)
+def test_broken_files_of_single_objects_are_named(rows, message, tmp_path):
+    write(tmp_path, SINGLE.format("GQA"), {"labels": LABELS, "data": rows})
+    with pytest.raises(AnnotationError, match=message):
+        read(tmp_path, "cola_single_gqa")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Averages: the published scores of the parts give the published score of the whole
 
