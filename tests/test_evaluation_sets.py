@@ -165,11 +165,14 @@ def test_fine_tuning_asks_sugarcrepe_after_each_epoch_once_it_knows_where_it_is(
     evaluate.check(on)
     assert [step for step in range(1, 1954) if evaluate.due(on, step) == ["sugarcrepe"]] == [391, 782, 1173, 1564]
     asked = []
-    monkeypatch.setitem(
-        evaluate.KINDS, "benchmarks", (lambda model, name, **options: asked.append(options) or [], None)
-    )
+
+    def benchmarks(model, name, *, root, sets):
+        asked.append((name, root, sets))
+        return iter(())
+
+    monkeypatch.setitem(evaluate.KINDS, "benchmarks", (benchmarks, None))
     assert evaluate.run(on, None, None, names=["sugarcrepe"]) == []
-    assert asked == [{"sets": ("sugarcrepe",), "root": str(tmp_path)}]
+    assert asked == [("sugarcrepe", str(tmp_path), ("sugarcrepe",))]
 
 
 def test_options_of_public_sets_are_checked():
