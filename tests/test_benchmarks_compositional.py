@@ -386,6 +386,22 @@ def test_broken_files_are_named(name, path, content, message, tmp_path):
     assert pathlib.Path(path).name in str(error.value)
 
 
+def test_the_tenth_of_eqben_that_its_release_has_beside_the_whole(tmp_path):
+    names = [f"eqbensd/{number}.png" for number in (0, 1)]
+    row = {"image0": names[0], "image1": names[1], "caption0": "a", "caption1": "b"}
+    write(tmp_path, "eqben/eqben_subset_10percent_final.json", [row])
+    (tmp_path / "eqben/image_subset/eqbensd").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "eqben/image_subset" / name).write_bytes(b"")
+    data = read(tmp_path, "eqben")
+    assert [picture.path for picture in data.pictures] == [
+        str(tmp_path / "eqben/image_subset" / name) for name in names
+    ]
+    assert data.counts()["items"] < table.ALL["eqben"].expected()["items"]  # which marks its numbers in the report
+    write(tmp_path, "eqben/private_info_global.json", [{**row, "caption0": "of the whole"}])
+    assert read(tmp_path, "eqben").texts == ["of the whole", "b"]
+
+
 def test_items_without_all_their_images_are_left_out(tmp_path):
     MINIATURES["whatsup"](tmp_path)
     data = read(tmp_path, "whatsup")

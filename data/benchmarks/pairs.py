@@ -173,7 +173,8 @@ def _count_cola_single(path: pathlib.Path) -> int:
 # EqBen
 
 EQBEN = "eqben/private_info_global.json|eqben/ann/private_info_global.json|eqben/annotation.json"
-EQBEN_IMAGES = ("eqben/images", "eqben/image", "eqben")
+EQBEN += "|eqben/eqben_subset_10percent_final.json"  # a tenth of it, with images of its own
+EQBEN_IMAGES = ("eqben/images", "eqben/image", "eqben/image_subset", "eqben")
 # Folder of a subset's images -> group and size.
 EQBEN_PARTS = {
     "eqbenyoucook2": ("eqbenyoucook2", 45_849),
@@ -296,7 +297,7 @@ BENCHMARKS = (
         name="eqben",
         task="choice",
         title="EqBen",
-        files=(File(EQBEN), File("|".join(EQBEN_IMAGES[:2]))),
+        files=(File(EQBEN), File("|".join(EQBEN_IMAGES[:-1]))),
         read=read_eqben,
         items=sum(size for _, size in EQBEN_PARTS.values()),
         licence="see the source; images: of their own sources",
