@@ -215,7 +215,7 @@ def _stages_here(settings: Settings, pixels: str) -> dict[str, float]:
     numbers = random.Random(0).choices(range(len(source)), k=STAGE_SAMPLES)
     tokenize = tokenizer.Tokenizer(CONTEXT_LENGTH)
     options = captions.CaptionOptions(count=settings.captions)
-    crop = dataclasses.astuple(images.AugmentationOptions())
+    crop = images.AugmentationOptions()
     rng = random.Random(0)
     tokenize("the first text waits for the vocabulary")
     seconds, tokens = collections.Counter(), []  # CPU time of this thread by stage
@@ -235,11 +235,11 @@ def _stages_here(settings: Settings, pixels: str) -> dict[str, float]:
             with clock("decode"):
                 picture = images.to_rgb(images.decode(record.image))
             with clock("resize"):
-                images.random_resized_crop(picture, settings.image_size, rng, *crop)
+                images.random_resized_crop(picture, settings.image_size, rng, crop)
         else:
             part = {"fast": fast_images.random_resized_crop, "device": fast_images.canvas}[pixels]
             with clock("decode_and_resize"):
-                part(record.image, settings.image_size, rng, *crop)
+                part(record.image, settings.image_size, rng, crop)
         with clock("tokenise"):
             tokens.append(tokenize(drawn))
     rows = packing.measure_rows(tokens, batch_size=settings.batch_size, row_length=ROW_LENGTH)

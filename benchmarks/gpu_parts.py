@@ -31,7 +31,6 @@ from benchmarks import inputs, kernels
 from flair_jax import compilation, flops, models, optimizer, sharding, state, step
 from flair_jax.convert import names
 from flair_jax.data.transforms import packing
-from flair_jax.data.transforms.images import normalize
 from flair_jax.evaluators import Retrieval, RetrievalSet
 from flair_jax.evaluators.features import Encoder
 from flair_jax.models import layers
@@ -475,7 +474,11 @@ def _encode(run: Run, attention: str) -> None:
     text = section["text"]
     tokens = inputs.captions(rng, sizes["texts"], text["context_length"], text["vocab_size"])
     owner = np.arange(sizes["texts"]) * sizes["images"] // sizes["texts"]
-    options = {"preprocess": normalize, "image_batch": sizes["image_batch"], "text_batch": sizes["text_batch"]}
+    options = {
+        "preprocess": model.preprocessing,
+        "image_batch": sizes["image_batch"],
+        "text_batch": sizes["text_batch"],
+    }
     encoder = Encoder(model, **options)
     retrieval = Retrieval(model, RetrievalSet("made_up", images, tokens, owner), modes=("flair",), **options)
     params = encoder.place(jax.jit(lambda: state.init_params(model, 0))())

@@ -35,9 +35,11 @@ from flair_jax.data.transforms.base import Transform
 from flair_jax.data.transforms.captions import CaptionOptions
 from flair_jax.data.transforms.images import AugmentationOptions
 from flair_jax.data.transforms.negatives import PARSED, Negatives
+from flair_jax.data.transforms.regions import Regions
 from flair_jax.data.transforms.samples import (
     Captions,
     Crop,
+    Flip,
     LoadTraining,
     Pixels,
     Skipped,
@@ -425,6 +427,14 @@ class NegativeOptions:
     annotations: str | None = None  # folder of the files that `data.prepare annotate` wrote; None: beside the shards
 
 
+@dataclasses.dataclass(frozen=True)
+class RegionOptions:
+    """Described boxes of each image; see `transforms.regions`."""
+
+    count: int | None = None  # M, regions an image, the best by score; None: none
+    min_area: float = 0.5  # share of its area that a crop must leave of a box; below it box and description are dropped
+
+
 def make_stream(
     shards: Shards,
     *,
@@ -434,6 +444,7 @@ def make_stream(
     seed: int,
     captions: Mapping[str, Any] | None = None,
     negatives: Mapping[str, Any] | None = None,
+    regions: Mapping[str, Any] | None = None,
     augmentation: Mapping[str, Any] | None = None,
     pixels: Pixels = "reference",
     upright: bool = False,
@@ -462,6 +473,7 @@ def make_stream(
       seed: of the order, the crops and the captions.
       captions: fields of CaptionOptions that differ from their defaults.
       negatives: fields of NegativeOptions that differ from their defaults.
+      regions: fields of RegionOptions that differ from their defaults.
       augmentation: fields of AugmentationOptions that differ from their defaults.
       pixels: how images are made, see `samples.Crop`.
       upright: whether photographs are turned as their EXIF orientation says; the published data sets are trained as
@@ -489,7 +501,7 @@ def make_stream(
       ValueError: batch_size is no multiple of the processes and their devices, packed rows are too short for a
         caption, or an option has no meaning.
       iterator_state.PositionError: `position` belongs to other data or settings.
-      TypeError: an unknown option of captions, negatives, augmentation or packing.
+      TypeError: an unknown option of captions, negatives, regions, augmentation or packing.
     """
     if batch_size < 1 or batch_size % (process_count * device_count):
         raise ValueError(
@@ -505,11 +517,14 @@ def make_stream(
         sizes = [len(part) for part in parts]
     caption_options = CaptionOptions(**(captions or {}))
     draw_captions = Captions(caption_options, tokenizer.Tokenizer(context_length))
+    augment = AugmentationOptions(**(augmentation or {}))
+    crop = Crop(image_size, augment, pixels, upright, Flip(augment, draw_captions) if augment.flip else None)
     own = (
         draw_captions,
         *_negatives(NegativeOptions(**(negatives or {})), draw_captions, source.shards),
+        *_regions(RegionOptions(**(regions or {})), crop, draw_captions.tokenize),
         *transforms,
-        Crop(image_size, AugmentationOptions(**(augmentation or {})), pixels, upright),  # last: it costs the most
+        crop,  # last: it costs the most
     )
     load = LoadTraining(source, own, seed)
     identity = {
@@ -561,6 +576,11 @@ def _negatives(options: NegativeOptions, captions: Captions, shards: Sequence[st
             shards, options.annotations, fields=captions.options.fields, splitting=captions.options.splitting
         )
     return (Negatives(tuple(options.kinds), captions, found),)
+
+
+def _regions(options: RegionOptions, crop: Crop, tokenize: tokenizer.Tokenizer) -> tuple[Transform, ...]:
+    """The transform that gives regions as the crop shows them; none without a count."""
+    return () if options.count is None else (Regions(options.count, crop.view, tokenize, options.min_area),)
 
 
 def _measured_packer(

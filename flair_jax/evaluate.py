@@ -21,7 +21,6 @@ from flair_jax.data.benchmarks import base, table
 from flair_jax.data.benchmarks import shards as shard_sets
 from flair_jax.data.sources.open import expand
 from flair_jax.data.transforms import captions
-from flair_jax.data.transforms.images import normalize
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators import Pointing, PointingSet, Retrieval, RetrievalSet, Segmentation, SegmentationSet, features
 from flair_jax.evaluators.segmentation import IGNORE
@@ -50,16 +49,16 @@ def scenes_evaluators(model: nn.Module, name: str, *, count: int, seed: int, siz
         tokens = tokenize([text for texts in prompts for text in texts])
         labels = np.where(masks == 0, IGNORE, masks - 1).astype(np.uint8)
         data = SegmentationSet(f"{name}_{kind}", names, unseen.images, labels, tokens, owners)
-        return Segmentation(model, data, preprocess=normalize)
+        return Segmentation(model, data, preprocess=model.preprocessing)
 
     whole = RetrievalSet(name, unseen.images, tokenize(unseen.descriptions), np.arange(count))
-    yield Retrieval(model, whole, preprocess=normalize, **options)
+    yield Retrieval(model, whole, preprocess=model.preprocessing, **options)
     parts = RetrievalSet(f"{name}_parts", unseen.images, tokenize(unseen.parts), unseen.part_images)
-    yield Retrieval(model, parts, preprocess=normalize, **options)
+    yield Retrieval(model, parts, preprocess=model.preprocessing, **options)
     objects = np.bincount(unseen.phrase_images, minlength=count)[unseen.phrase_images]
     phrases = PointingSet(name, unseen.images, tokenize(unseen.phrases), unseen.phrase_images, unseen.boxes, objects)
     if model.has_pooling:
-        yield Pointing(model, phrases, preprocess=normalize)
+        yield Pointing(model, phrases, preprocess=model.preprocessing)
     yield segmentation("colour", unseen.colour_masks, unseen.colour_names, unseen.colour_prompts)
     yield segmentation("shape", unseen.shape_masks, unseen.shape_names, unseen.shape_prompts)
 
@@ -365,7 +364,7 @@ def draw_attention_sheets(config: Mapping[str, Any], model: nn.Module, params: A
 def attention_sheet(model: nn.Module, params: Any, images, texts, boxes):
     """The picture of `Examples`, see `attention_maps.sheet`."""
     tokens = Tokenizer(model.context_length)([text for row in texts for text in row])
-    heat = attention_maps.heat_maps(model, params, np.stack(images), tokens, preprocess=normalize)
+    heat = attention_maps.heat_maps(model, params, np.stack(images), tokens, preprocess=model.preprocessing)
     ends = np.cumsum([len(row) for row in texts])
     own = [slice(end - len(row), end) for row, end in zip(texts, ends, strict=True)]
     heats = [heat.maps[image, texts_of] for image, texts_of in enumerate(own)]

@@ -28,7 +28,6 @@ from flair_jax.evaluators import (
     SegmentationSet,
 )
 from flair_jax.evaluators.features import BrokenImages
-from flair_jax.evaluators.pointing import boxes_after_crop
 from flair_jax.report import Missing
 
 
@@ -61,16 +60,16 @@ class Pixels(Sequence):
     Args:
       pictures: of a set.
       size: height and width.
-      crop: RGB image, size -> pixels; by default the reference's, `images.evaluation_crop`.
+      fit: RGB image, size -> pixels, such as a model's `preprocessing.fit`.
     """
 
     def __init__(
         self,
         pictures: Sequence[base.Picture],
         size: tuple[int, int],
-        crop: Callable[[Any, tuple[int, int]], np.ndarray] = image_rules.evaluation_crop,
+        fit: Callable[[Any, tuple[int, int]], np.ndarray],
     ):
-        self._pictures, self._size, self._crop = pictures, size, crop
+        self._pictures, self._size, self._fit = pictures, size, fit
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -84,11 +83,11 @@ class Pixels(Sequence):
         Raises:
           ImageError: naming the file. OSError: it cannot be read.
         """
-        return self._crop(image_rules.to_rgb(self._pictures[index].decode()), self._size)
+        return self._fit(image_rules.to_rgb(self._pictures[index].decode()), self._size)
 
     @property
     def keys(self) -> list[str]:
-        return [f"{self._crop.__name__} {self._size} {picture.key()}" for picture in self._pictures]
+        return [f"{self._fit.__name__} {self._size} {picture.key()}" for picture in self._pictures]
 
 
 def retrieval(
@@ -106,7 +105,7 @@ def retrieval(
             options[key] = (options[key],)
     ways, modes = options.pop("windows", ("truncate",)), options.pop("modes", None)
     longer = options.pop("context_length", None)
-    pixels = Pixels(data.pictures, model.image_size)
+    pixels = Pixels(data.pictures, model.image_size, model.preprocessing.fit)
 
     def evaluator(context_length, way, label, text_tower=None):
         tokens, rows = text_windows.text_rows(data.texts, context_length, way)
@@ -114,7 +113,7 @@ def retrieval(
         known = modes if modes is None or rows is None else [mode for mode in modes if mode != "topk"]
         texts = RetrievalSet(benchmark.name, pixels, tokens, data.image_of_text, rows, data.texts)
         return Retrieval(
-            model, texts, preprocess=image_rules.normalize, modes=known, label=label, text_tower=text_tower, **options
+            model, texts, preprocess=model.preprocessing, modes=known, label=label, text_tower=text_tower, **options
         )
 
     for way in ways:
@@ -158,9 +157,9 @@ def classification(
     tokens = Tokenizer(model.context_length)([text for own in texts for text in own])
     owner = np.repeat(np.arange(len(classes)), [len(own) for own in texts])
     titles = [names[0] for names in classes]
-    pixels = Pixels(data.pictures, model.image_size)
+    pixels = Pixels(data.pictures, model.image_size, model.preprocessing.fit)
     found = ClassificationSet(benchmark.name, titles, pixels, data.labels, tokens, owner, data.counted)
-    yield Classification(model, found, preprocess=image_rules.normalize, **options)
+    yield Classification(model, found, preprocess=model.preprocessing, **options)
 
 
 class SizedPixels(Pixels):
@@ -170,15 +169,15 @@ class SizedPixels(Pixels):
       sizes: int (I, 2), width and height of each image where its boxes were measured.
     """
 
-    def __init__(self, pictures: Sequence[base.Picture], sizes: np.ndarray, size: tuple[int, int]):
-        super().__init__(pictures, size)
+    def __init__(self, pictures: Sequence[base.Picture], sizes: np.ndarray, size: tuple[int, int], fit: Callable):
+        super().__init__(pictures, size, fit)
         self._sizes = sizes
 
     def __getitem__(self, index: int) -> np.ndarray:
         picture = self._pictures[index]
         image = picture.decode()
         base.check_proportions(picture.path, image.size, tuple(int(side) for side in self._sizes[index]))
-        return self._crop(image_rules.to_rgb(image), self._size)
+        return self._fit(image_rules.to_rgb(image), self._size)
 
 
 def choice(model: nn.Module, benchmark: base.Benchmark, data: base.Choice, options: Mapping[str, Any]) -> Iterator[Any]:
@@ -189,12 +188,12 @@ def choice(model: nn.Module, benchmark: base.Benchmark, data: base.Choice, optio
     """
     if not data.items:
         raise UnusableSet(benchmark, "no item has all its images")
-    pixels = Pixels(data.pictures, image_rules.pair(model.image_size))
+    pixels = Pixels(data.pictures, model.image_size, model.preprocessing.fit)
     tokens = Tokenizer(model.context_length)(data.texts)
     yield Choice(
         model,
         ChoiceSet(benchmark.name, pixels, tokens, data.items, data.texts),
-        preprocess=image_rules.normalize,
+        preprocess=model.preprocessing,
         **options,
     )
 
@@ -202,14 +201,14 @@ def choice(model: nn.Module, benchmark: base.Benchmark, data: base.Choice, optio
 def pointing(
     model: nn.Module, benchmark: base.Benchmark, data: base.Pointing, options: Mapping[str, Any]
 ) -> Iterator[Any]:
-    """Where phrases point. Those of which the evaluation's crop leaves nothing to hit are left out, and counted.
+    """Where phrases point. Those of which the model's crop leaves nothing to hit are left out, and counted.
 
     Raises:
       UnusableSet: no phrase is left.
     """
     size = image_rules.pair(model.image_size)
     boxes = [
-        boxes_after_crop(own, data.sizes[image], size)
+        model.preprocessing.fit_boxes(own, data.sizes[image], size)
         for own, image in zip(data.boxes, data.image_of_text, strict=True)
     ]
     seen = np.array([len(own) > 0 for own in boxes])
@@ -224,7 +223,7 @@ def pointing(
         model,
         PointingSet(
             benchmark.name,
-            SizedPixels(data.pictures, data.sizes, size),
+            SizedPixels(data.pictures, data.sizes, size, model.preprocessing.fit),
             Tokenizer(model.context_length)(texts),
             owners,
             boxes,
@@ -232,7 +231,7 @@ def pointing(
             texts,
             int((~seen).sum()),
         ),
-        preprocess=image_rules.normalize,
+        preprocess=model.preprocessing,
         **options,
     )
 
@@ -280,7 +279,7 @@ def segmentation(
             sizes=_sizes(data.pictures),
             background=data.background,
         ),
-        preprocess=image_rules.normalize,
+        preprocess=model.preprocessing,
         **options,
     )
 

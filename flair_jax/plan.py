@@ -25,6 +25,7 @@ from jax.experimental import topologies
 
 from flair_jax import compilation, flops, models, optimizer, sharding, state
 from flair_jax import config as configuration
+from flair_jax.data.transforms.base import BOXES, BOXES_VALID, CAPTIONS, DESCRIPTIONS
 from flair_jax.data.transforms.images import pair
 from flair_jax.step import step_of, text_slots
 
@@ -47,8 +48,8 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
       mean_tokens: of a caption, for the number of packed rows.
     """
     model, images = config["model"], config["batch_size"]
-    negatives = negatives_of(config)
-    count = config["data"]["captions"]["count"] + negatives  # texts an image
+    slots = dict(text_slots(config["data"])) or {CAPTIONS: config["data"]["captions"]["count"]}
+    count = sum(slots.values())  # texts an image
     split, devices = sharding.batch_sharding(mesh), mesh.size
     if images % devices:
         raise ValueError(f"{devices} devices do not divide config.batch_size {images}")
@@ -65,8 +66,11 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
     height, width = pair(model["vision"]["image_size"])
     pixels = jax.ShapeDtypeStruct((images, height, width, 3), np.uint8, sharding=split)
     batch = {"images": pixels, "texts": {**text, "ends": ints(texts)}}
-    if negatives:
+    if slots.keys() != {CAPTIONS}:
         batch["valid"] = jax.ShapeDtypeStruct((images, count), np.bool_, sharding=split)
+    if regions := slots.get(DESCRIPTIONS):
+        batch[BOXES] = jax.ShapeDtypeStruct((images, regions, 4), np.float32, sharding=split)
+        batch[BOXES_VALID] = jax.ShapeDtypeStruct((images, regions), np.bool_, sharding=split)
     return batch
 
 

@@ -16,7 +16,6 @@ from flair_jax import checkpoint, lora, models, state
 from flair_jax.config import normalize
 from flair_jax.convert import flax_files, hugging_face, lora_files, released
 from flair_jax.convert.tables import flatten
-from flair_jax.data.transforms import images as image_rules
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators.features import Encoder
 from flair_jax.models.dual_encoder import ImageFeatures, TextFeatures
@@ -185,14 +184,15 @@ class Pretrained:
     def __init__(self, config: Mapping[str, Any], params: Any):
         self.config = normalize(config)
         self.model = models.create(self.config)
-        self._encoder = Encoder(self.model, pixels_or_floats, image_batch=IMAGE_BATCH, text_batch=TEXT_BATCH)
+        self._encoder = Encoder(self.model, self.model.preprocessing, image_batch=IMAGE_BATCH, text_batch=TEXT_BATCH)
         self.params = self._encoder.place(params)
 
     def preprocess(self, images: Sequence[Image.Image] | Image.Image) -> np.ndarray:
         """Images of any size and mode -> (B, H, W, 3) float32, as the reference evaluates them.
 
-        Each is resized to just cover the model's image size, cropped in the centre, made RGB and normalised with CLIP's
-        mean and deviation. Its EXIF orientation is ignored, as the reference ignores it: turn a photograph upright
+        Each is brought to the model's image size as its `config.model.preprocess` says, made RGB and normalised: with
+        "crop" and "openai" it is resized to just cover that size, cropped in the centre and normalised with CLIP's mean
+        and deviation. Its EXIF orientation is ignored, as the reference ignores it: turn a photograph upright
         beforehand (`PIL.ImageOps.exif_transpose`) where the model was trained on upright ones (`data.upright`).
 
         Raises:
@@ -202,8 +202,8 @@ class Pretrained:
         for number, image in enumerate(images):
             if not isinstance(image, Image.Image):
                 raise TypeError(f"images[{number}] is a {type(image).__name__}; expected PIL images (PIL.Image.open)")
-        pixels = [image_rules.evaluation_crop(image, self.model.image_size) for image in images]
-        return image_rules.normalize(np.reshape(pixels, (-1, *self.model.image_size, 3)).astype(np.uint8))
+        pixels = [self.model.preprocessing.fit(image, self.model.image_size) for image in images]
+        return self.model.preprocessing(np.reshape(pixels, (-1, *self.model.image_size, 3)).astype(np.uint8))
 
     def tokenize(self, texts: Sequence[str] | str) -> np.ndarray:
         """Texts -> (N, T) int32; what does not fit the context is cut off."""
@@ -300,8 +300,3 @@ class Pretrained:
         if texts.size and not 0 <= texts.min() <= texts.max() < size:
             raise ValueError(f"token ids run from {texts.min()} to {texts.max()}; expected 0 to {size - 1}")
         return texts.astype(np.int32)
-
-
-def pixels_or_floats(images: jax.Array) -> jax.Array:
-    """uint8 pixels normalised as in training; floats as they are."""
-    return image_rules.normalize(images) if images.dtype == jnp.uint8 else images

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flair_jax.data.transforms.images import Preprocessing
 from flair_jax.models.dual_encoder import ImageFeatures, TextFeatures
 
 
@@ -14,6 +15,7 @@ class ColourModel(nn.Module):
     patch: int
     context_length = 77
     has_pooling = True
+    preprocessing: Preprocessing = Preprocessing()
 
     def encode_image(self, images):
         batch, height, width, channels = images.shape

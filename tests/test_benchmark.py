@@ -180,9 +180,9 @@ def test_the_reference_loader_has_the_pixels_of_ours(mode, monkeypatch):
     left, top, right, bottom = images.random_box(*image.size, random.Random(5), (0.2, 0.6), (3 / 4, 4 / 3))
     box = (left, top, right - left, bottom - top)
     monkeypatch.setattr(reference_loader, "_random_box", lambda width, height: box)
-    ours = images.random_resized_crop(image, 48, random.Random(5), (0.2, 0.6))
+    ours = images.random_resized_crop(image, 48, random.Random(5), images.AugmentationOptions((0.2, 0.6)))
     theirs = reference_loader.transform(48)(image).permute(1, 2, 0)
-    np.testing.assert_array_equal(theirs, images.normalize(ours))
+    np.testing.assert_array_equal(theirs, images.Preprocessing()(ours))
 
 
 def test_the_reference_loaders_boxes_are_in_the_picture_and_of_the_right_size():

@@ -14,6 +14,7 @@ from PIL import Image
 from flair_jax import evaluation_sets, evaluation_tasks, sharding
 from flair_jax.data.benchmarks import base, classification, prompts, table
 from flair_jax.data.benchmarks.base import AnnotationError, MissingError
+from flair_jax.data.transforms.images import MEAN_STD, Preprocessing, squash
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.models.dual_encoder import TextFeatures
 
@@ -607,6 +608,21 @@ def test_prompts_follow_the_options(own, tmp_path):
     expect(tokens_of(own, names=str(tmp_path / "n.json"), templates=("{c}",))[1], ["b"], ["r"])
     with pytest.raises(ValueError, match="set: 1 names for 2 classes"):
         tokens_of(own, names=("navy",))
+
+
+def test_pictures_are_preprocessed_as_the_model_says(own):
+    """Pixels, what is done to them inside jit, and the keys under which their features are kept."""
+    model, entry, data = own
+    other = model.clone(preprocessing=Preprocessing("squash", "imagenet"))
+    ours, theirs = (evaluation_tasks.TASKS["classification"](one, entry, data, {}) for one in (model, other))
+    (ours,), (theirs,) = list(ours), list(theirs)
+    image = data.pictures[0].decode()
+    np.testing.assert_array_equal(theirs._data.images[0], squash(image, model.image_size))
+    assert not set(ours._data.images.keys) & set(theirs._data.images.keys)
+    white = np.full((8, *model.image_size, 3), 255, np.uint8)
+    found = [np.asarray(next(evaluator._encoder.images({}, white))[1].pooled[0]) for evaluator in (ours, theirs)]
+    np.testing.assert_allclose(found[0], (1 - MEAN_STD["openai"][0]) / MEAN_STD["openai"][1], rtol=1e-5)
+    np.testing.assert_allclose(found[1], (1 - MEAN_STD["imagenet"][0]) / MEAN_STD["imagenet"][1], rtol=1e-5)
 
 
 def test_a_set_is_evaluated_from_its_files(tmp_path, own):

@@ -12,6 +12,7 @@ from test_faults import document, picture
 from flair_jax import config as configuration
 from flair_jax import evaluate, evaluation_tasks, report
 from flair_jax.data.benchmarks import shards
+from flair_jax.data.transforms.images import Preprocessing
 from flair_jax.report import Result
 
 RESULTS = [
@@ -129,7 +130,7 @@ def test_captions_are_where_the_training_data_has_them():
 
 
 class Sizes:
-    image_size, context_length = (32, 48), 16
+    image_size, context_length, preprocessing = (32, 48), 16, Preprocessing()
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_shards_with_captions_under_another_key(pixelprose, monkeypatch, caplog)
     assert benchmark.name == "val" and options == {"topk": 7}
     assert data.image_of_text.tolist() == [0, 0, 1, 1, 2, 2]
     assert data.texts == ["n 0", "Another", "n 1", "Another", "n 2", "Another"]
-    pixels = evaluation_tasks.Pixels(data.pictures, Sizes.image_size)
+    pixels = evaluation_tasks.Pixels(data.pictures, Sizes.image_size, Sizes.preprocessing.fit)
     assert [pixels[number].shape for number in range(3)] == [(32, 48, 3)] * 3
     assert len(set(pixels.keys)) == 3
     assert evaluate.run(config_of(val={**section, "fields": ("raw_caption",)}), Sizes, None) == []

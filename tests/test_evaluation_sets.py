@@ -11,6 +11,7 @@ from flair_jax import config as configuration
 from flair_jax import evaluate, evaluation_sets, evaluation_tasks
 from flair_jax.configs import fsc_clip_recipe
 from flair_jax.data.benchmarks import base, table
+from flair_jax.data.transforms import images
 from flair_jax.evaluators.features import BrokenImages
 from flair_jax.report import Result
 
@@ -22,7 +23,7 @@ class Loads:
 
     def __init__(self, model, benchmark, data, options):
         self.name, self.data = benchmark.name, data
-        self.pixels = evaluation_tasks.Pixels(data.pictures, (8, 8))
+        self.pixels = evaluation_tasks.Pixels(data.pictures, (8, 8), images.evaluation_crop)
 
     def run(self, params):
         broken = {}
