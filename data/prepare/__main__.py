@@ -10,13 +10,16 @@ import pathlib
 import re
 import sys
 
-from flair_jax.data.prepare import annotate, atomic, inputs, job, releases, report, rows, runner, shards
+from flair_jax.data.prepare import annotate, atomic, boxes, inputs, job, releases, report, rows, runner, shards
 from flair_jax.data.sources.base import ShardError
 from flair_jax.data.sources.open import expand, open_source
 from flair_jax.data.transforms.captions import SPLITTINGS
 
 ANNOTATE = "annotate"
 PARTNERS = {"cc3m": "json", "captioned": "txt"}  # releases whose captions are in the tars, and where
+# Options of a release that name more files of captions or boxes.
+BOX_FILES = {"coco": ("regions",), "grain": ("mllm_captions", "boxes")}
+WHOLE = ("pixelprose", "captioned", "negclip", "grain", "visual_genome", "grit")  # releases whose captions stay whole
 
 
 def main(arguments: list[str]) -> None:
@@ -44,8 +47,8 @@ def main(arguments: list[str]) -> None:
 
 def _job(options: argparse.Namespace) -> job.Job:
     work = options.work or os.path.join(options.output, ".prepare")
-    captions = getattr(options, "captions", None)  # those of PARTNERS have none
-    captions = tuple(expand(captions)) if captions else ()
+    names = ("captions", *BOX_FILES.get(options.release, ()))
+    captions = tuple(file for name in names for file in _files(getattr(options, name, None)))  # PARTNERS have none
     if releases.RELEASES[options.release].images == "folder":
         images = inputs.list_folder(options.images, pathlib.Path(work) / "listing")
     else:
@@ -67,12 +70,22 @@ def _job(options: argparse.Namespace) -> job.Job:
     )
 
 
+def _files(patterns: list[str] | None) -> list[str]:
+    return expand(patterns) if patterns else []
+
+
 def _reader(options: argparse.Namespace) -> dict:
     """Arguments of the release's reader of captions."""
     if options.release == "pixelprose":
         return {"original": options.original_caption}
     if options.release == "negclip":
         return {}
+    if options.release == "grain":
+        return {"mllm": _files(options.mllm_captions), "boxes": _files(options.boxes)}
+    if options.release == "visual_genome":
+        return {"image_data": options.image_data}
+    if options.release == "grit":
+        return {"phrases": options.phrases}
     if options.release == "captioned":
         names = ("partner", "encoding", "caption_key", "text_folder")
         return {name: getattr(options, name) for name in names}
@@ -84,6 +97,7 @@ def _reader(options: argparse.Namespace) -> dict:
     if options.release == "flickr30k":
         names = options.images_list and rows.read_lines(options.images_list, rows.Text(options.encoding))
         reader |= {"part": options.part, "names": names and sorted(name.removesuffix(".jpg") for name in names)}
+        reader |= {"entities": options.entities}
     return reader
 
 
@@ -111,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
             what = "; without it the captions are taken from the tars' json" if own else ""
             add("--captions", nargs="+", required=not own, metavar="FILES", help="caption files" + what)
         add("--encoding", type=encoding, default="utf-8", help="of caption files and txt; json in tars is always UTF-8")
-        if name in ("dreamlip", "pixelprose", "folder", "negclip"):
+        if name in ("dreamlip", "pixelprose", "folder", "negclip", "grain", "grit"):
             add(
                 "--delimiter",
                 type=delimiter,
@@ -140,7 +154,20 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="FILE",
                 help="the images to keep, one a line; needed for .token files",
             )
-        if name not in ("pixelprose", "captioned", "negclip"):  # whose captions stay whole
+            what = "folder of Flickr30k Entities, with Annotations and Sentences, for regions"
+            add("--entities", type=path, metavar="FOLDER", help=what)
+        if name == "coco":
+            what = "instances_*.json or panoptic_*.json, for regions described by their category"
+            add("--regions", nargs="+", default=[], metavar="FILES", help=what)
+        if name == "grain":
+            add("--mllm-captions", nargs="+", default=[], metavar="FILES", help="captions_cc12m_pooled.json")
+            add("--boxes", nargs="+", default=[], metavar="FILES", help="bboxes_cc12m_pooled.json")
+        if name == "visual_genome":
+            add("--image-data", required=True, type=path, metavar="FILE", help="image_data.json, which has the sizes")
+        if name == "grit":
+            what = "which phrases are the descriptions; default: the longer ones"
+            add("--phrases", choices=boxes.PHRASES, default=boxes.PHRASES[0], help=what)
+        if name not in WHOLE:
             add("--splitting", choices=tuple(SPLITTINGS), default="every_stop", help="rule that splits captions")
         add("--output", required=True, type=path, metavar="FOLDER", help="for the shards")
         add("--prefix", type=file_name, help="of the shards' names; default: the release")
