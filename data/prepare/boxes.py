@@ -194,19 +194,22 @@ def members(path: str, progress: Progress, text: Text) -> Iterator[tuple[str, An
         start = re.match(r"\s*\{", buffer)
         if start is None:
             raise InputError(f"{path} is no JSON object {{image: …}}; it begins with {buffer[:40]!r}")
-        at = start.end()
-        if buffer[blank.match(buffer, at).end() :].startswith("}"):
-            return
+        at, empty = start.end(), True
         while mark != "}":
             try:
                 name, value, mark, at = member(buffer, at)
             except (ValueError, RecursionError) as error:
+                after = blank.match(buffer, at).end()
+                if empty and buffer[after : after + 1] == "}":
+                    at = after + 1
+                    break
                 block = file.read(CHUNK)
                 if not block or len(buffer) - at > MAX_CELL:
                     raise InputError(f"{path} is not JSON: {error}, near {buffer[at : at + 80]!r}") from error
                 buffer, at = buffer[at:] + block, 0
                 progress(file.buffer.tell())
                 continue
+            empty = False
             yield name, value
         if rest := (buffer[at:] + file.read(CHUNK)).strip():
             raise InputError(f"{path} is not JSON: {rest[:80]!r} after its end")
