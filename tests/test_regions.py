@@ -45,8 +45,8 @@ SQUASH = AugmentationOptions(squash=True)
 
 def transform(count=3, options=SQUASH, pixels="reference", upright=False, **more):
     captions = Captions(CaptionOptions(fields=("caption",), count=1, max_merged=1), TOKENIZE)
-    crop = Crop(SIZE, options, pixels, upright, Flip(options, captions) if options.flip else None)
-    return Regions(count, crop.view, TOKENIZE, **more), crop
+    crop = Crop(SIZE, options, pixels, upright, Flip(options, captions, regions.of_record) if options.flip else None)
+    return Regions(count, regions.of_record, crop.view, TOKENIZE, **more), crop
 
 
 def of(found, *names):

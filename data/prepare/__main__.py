@@ -1,21 +1,24 @@
 """Command line: `python -m flair_jax.data.prepare RELEASE …`; data/README.md has the commands of every release.
 
-`python -m flair_jax.data.prepare annotate …` annotates the captions of finished shards for hard negatives.
+`python -m flair_jax.data.prepare annotate …` annotates the captions of finished shards for hard negatives, and
+`python -m flair_jax.data.prepare annotate regions …` finds described boxes in their pictures.
 """
 
 import argparse
 import codecs
+import dataclasses
 import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 
-from flair_jax.data.prepare import annotate, atomic, boxes, inputs, job, releases, report, rows, runner, shards
+from flair_jax.data.prepare import annotate, atomic, boxes, detect, inputs, job, releases, report, rows, runner, shards
 from flair_jax.data.sources.base import ShardError
 from flair_jax.data.sources.open import expand, open_source
 from flair_jax.data.transforms.captions import SPLITTINGS
 
-ANNOTATE = "annotate"
+ANNOTATE, ANNOTATE_REGIONS = "annotate", "annotate regions"
 PARTNERS = {"cc3m": "json", "captioned": "txt"}  # releases whose captions are in the tars, and where
 # Options of a release that name more files of captions or boxes.
 BOX_FILES = {"coco": ("regions",), "grain": ("mllm_captions", "boxes")}
@@ -27,22 +30,30 @@ def main(arguments: list[str]) -> None:
     if "--" in arguments:
         separator = arguments.index("--")
         own, flags = arguments[:separator], arguments[separator + 1 :]
+    if own[:2] == ANNOTATE_REGIONS.split():
+        own = [ANNOTATE_REGIONS, *own[2:]]
     options = _parser().parse_args(own)
     if options.runner != runner.LOCAL and options.workers is not None:
         raise atomic.PrepareError("--workers is for the local runner; configure others by Beam's own flags after `--`")
     if options.runner == runner.LOCAL and flags:
         raise atomic.PrepareError(f"flags for Beam ({' '.join(flags)}) need a --runner that they are for")
-    workers = options.workers or os.cpu_count() or 1
+    cores = 1 if options.release == ANNOTATE_REGIONS else os.cpu_count()  # PyTorch uses all of them by itself
+    workers = options.workers or cores or 1
     run = runner.Options(options.runner, workers, flags)
-    if options.release == ANNOTATE:
-        found = open_source(expand(options.shards), options.index_dir).shards  # the files of a TFDS data set, too
-        how = options.fields, options.splitting, options.wordnet, options.index_dir
-        work = annotate.Annotate(tuple(dict.fromkeys(found)), options.output, *how)
-        print(annotate.summary(annotate.annotate(work, run), work))
+    if options.release in (ANNOTATE, ANNOTATE_REGIONS):
+        work = _annotation(options)
+        print(work.summary(annotate.annotate(work, run)))
         return
     info = job.prepare(_job(options), run)
     print(report.table(info))
     print(f"\ntrain with --config.data.shards='{os.path.join(os.path.abspath(options.output), info['pattern'])}'")
+
+
+def _annotation(options: argparse.Namespace) -> annotate.Annotate | detect.Detect:
+    found = open_source(expand(options.shards), options.index_dir).shards  # the files of a TFDS data set, too
+    kind = annotate.Annotate if options.release == ANNOTATE else detect.Detect
+    names = {field.name for field in dataclasses.fields(kind)} - {"shards"}
+    return kind(tuple(dict.fromkeys(found)), **{name: getattr(options, name) for name in names})
 
 
 def _job(options: argparse.Namespace) -> job.Job:
@@ -199,7 +210,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_runner(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workers", type=positive_number, help="processes of the local runner; default: one a core")
+    command.add_argument(
+        "--workers", type=positive_number, help="processes of the local runner; default: one a core, for regions one"
+    )
     command.add_argument("--runner", default=runner.LOCAL, help="a runner of Apache Beam; its flags follow after `--`")
 
 
@@ -207,15 +220,33 @@ def _add_annotate(commands) -> None:
     what = (
         "parse the captions of shards, for hard negatives; needs spaCy and WordNet: pip install 'flair_jax[negatives]'"
     )
-    command = commands.add_parser(ANNOTATE, help=what, description=what)
+    add = _add_annotation(commands, ANNOTATE, what, ["caption"], "whole")
+    add("--wordnet", type=path, metavar="FOLDER", help="of WordNet 3.0's files; default: where it is installed")
+    what = "find boxes for descriptions in shards by OWLv2; needs PyTorch: pip install 'flair_jax[regions]'"
+    add = _add_annotation(commands, ANNOTATE_REGIONS, what, list(detect.FIELDS), "sentences")
+    what = "what describes a region: the texts themselves, or the noun phrases in them, for which spaCy is needed"
+    add("--phrases", choices=(detect.SENTENCES, detect.NOUN_PHRASES), default=detect.SENTENCES, help=what)
+    what = f"descriptions of an image, the first ones; default: {detect.COUNT}"
+    add("--count", type=positive_number, default=detect.COUNT, metavar="N", help=what)
+    add("--model", default=detect.MODEL, metavar="NAME", help=f"or folder of an OWLv2; default: {detect.MODEL}")
+    what = f"smallest score of a box; default: {detect.THRESHOLD}"
+    add("--threshold", type=float, default=detect.THRESHOLD, metavar="SCORE", help=what)
+    add("--batch", type=positive_number, default=8, metavar="IMAGES", help="that the detector sees at once")
+    add("--device", metavar="NAME", help="PyTorch's, such as cuda:0; default: an accelerator where there is one")
+
+
+def _add_annotation(commands, name: str, what: str, fields: list[str], splitting: str) -> Callable:
+    command = commands.add_parser(name, help=what, description=what)
     add = command.add_argument
     add("--shards", nargs="+", required=True, metavar="SHARDS", help="as in --config.data.shards")
-    add("--fields", nargs="+", default=["caption"], help="as in --config.data.captions.fields")
-    add("--splitting", choices=tuple(SPLITTINGS), default="whole", help="as in --config.data.captions.splitting")
-    add("--output", type=path, metavar="FOLDER", help="for the annotations; default: beside the shards")
-    add("--wordnet", type=path, metavar="FOLDER", help="of WordNet 3.0's files; default: where it is installed")
+    what = f"as in --config.data.captions.fields; default: {' '.join(fields)}"
+    add("--fields", nargs="+", default=fields, help=what)
+    what = f"as in --config.data.captions.splitting; default: {splitting}"
+    add("--splitting", choices=tuple(SPLITTINGS), default=splitting, help=what)
+    add("--output", type=path, metavar="FOLDER", help="for the files; default: beside the shards")
     add("--index-dir", type=path, metavar="FOLDER", help="where indexes of shards are kept; default: beside them")
     _add_runner(command)
+    return add
 
 
 def path(text: str) -> str:

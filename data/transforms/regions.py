@@ -69,9 +69,9 @@ def parse(fields: Any) -> list[Region]:
     return [_region(region, f"{FIELD}[{number}]") for number, region in enumerate(found)]
 
 
-def descriptions(fields: Any) -> list[str]:
-    """All descriptions of a record's regions. Raises RegionError as `parse` does."""
-    return [region.description for region in parse(fields) if region.description]
+def of_record(sample: Sample) -> list[Region]:
+    """The regions in a sample's JSON. Raises SampleError as `parse` does, and where the JSON does not parse."""
+    return parse(sample.fields)
 
 
 def turn(box: Box, orientation: int) -> Box:
@@ -133,6 +133,7 @@ class Regions:
 
     Attributes:
       count: M.
+      source: of a sample's regions, `of_record` or `region_files.RegionFiles`.
       view: of a sample's crop, `samples.Crop.view`.
       tokenize: texts to ids, of T a text.
       min_area: see `see`.
@@ -142,6 +143,7 @@ class Regions:
     """
 
     count: int
+    source: Callable[[Sample], list[Region]]
     view: Callable[[Sample], View]
     tokenize: Tokenizer
     min_area: float = 0.5
@@ -158,9 +160,9 @@ class Regions:
     def __call__(self, sample: Sample) -> dict[str, np.ndarray]:
         """
         Raises:
-          SampleError: see `parse` and `images.stored_size`.
+          SampleError: see `of_record` and `images.stored_size`.
         """
-        found = parse(sample.fields)
+        found = self.source(sample)
         if found:
             view = self.view(sample)
             found = [seen for region in found if (seen := see(region, view, self.min_area)) is not None]
