@@ -42,6 +42,8 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 2000
+    config.optimizer.first_learning_rate = config_dict.placeholder(float)  # of step 0; None: the peak / warmup_steps
+    config.optimizer.last_learning_rate = 0.0
     config.optimizer.weight_decay = 0.5
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98

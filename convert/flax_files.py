@@ -18,7 +18,8 @@ FORMAT = 1
 # Keys of a `model` section that do not change what given weights compute: starting values, what training alone does,
 # and how a result is computed.
 FREE = {
-    "init_logit_scale", "init_logit_bias", "vision.position_std", "vision.patch_dropout",
+    "init_logit_scale", "init_logit_bias", "vision.position_std", "vision.init", "vision.patch_dropout",
+    "decoder.dropout",
     "dtype", "scan_blocks", "remat", "attention", "micro_batches",
 }  # fmt: skip
 
@@ -171,12 +172,12 @@ def from_torch(
         model = dict(model)
         if weights.section is not None:
             check_same_model(weights.section, model, path)
-        flair = model.get("name", "flair") == "flair"
+        several = model.get("name", "flair") in names.SEVERAL_GELUS
         if gelu is not None:
             check_same_gelu(gelu, model.setdefault("gelu", gelu), path)
-        elif "gelu" not in model and not flair:
+        elif "gelu" not in model and several:
             raise ConversionError(f"{path}: {names.ASK_GELU}")
-        elif not flair:
+        elif several:
             warnings.warn(
                 f"{path} does not say which GELU its model was trained with; it is taken as {model['gelu']!r}, as the "
                 "model section has it (OpenAI's weights and those fine-tuned from them need 'quick')",

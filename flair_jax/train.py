@@ -247,7 +247,9 @@ def total_steps(config: Mapping[str, Any], samples: int) -> int:
 
 def schedule(config: Mapping[str, Any], steps: int) -> optax.Schedule:
     """The learning rate of a run by step."""
-    return optimizer.schedule(config["optimizer"]["learning_rate"], config["optimizer"]["warmup_steps"], steps)
+    keys = ("learning_rate", "warmup_steps", "first_learning_rate", "last_learning_rate")
+    options = {key: config["optimizer"][key] for key in keys if key in config["optimizer"]}
+    return optimizer.schedule(total_steps=steps, **options)
 
 
 def warn_of_new_schedule(before: Mapping[str, Any], config: Mapping[str, Any], samples: int, step: int) -> None:

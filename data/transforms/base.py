@@ -17,7 +17,7 @@ from flair_jax.data.sources.base import Record
 
 TEXTS, VALID = "texts/", "valid/"
 CAPTIONS, NEGATIVES, DESCRIPTIONS = "captions", "negatives", "descriptions"  # slots that objectives know: TEXTS + slot
-BOXES, BOXES_VALID = "regions/boxes", "regions/valid"
+BOXES, BOXES_VALID, DESCRIPTION_IDS = "regions/boxes", "regions/valid", "regions/description_ids"
 
 
 class SampleError(ValueError):

@@ -14,12 +14,22 @@ Source: GRAIN's regions (Halbe et al. 2024, arXiv:2412.04429); `data.prepare` ma
 import dataclasses
 import math
 import numbers
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from flair_jax.data.transforms.base import BOXES, BOXES_VALID, DESCRIPTIONS, TEXTS, VALID, Sample, SampleError
+from flair_jax.data.transforms.base import (
+    BOXES,
+    BOXES_VALID,
+    DESCRIPTION_IDS,
+    DESCRIPTIONS,
+    TEXTS,
+    VALID,
+    Sample,
+    SampleError,
+)
 from flair_jax.data.transforms.images import View
 from flair_jax.data.transforms.tokenizer import Tokenizer
 
@@ -128,8 +138,9 @@ class Regions:
 
     `texts/descriptions`, int32 (M, T), and `valid/descriptions`, bool (M,): whether there is such a description.
     `regions/boxes`, float32 (M, 4), centre x, centre y, width and height in 0 to 1 of the image that the model sees,
-    and `regions/valid`, bool (M,): whether there is a box with an area. Row m of all four is one region. Where an image
-    has fewer than M of them the rows that are left are zeros and empty texts, and not valid.
+    and `regions/valid`, bool (M,): whether there is a box with an area. `regions/description_ids`, int32 (M,): the same
+    number for descriptions that read the same, in any case. Row m of all of them is one region. Where an image has fewer
+    than M the rows that are left are zeros and empty texts, and not valid.
 
     Attributes:
       count: M.
@@ -148,7 +159,7 @@ class Regions:
     tokenize: Tokenizer
     min_area: float = 0.5
 
-    names = (f"{TEXTS}{DESCRIPTIONS}", f"{VALID}{DESCRIPTIONS}", BOXES, BOXES_VALID)
+    names = (f"{TEXTS}{DESCRIPTIONS}", f"{VALID}{DESCRIPTIONS}", BOXES, BOXES_VALID, DESCRIPTION_IDS)
 
     def __post_init__(self):
         if self.count < 1 or not 0 <= self.min_area <= 1:
@@ -167,15 +178,17 @@ class Regions:
             view = self.view(sample)
             found = [seen for region in found if (seen := see(region, view, self.min_area)) is not None]
         found = best(found, self.count)
-        tokens = self.tokenize([region.description for region in found] + [""] * (self.count - len(found)))
-        described = np.array([bool(region.description) for region in found] + [False] * (self.count - len(found)))
+        texts = [region.description for region in found] + [""] * (self.count - len(found))
+        described = np.array(list(map(bool, texts)))
+        ids = np.array([zlib.crc32(text.lower().encode()) for text in texts], np.uint32).view(np.int32)
         corners = np.zeros((self.count, 4))
         for row, region in zip(corners, found, strict=False):
             row[:] = (0, 0, 0, 0) if region.box is None else region.box
         low, high = corners[:, :2], corners[:, 2:]
         there = (low < high).all(axis=1)
         boxes = np.concatenate([(low + high) / 2, high - low], axis=1) * there[:, None]  # centre and size
-        return dict(zip(self.names, (tokens, described, boxes.astype(np.float32), there), strict=True))
+        arrays = self.tokenize(texts), described, boxes.astype(np.float32), there, ids
+        return dict(zip(self.names, arrays, strict=True))
 
 
 def best(regions: Sequence[Region], count: int) -> list[Region]:

@@ -1,4 +1,6 @@
-"""Two towers, two projections and, if asked for, text-conditioned pooling: FLAIR, CLIP and SigLIP are its configs."""
+"""Two towers, two projections and, if asked for, text-conditioned pooling or a query decoder: FLAIR, CLIP, SigLIP and
+GRAIN are its configs.
+"""
 
 import itertools
 import math
@@ -14,6 +16,7 @@ from flair_jax import cpu
 from flair_jax.data.transforms.base import CAPTIONS
 from flair_jax.data.transforms.images import Preprocessing, pair
 from flair_jax.models import layers
+from flair_jax.models.decoder import Decoded, QueryDecoder
 from flair_jax.models.pooling import TextConditionedPooling
 from flair_jax.models.text import HiddenStates, Text, TextTower
 from flair_jax.models.vision import VisionTower
@@ -21,10 +24,18 @@ from flair_jax.models.vision import VisionTower
 
 @flax.struct.dataclass
 class ImageFeatures:
-    """Projected, not normalised. `pooled`: (B, D), the class token. `local`: (B, L, D), the patches row by row."""
+    """Projected, not normalised.
+
+    `pooled`: (B, D), the class token, or the image query of a decoder. `local`: (B, L, D), the patches row by row; None
+    where the model does not project them. Of a decoder, else None: `regions`, (B, Q, D); `boxes`, float32 (B, Q, 4),
+    centre x, centre y, width, height as shares of the picture; in training `layer_boxes`, (depth, B, Q, 4), too.
+    """
 
     pooled: jax.Array
-    local: jax.Array
+    local: jax.Array | None
+    regions: jax.Array | None = None
+    boxes: jax.Array | None = None
+    layer_boxes: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -115,6 +126,10 @@ class DualEncoder(nn.Module):
       embed_dim: D, width of the shared space. None, for a tower alone: features are not projected.
       vision_options, text_options: sizes, the arguments of the towers; None: there is no such tower.
       pooling_options: arguments of `TextConditionedPooling`; None: the model has none and compares pooled features.
+      decoder_options: arguments of `QueryDecoder`, whose image query then gives an image's pooled features; None: the
+        class token does.
+      project_image: whether class token and patches have a projection. Only a decoder's model can do without, and then
+        has no local features.
       init_logit_scale: starting value of the scale, as its logarithm.
       init_logit_bias: starting value of the bias; None: the model has none.
       compute: how it computes, see `layers.ComputeOptions`.
@@ -126,6 +141,8 @@ class DualEncoder(nn.Module):
     vision_options: Mapping[str, Any] | None
     text_options: Mapping[str, Any] | None
     pooling_options: Mapping[str, Any] | None = None
+    decoder_options: Mapping[str, Any] | None = None
+    project_image: bool = True
     init_logit_scale: float = math.log(1 / 0.07)
     init_logit_bias: float | None = None
     compute: layers.ComputeOptions = layers.ComputeOptions()
@@ -139,11 +156,15 @@ class DualEncoder(nn.Module):
             self.text = TextTower(**self.text_options, compute=self.compute)
         if self.pooling_options is not None:
             self.pooling = TextConditionedPooling(self.embed_dim, **self.pooling_options, compute=self.compute)
+        if self.decoder_options is not None:
+            self.decoder = QueryDecoder(self.embed_dim, **self.decoder_options, compute=self.compute)
+        if not self.project_image and (self.decoder_options is None or self.pooling_options is not None):
+            raise ValueError("model.project_image may be False only with model.decoder, and without model.pooling")
 
         def projection(name, width):
             return self.param(name, nn.initializers.normal(width**-0.5), (width, self.embed_dim))
 
-        if self.embed_dim is not None and self.vision_options is not None:
+        if self._projects_image:
             self.image_projection = projection("image_projection", self.vision_options["width"])
         if self.embed_dim is not None and self.text_options is not None:
             self.text_projection = projection("text_projection", self.text_options["width"])
@@ -159,11 +180,20 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, images: jax.Array, *, rng: jax.Array | None = None, micro_batches: int = 1) -> ImageFeatures:
         """Normalised images (B, H, W, 3) -> features; `rng` and `micro_batches` are training's, see `VisionTower`."""
+        image, _ = self._image_features(images, rng, micro_batches)
+        return image
+
+    def _image_features(
+        self, images: jax.Array, rng: jax.Array | None = None, micro_batches: int = 1
+    ) -> tuple[ImageFeatures, Decoded | None]:
         self._needs("vision")
         x = self.vision(images, rng=rng, micro_batches=micro_batches)
-        if self.embed_dim is not None:
-            x = layers.project(x, self.image_projection.astype(self.dtype))  # (B, 1 + L, D)
-        return ImageFeatures(pooled=x[:, 0], local=x[:, 1:])
+        projected = layers.project(x, self.image_projection.astype(self.dtype)) if self._projects_image else x
+        local = projected[:, 1:] if self.project_image else None  # (B, L, D)
+        if self.decoder_options is None:
+            return ImageFeatures(projected[:, 0], local), None
+        decoded = self.decoder(x)
+        return ImageFeatures(decoded.image, local, decoded.regions, decoded.boxes[-1]), decoded
 
     def encode_text(self, text: Text, *, local: bool = True, micro_batches: int = 1) -> TextFeatures:
         """Captions, packed or padded -> features in the order of `text.ends`; without `local` in less time."""
@@ -195,7 +225,8 @@ class DualEncoder(nn.Module):
           rng: key of the patches to keep; None keeps all.
           local_text: whether an objective needs `text.local`.
         """
-        image = self.encode_image(images, rng=rng, micro_batches=self.micro_batches)
+        image, decoded = self._image_features(images, rng, self.micro_batches)
+        image = image if decoded is None else image.replace(layer_boxes=decoded.boxes)
         text = self.encode_text(text, local=local_text, micro_batches=self.micro_batches)
         bias = None if self.init_logit_bias is None else self.logit_bias
         pooling = None if self.pooling_options is None else self._pooling_features(image, text)
@@ -254,6 +285,18 @@ class DualEncoder(nn.Module):
         weights = self.pooling.weights(text_features.pooled, image_features.local)
         return weights[..., :-1], weights[..., -1]
 
+    def query_attention(self, images: jax.Array) -> jax.Array:
+        """Where the decoder's queries look in normalised images (B, H, W, 3): float32 (depth, B, Q + 1, H, 1 + L).
+
+        By layer and head, the image query last, the class token first; the weights of a query sum to 1.
+
+        Raises:
+          ValueError: the model has no decoder.
+        """
+        if self.decoder_options is None:
+            raise ValueError("attention of queries needs a query decoder, and config.model.decoder is None")
+        return self._image_features(images)[1].attention
+
     def dense_features(self, image_features: ImageFeatures) -> jax.Array:
         """Patch tokens in the space that texts are compared in: (B, L, D) -> (B, L, D).
 
@@ -276,6 +319,15 @@ class DualEncoder(nn.Module):
     def has_pooling(self) -> bool:
         """Whether `score` is text-conditioned, and there are attention maps."""
         return self.pooling_options is not None
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether image features have regions and boxes."""
+        return self.decoder_options is not None
+
+    @property
+    def _projects_image(self) -> bool:
+        return self.embed_dim is not None and self.vision_options is not None and self.project_image
 
     @property
     def dtype(self) -> Any:
