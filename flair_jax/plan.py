@@ -25,7 +25,7 @@ from jax.experimental import topologies
 
 from flair_jax import compilation, flops, models, optimizer, sharding, state
 from flair_jax import config as configuration
-from flair_jax.data.transforms.base import BOXES, BOXES_VALID, CAPTIONS, DESCRIPTIONS
+from flair_jax.data.transforms.base import BOXES, BOXES_VALID, CAPTIONS, DESCRIPTION_IDS, DESCRIPTIONS
 from flair_jax.data.transforms.images import pair
 from flair_jax.step import step_of, text_slots
 
@@ -71,6 +71,7 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
     if regions := slots.get(DESCRIPTIONS):
         batch[BOXES] = jax.ShapeDtypeStruct((images, regions, 4), np.float32, sharding=split)
         batch[BOXES_VALID] = jax.ShapeDtypeStruct((images, regions), np.bool_, sharding=split)
+        batch[DESCRIPTION_IDS] = ints(images, regions)
     return batch
 
 

@@ -139,8 +139,8 @@ class Regions:
     `texts/descriptions`, int32 (M, T), and `valid/descriptions`, bool (M,): whether there is such a description.
     `regions/boxes`, float32 (M, 4), centre x, centre y, width and height in 0 to 1 of the image that the model sees,
     and `regions/valid`, bool (M,): whether there is a box with an area. `regions/description_ids`, int32 (M,): the same
-    number for descriptions that read the same, in any case. Row m of all of them is one region. Where an image has fewer
-    than M the rows that are left are zeros and empty texts, and not valid.
+    number for descriptions that read the same, in upper or lower case. Row m of all of them is one region. Where an
+    image has fewer than M the rows that are left are zeros and empty texts, and not valid.
 
     Attributes:
       count: M.
@@ -180,7 +180,9 @@ class Regions:
         found = best(found, self.count)
         texts = [region.description for region in found] + [""] * (self.count - len(found))
         described = np.array(list(map(bool, texts)))
-        ids = np.array([zlib.crc32(text.lower().encode()) for text in texts], np.uint32).view(np.int32)
+        ids = np.array([zlib.crc32(text.lower().encode("utf-8", "surrogatepass")) for text in texts], np.uint32).view(
+            np.int32
+        )
         corners = np.zeros((self.count, 4))
         for row, region in zip(corners, found, strict=False):
             row[:] = (0, 0, 0, 0) if region.box is None else region.box
