@@ -79,6 +79,8 @@ def get_config() -> ConfigDict:
     # Regions of an image, descriptions with boxes; see data/transforms/regions.py.
     config.data.regions = ConfigDict()
     config.data.regions.count = config_dict.placeholder(int)  # M, regions per image; None: none
+    # None: of the records; "beside": of the files of `data.prepare annotate regions`, or their folder.
+    config.data.regions.source = config_dict.placeholder(str)
     config.data.regions.min_area = 0.5  # share of a box that a crop has to show, or the region is left out
     # See AugmentationOptions in data/transforms/images.py.
     config.data.augmentation = ConfigDict(dict(scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)))

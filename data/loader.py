@@ -30,12 +30,12 @@ from grain.python import SharedMemoryArray
 from flair_jax.data import iterator_state, order
 from flair_jax.data.sources.base import Concatenation
 from flair_jax.data.sources.open import Shards, open_source, sets
-from flair_jax.data.transforms import annotations, packing, tokenizer
-from flair_jax.data.transforms.base import Transform
+from flair_jax.data.transforms import annotations, packing, region_files, tokenizer
+from flair_jax.data.transforms.base import Sample, Transform
 from flair_jax.data.transforms.captions import CaptionOptions
 from flair_jax.data.transforms.images import AugmentationOptions
 from flair_jax.data.transforms.negatives import PARSED, Negatives
-from flair_jax.data.transforms.regions import Regions
+from flair_jax.data.transforms.regions import Region, Regions, of_record
 from flair_jax.data.transforms.samples import (
     Captions,
     Crop,
@@ -432,6 +432,10 @@ class RegionOptions:
     """Described boxes of each image; see `transforms.regions`."""
 
     count: int | None = None  # M, regions an image, the best by score; None: none
+    source: str | None = (
+        None  # None: the records; "beside": the files that `data.prepare annotate regions` wrote beside
+    )
+    # the shards; or the folder that it wrote them to
     min_area: float = 0.5  # share of its area that a crop must leave of a box; below it box and description are dropped
 
 
@@ -518,11 +522,13 @@ def make_stream(
     caption_options = CaptionOptions(**(captions or {}))
     draw_captions = Captions(caption_options, tokenizer.Tokenizer(context_length))
     augment = AugmentationOptions(**(augmentation or {}))
-    crop = Crop(image_size, augment, pixels, upright, Flip(augment, draw_captions) if augment.flip else None)
+    found = _region_source(RegionOptions(**(regions or {})), source.shards)
+    flip = Flip(augment, draw_captions, found) if augment.flip else None
+    crop = Crop(image_size, augment, pixels, upright, flip)
     own = (
         draw_captions,
         *_negatives(NegativeOptions(**(negatives or {})), draw_captions, source.shards),
-        *_regions(RegionOptions(**(regions or {})), crop, draw_captions.tokenize),
+        *_regions(RegionOptions(**(regions or {})), found, crop, draw_captions.tokenize),
         *transforms,
         crop,  # last: it costs the most
     )
@@ -578,9 +584,23 @@ def _negatives(options: NegativeOptions, captions: Captions, shards: Sequence[st
     return (Negatives(tuple(options.kinds), captions, found),)
 
 
-def _regions(options: RegionOptions, crop: Crop, tokenize: tokenizer.Tokenizer) -> tuple[Transform, ...]:
-    """The transform that gives regions as the crop shows them; none without a count."""
-    return () if options.count is None else (Regions(options.count, crop.view, tokenize, options.min_area),)
+def _region_source(options: RegionOptions, shards: Sequence[str]) -> Callable[[Sample], list[Region]] | None:
+    """Where the regions of a sample are; None without a count."""
+    if options.count is None:
+        return None
+    if options.source is None:
+        return of_record
+    return region_files.open_regions(shards, None if options.source == region_files.BESIDE else options.source)
+
+
+def _regions(
+    options: RegionOptions,
+    source: Callable[[Sample], list[Region]] | None,
+    crop: Crop,
+    tokenize: tokenizer.Tokenizer,
+) -> tuple[Transform, ...]:
+    """The transform that gives regions as the crop shows them; none without a source."""
+    return () if source is None else (Regions(options.count, source, crop.view, tokenize, options.min_area),)
 
 
 def _measured_packer(

@@ -15,7 +15,7 @@ from flair_jax.augmentation import crop_and_resize
 from flair_jax.data import loader
 from flair_jax.data.sources.base import Record
 from flair_jax.data.transforms import images, regions
-from flair_jax.data.transforms.base import BOXES, BOXES_VALID, Sample
+from flair_jax.data.transforms.base import BOXES, BOXES_VALID, DESCRIPTION_IDS, Sample
 from flair_jax.data.transforms.captions import CaptionOptions
 from flair_jax.data.transforms.images import AugmentationOptions
 from flair_jax.data.transforms.regions import Region, RegionError, Regions
@@ -45,8 +45,8 @@ SQUASH = AugmentationOptions(squash=True)
 
 def transform(count=3, options=SQUASH, pixels="reference", upright=False, **more):
     captions = Captions(CaptionOptions(fields=("caption",), count=1, max_merged=1), TOKENIZE)
-    crop = Crop(SIZE, options, pixels, upright, Flip(options, captions) if options.flip else None)
-    return Regions(count, crop.view, TOKENIZE, **more), crop
+    crop = Crop(SIZE, options, pixels, upright, Flip(options, captions, regions.of_record) if options.flip else None)
+    return Regions(count, regions.of_record, crop.view, TOKENIZE, **more), crop
 
 
 def of(found, *names):
@@ -73,6 +73,13 @@ def test_regions_become_rows():
         boxes, [[0.2, 0.4, 0.2, 0.4], [0] * 4, [0.6, 0.6, 0.4, 0.4], [0] * 4, [0] * 4], atol=1e-6
     )
     assert boxes.dtype == np.float32 and tokens.dtype == np.int32
+
+
+def test_descriptions_of_any_characters():
+    """JSON may hold half of a character; descriptions that read the same have one number."""
+    record = {"regions": [{"box": BOX, "description": text} for text in ("\ud83d", "A Dog", "a dog", "äß \U0001f600")]}
+    ids = transform(4)[0](sample(record))[DESCRIPTION_IDS]
+    assert ids[1] == ids[2] and len(set(ids.tolist())) == 3 and ids.dtype == np.int32
 
 
 @pytest.mark.parametrize("fields", [{}, {"regions": None}, {"regions": []}])

@@ -79,9 +79,9 @@ def parse(fields: Any) -> list[Region]:
     return [_region(region, f"{FIELD}[{number}]") for number, region in enumerate(found)]
 
 
-def descriptions(fields: Any) -> list[str]:
-    """All descriptions of a record's regions. Raises RegionError as `parse` does."""
-    return [region.description for region in parse(fields) if region.description]
+def of_record(sample: Sample) -> list[Region]:
+    """The regions in a sample's JSON. Raises SampleError as `parse` does, and where the JSON does not parse."""
+    return parse(sample.fields)
 
 
 def turn(box: Box, orientation: int) -> Box:
@@ -139,11 +139,12 @@ class Regions:
     `texts/descriptions`, int32 (M, T), and `valid/descriptions`, bool (M,): whether there is such a description.
     `regions/boxes`, float32 (M, 4), centre x, centre y, width and height in 0 to 1 of the image that the model sees,
     and `regions/valid`, bool (M,): whether there is a box with an area. `regions/description_ids`, int32 (M,): the same
-    number for descriptions that read the same, in any case. Row m of all of them is one region. Where an image has
-    fewer than M the rows that are left are zeros and empty texts, and not valid.
+    number for descriptions that read the same, in upper or lower case. Row m of all of them is one region. Where an
+    image has fewer than M the rows that are left are zeros and empty texts, and not valid.
 
     Attributes:
       count: M.
+      source: of a sample's regions, `of_record` or `region_files.RegionFiles`.
       view: of a sample's crop, `samples.Crop.view`.
       tokenize: texts to ids, of T a text.
       min_area: see `see`.
@@ -153,6 +154,7 @@ class Regions:
     """
 
     count: int
+    source: Callable[[Sample], list[Region]]
     view: Callable[[Sample], View]
     tokenize: Tokenizer
     min_area: float = 0.5
@@ -169,16 +171,17 @@ class Regions:
     def __call__(self, sample: Sample) -> dict[str, np.ndarray]:
         """
         Raises:
-          SampleError: see `parse` and `images.stored_size`.
+          SampleError: see `of_record` and `images.stored_size`.
         """
-        found = parse(sample.fields)
+        found = self.source(sample)
         if found:
             view = self.view(sample)
             found = [seen for region in found if (seen := see(region, view, self.min_area)) is not None]
         found = best(found, self.count)
         texts = [region.description for region in found] + [""] * (self.count - len(found))
         described = np.array(list(map(bool, texts)))
-        ids = np.array([zlib.crc32(text.lower().encode()) for text in texts], np.uint32).view(np.int32)
+        checksums = [zlib.crc32(text.lower().encode("utf-8", "surrogatepass")) for text in texts]
+        ids = np.array(checksums, np.uint32).view(np.int32)
         found = self.tokenize(texts), described, *arrays(found, self.count), ids
         return dict(zip(self.names, found, strict=True))
 

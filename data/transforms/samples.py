@@ -3,14 +3,15 @@
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from flair_jax.data.sources.base import RecordError, Source
-from flair_jax.data.transforms import captions, fast_images, images, regions, tokenizer
+from flair_jax.data.transforms import captions, fast_images, images, tokenizer
 from flair_jax.data.transforms.base import CAPTIONS, TEXTS, VALID, Sample, SampleError, Transform
+from flair_jax.data.transforms.regions import Region
 
 Pixels = Literal["reference", "fast", "device"]
 
@@ -115,6 +116,7 @@ class Flip:
     Attributes:
       options: `flip` and `sided` of them.
       captions: the transform that draws the captions.
+      regions: where a sample's regions are; None where their descriptions are not trained.
 
     Raises of a call:
       ValueError: a text of the sample says left or right, and nobody said what to do then.
@@ -123,6 +125,7 @@ class Flip:
 
     options: images.AugmentationOptions
     captions: Captions
+    regions: Callable[[Sample], list[Region]] | None = None
 
     def __call__(self, sample: Sample) -> bool:
         said = None if self.options.sided == "flip" else self._sided(sample)
@@ -137,7 +140,8 @@ class Flip:
     def _sided(self, sample: Sample) -> str | None:
         """The first text that a draw may use and that says left or right, among captions and descriptions."""
         texts = captions.texts(sample.fields, self.captions.options)
-        return next(filter(SIDED_WORDS.search, (*texts, *regions.descriptions(sample.fields))), None)
+        found = [] if self.regions is None else self.regions(sample)
+        return next(filter(SIDED_WORDS.search, (*texts, *(region.description for region in found))), None)
 
 
 @dataclasses.dataclass(frozen=True)
