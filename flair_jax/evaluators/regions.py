@@ -132,7 +132,7 @@ class Regions:
                 fits = iou[row, query[row], np.arange(iou.shape[2])]  # (M,) of each target with its query
                 hits += (matched[row, own] & (fits[own] >= HIT)).tolist()
                 ious += fits[own[matched[row, own]]].tolist()
-                self._found[int(number)] = boxes[row, query[row, own]], np.where(matched[row, own], fits[own], 0)
+                self._found[int(number)] = boxes[row, query[row, own]], np.where(matched[row, own], fits[own], np.nan)
                 cosines = regions[row] @ text.T  # (Q, U)
                 for target in own[matched[row, own]]:
                     right = targets.texts[number][target]

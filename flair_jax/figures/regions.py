@@ -22,7 +22,7 @@ class Example:
     Attributes:
       image: (H, W, 3), uint8, or float in [0, 1].
       truth, found: (M, 4), left, top, right, bottom as shares of the image: what is there, and what is predicted.
-      iou: (M,), of both; 0 where nothing was.
+      iou: (M,), of both; NaN where nothing is.
       names: M texts.
     """
 
@@ -50,7 +50,7 @@ def _cell(example: Example) -> Image.Image:
     for number, (truth, found, iou) in enumerate(zip(example.truth, example.found, example.iou, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
         draw.rectangle(tuple(np.clip(truth, 0, 1) * scale), outline=colour, width=2)
-        if iou > 0:
+        if np.isfinite(iou):
             _dashed(draw, np.clip(found, 0, 1) * scale, colour)
     cell.paste(picture)
     text = ImageDraw.Draw(cell)
@@ -59,7 +59,8 @@ def _cell(example: Example) -> Image.Image:
         text.rectangle((2, top + 4, 10, top + 12), fill=COLOURS[number % len(COLOURS)], outline="black")
         longest = max(1, int((TILE - 60) / font.getlength("n")))
         shown = name if len(name) <= longest else f"{name[: longest - 1]}…"
-        text.text((16, top), f"{iou:.2f}  {shown}", fill="black", font=font)
+        fit = f"{iou:.2f}" if np.isfinite(iou) else "none"
+        text.text((16, top), f"{fit}  {shown}", fill="black", font=font)
     return cell
 
 
