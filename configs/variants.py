@@ -147,6 +147,17 @@ def hard_negative_objectives() -> ConfigDict:
     )
 
 
+def region_objectives() -> ConfigDict:
+    """What GRAIN adds to CLIP's loss, with regions of `data.regions` (Halbe et al., WACV 2026; spec/grain.md 2)."""
+    group = config_dict.placeholder(int)  # images that the recipe has on a GPU; None: the whole batch
+    return ConfigDict(
+        dict(
+            boxes=dict(weight=1.0, l1=1.0, giou=1.0, factor=1.5, group_size=group, every_layer=False),
+            region_descriptions=dict(weight=1.0, group_size=group, mask_duplicates=False, both_directions=False),
+        )
+    )
+
+
 def siglip_objectives() -> ConfigDict:
     """SigLIP's sigmoid loss over the global batch."""
     return ConfigDict(dict(sigmoid=dict(weight=1.0, chunk_size=config_dict.placeholder(int))))

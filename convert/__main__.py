@@ -69,14 +69,14 @@ def is_flax(source: Path) -> bool:
 def check(source: Path, model: Mapping[str, Any] | None, gelu: str | None) -> bool:
     """Prints what a file holds and everything that is wrong with it; True if nothing is."""
     side: Side = "flax" if is_flax(source) else "torch"
-    origin = "as given"
+    origin, pairs = "as given", 0
     if side == "flax":
         arrays, stored = flax_files.read(source)
         model, origin = (stored, "as the file says") if model is None else (model, "as given")
         table = names.table(model.get("name", "flair"), towers=names.section_towers(model))
     else:
         weights = released.read(source)
-        arrays, gelu = weights.arrays, gelu or weights.gelu
+        arrays, gelu, pairs = weights.arrays, gelu or weights.gelu, weights.pairs
         if model is None and weights.section is not None:
             model, origin = weights.section, "as config.json says"
         table = names.recognize(arrays) if model is None else names.table_of(arrays, model.get("name", "flair"), model)
@@ -95,6 +95,8 @@ def check(source: Path, model: Mapping[str, Any] | None, gelu: str | None) -> bo
     row("kind", f"{kind}, {source.suffix or 'folder'}")
     row("model", note if model is None else f"{describe(model)} ({origin})")
     row("tensors", f"{len(arrays):,}")
+    if pairs:
+        row("LoRA", f"{pairs} pairs, added to their weights")
     row("parameters", parameters(arrays))
     row("dtypes", ", ".join(f"{count} {dtype}" for dtype, count in dtypes(arrays).items()) or "-")
     row("not finite", ", ".join(f"{name}: {count:,}" for name, count in bad.items()) or 0)

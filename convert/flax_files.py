@@ -124,7 +124,11 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def load(
-    path: str | os.PathLike, model: Mapping[str, Any] | None = None, gelu: str | None = None
+    path: str | os.PathLike,
+    model: Mapping[str, Any] | None = None,
+    gelu: str | None = None,
+    *,
+    lora_scale: float = 1.0,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads weights of either side into Flax.
 
@@ -132,6 +136,7 @@ def load(
       path: a file of `write`, or a file or folder with PyTorch's names, see `released.read`.
       model: the `model` section; None: the one in the file, or the one that PyTorch's shapes tell (`infer_config`).
       gelu: the activation, for a file that does not say it, where there is no `model` to say it.
+      lora_scale: of pairs of LoRA in the file, see `released.read`.
 
     Returns:
       The parameter tree, float32, and the `model` section.
@@ -141,7 +146,7 @@ def load(
         the file says, or nobody says the activation. WeightsFileError, OSError: see `released.read`.
     """
     if Path(path).is_dir() or not is_flax(path):
-        return from_torch(released.read(path), path, model, gelu)
+        return from_torch(released.read(path, lora_scale), path, model, gelu)
     arrays, stored = read(path)
     refuse_not_finite(arrays, path)
     check_same_gelu(stored.get("gelu", "exact"), gelu, path)

@@ -83,13 +83,7 @@ def shards_evaluators(
     upright: bool = False,
     **options,
 ) -> Iterator[Any]:
-    """Retrieval among the samples of shards: every sentence of the given fields is a text of its image.
-
-    A config may name the evaluator and leave `shards` empty for its user to fill in: then there is nothing to evaluate.
-    """
-    if not shards:
-        logging.warning("evaluators.%s.shards is empty: not evaluated", name)
-        return
+    """Retrieval among the samples of shards: every sentence of the given fields is a text of its image."""
 
     def read(_: pathlib.Path) -> base.Retrieval:
         data, skipped = shard_sets.read(shards, names_of(fields), index_dir=index_dir, upright=upright)
@@ -117,6 +111,10 @@ KINDS = {
     "shards": (shards_evaluators, no_examples),
     "benchmarks": (evaluation_sets.evaluators, no_examples),
 }
+
+# Kind -> the option that says where its data is, and its key in a config. A config may name an evaluator and leave this
+# for its user to fill in: until then the evaluator is off.
+SOURCES = {"shards": ("shards", "config.evaluators.{}.shards"), "benchmarks": ("root", "config.data_root")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,8 +156,15 @@ def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]
     return found
 
 
+def is_off(kind: str, options: Mapping[str, Any]) -> bool:
+    """Whether an evaluator of `sections` has not been told where its data is, see `SOURCES`."""
+    return kind in SOURCES and not options.get(SOURCES[kind][0])
+
+
 def check(config: Mapping[str, Any]) -> None:
     """Refuses before a run what would be found wrong at its end, such as shards that are not there.
+
+    Evaluators that are off are named in the log.
 
     Raises:
       ValueError: see `sections`; or scenes are not as large as the model's images; or no public set has such a name.
@@ -172,11 +177,13 @@ def check(config: Mapping[str, Any]) -> None:
                 raise ValueError(f"evaluators.{name}.size is {options['size']}; model.vision.image_size is {size}")
         if kind == "benchmarks":
             table.select(options.get("sets", ("*",)))
-            if options["root"] is None or not os.path.isdir(options["root"]):
-                raise FileNotFoundError(
-                    f"evaluators.{name}: config.data_root is {options['root']!r}; expected the folder of public sets"
-                )
-        if options.get("shards"):
+        if is_off(kind, options):
+            logging.warning("evaluators.%s: not evaluated, since %s is not set", name, SOURCES[kind][1].format(name))
+        elif kind == "benchmarks" and not os.path.isdir(options["root"]):
+            raise FileNotFoundError(
+                f"evaluators.{name}: config.data_root is {options['root']!r}; expected the folder of public sets"
+            )
+        elif kind == "shards":
             try:
                 expand(options["shards"])
             except FileNotFoundError as error:
@@ -238,7 +245,7 @@ def run(
     """
     found = Findings(notes=notes, warnings=warnings)
     for name, (kind, options) in sections(config).items():
-        if names is not None and name not in names:
+        if (names is not None and name not in names) or is_off(kind, options):
             continue
         for evaluator in KINDS[kind][0](model, name, **options):
             if isinstance(evaluator, evaluation_tasks.UnusableSet):
@@ -288,12 +295,16 @@ def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, fl
       Values by name, as in report.json. Nothing is written if there is nothing to evaluate.
 
     Raises:
-      ValueError: the config is wrong, or lists no evaluator.
+      ValueError: the config is wrong, lists no evaluator, or none that has been told where its data is.
       FileNotFoundError: there are no weights: a model with random weights is never evaluated in silence.
     """
     config = configuration.normalize(config)
     if not config["evaluators"]:
         raise ValueError("config.evaluators is empty: nothing to evaluate")
+    listed = sections(config)
+    if all(is_off(*section) for section in listed.values()):
+        keys = sorted({SOURCES[kind][1].format(name) for name, (kind, _) in listed.items()})
+        raise ValueError(f"nothing to evaluate: set {' or '.join(keys)}")
     weights = config["init_from"] or workdir
     params, section = pretrained.read(weights, config["model"])
     config = {**config, "model": section}

@@ -158,7 +158,7 @@ def classification(
     owner = np.repeat(np.arange(len(classes)), [len(own) for own in texts])
     titles = [names[0] for names in classes]
     pixels = Pixels(data.pictures, model.image_size, model.preprocessing.fit)
-    found = ClassificationSet(benchmark.name, titles, pixels, data.labels, tokens, owner)
+    found = ClassificationSet(benchmark.name, titles, pixels, data.labels, tokens, owner, data.counted)
     yield Classification(model, found, preprocess=model.preprocessing, **options)
 
 

@@ -48,7 +48,7 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
       mean_tokens: of a caption, for the number of packed rows.
     """
     model, images = config["model"], config["batch_size"]
-    slots = dict(text_slots(config["data"])) or {CAPTIONS: config["data"]["captions"]["count"]}
+    slots = slots_of(config)
     count = sum(slots.values())  # texts an image
     split, devices = sharding.batch_sharding(mesh), mesh.size
     if images % devices:
@@ -75,9 +75,9 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
     return batch
 
 
-def negatives_of(config: Mapping[str, Any]) -> int:
-    """Hard negatives an image."""
-    return dict(text_slots(config["data"])).get("negatives", 0)
+def slots_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """Texts an image by slot."""
+    return dict(text_slots(config["data"])) or {CAPTIONS: config["data"]["captions"]["count"]}
 
 
 def abstract_state(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
@@ -119,9 +119,9 @@ def parameters(config: Mapping[str, Any]) -> int:
 
 def step_flops(config: Mapping[str, Any], mean_tokens: float = MEAN_TOKENS) -> float:
     """Operations of a step of useful work, see `flops`, where every caption has the mean length."""
-    negatives, images = negatives_of(config), config["batch_size"]
-    lengths = np.full(images * (config["data"]["captions"]["count"] + negatives), mean_tokens)
-    return flops.train_step(config["model"], config["objectives"], images, lengths, negatives=negatives)
+    slots, images = slots_of(config), config["batch_size"]
+    lengths = np.full(images * sum(slots.values()), mean_tokens)
+    return flops.train_step(config["model"], config["objectives"], images, lengths, **flops.counts(slots))
 
 
 def chip_hours(operations: float, chip: str, mfu: float) -> float:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from flair_jax import checkpoint, lora, models, state
 from flair_jax.config import normalize
-from flair_jax.convert import flax_files, hugging_face, lora_files
+from flair_jax.convert import flax_files, hugging_face, lora_files, released
 from flair_jax.convert.tables import flatten
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators.features import Encoder
@@ -40,7 +40,7 @@ def read(
       model: the `model` section; None: the one stored with the weights, or that of the published model
         whose widths a PyTorch file has.
       gelu: "quick" or "exact", where neither the file nor `model` says it: state dicts of CLIP do not.
-      lora_scale: of a run with `lora`, see `Checkpoints.weights`.
+      lora_scale: of a run with `lora`, see `Checkpoints.weights`, or of a file of FSC-CLIP's, see `released.read`.
 
     Returns:
       The parameter tree, float32, and the `model` section.
@@ -66,7 +66,7 @@ def read(
         )
     has_checkpoints = (folder / "checkpoints").is_dir()
     if not folder.is_dir() or (not has_checkpoints and hugging_face.is_folder(folder)):
-        params, found = flax_files.load(folder, given, gelu)
+        params, found = flax_files.load(folder, given, gelu, lora_scale=lora_scale)
         return params, normalize(found)
     if not has_checkpoints:
         raise FileNotFoundError(
@@ -102,7 +102,8 @@ def read_fine_tuned(
 
     Args:
       path: as for `read`, or a `lora.safetensors`, the changes of a run with `lora` alone.
-      pretrained: what was fine-tuned, as for `read`; a work directory of a run with `lora` holds it itself.
+      pretrained: what was fine-tuned, as for `read`; a work directory of a run with `lora` holds it itself, and so does
+        a checkpoint that FSC-CLIP's code saved of such a run.
       wise_ft: 1: the fine-tuned weights; 0: the pretrained ones; between them (1 - wise_ft) * pretrained + wise_ft *
         fine-tuned. With LoRA both matrices of a pair are multiplied by it, as in FSC-CLIP's code, and so the change of
         a weight by its square.
@@ -118,7 +119,7 @@ def read_fine_tuned(
     if not 0 <= wise_ft <= 1:
         raise ValueError(f"wise_ft is {wise_ft}; expected a share of the way, 0 <= wise_ft <= 1")
     path = epath.Path(path).expanduser()
-    if path.is_dir() and _is_lora_run(path):
+    if _holds_pairs_and_weights(path):
         return read(path, model, gelu, lora_scale=wise_ft)
     if pretrained is None:
         raise ValueError(f"{path} needs the weights that were fine-tuned: give pretrained=PATH")
@@ -131,10 +132,13 @@ def read_fine_tuned(
     return lora.interpolate(before, after, wise_ft), found
 
 
-def _is_lora_run(folder: epath.Path) -> bool:
-    if not (folder / "checkpoints").is_dir():
+def _holds_pairs_and_weights(path: epath.Path) -> bool:
+    """Whether it is the work directory of a run with LoRA, or a checkpoint that FSC-CLIP's code saved of one."""
+    if path.is_file():
+        return not lora_files.is_lora(path) and released.has_pairs(path)
+    if not (path / "checkpoints").is_dir():
         return False
-    saved = checkpoint.Checkpoints(folder, keep=None)
+    saved = checkpoint.Checkpoints(path, keep=None)
     step = saved.latest()
     found = step is not None and saved.config(step).get("lora") is not None
     saved.close()

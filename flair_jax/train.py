@@ -283,10 +283,8 @@ def _work(config: Mapping[str, Any], texts: Mapping[str, np.ndarray]) -> tuple[f
     slots of this process's captions."""
     lengths = packing.text_lengths(texts)
     everywhere = np.tile(lengths, jax.process_count())
-    negatives = dict(text_slots(config["data"])).get("negatives", 0)
-    work = flops.train_step(
-        config["model"], config["objectives"], config["batch_size"], everywhere, negatives=negatives
-    )
+    counts = flops.counts(dict(text_slots(config["data"])))
+    work = flops.train_step(config["model"], config["objectives"], config["batch_size"], everywhere, **counts)
     return work, int(lengths.sum()), texts["tokens"].size
 
 

@@ -205,6 +205,17 @@ LAYOUTS = {
         {"negative/1.png": 0, "positive/1.png": 1},
         {0: "negative"},
     ),
+    "hateful_memes": (
+        {
+            "hateful_memes/data/dev.jsonl": lines(
+                '{"id":8291,"img":"img/08291.png","label":1,"text":"a text"}',
+                '{"id":46971,"img":"img/46971.png","label":0,"text":"another"}',
+                "",
+            )
+        },
+        {"data/img/08291.png": 1, "data/img/46971.png": 0},
+        {0: "meme", 1: "hatespeech meme"},
+    ),
     "gtsrb": (
         {"gtsrb/GT-final_test.csv": lines("Filename;Width;Height;Roi.X1;ClassId", "00000.ppm;53;54;6;16")},
         {"gtsrb/Final_Test/Images/00000.ppm": 16},

@@ -1,5 +1,6 @@
 """Zero-shot classification: metrics against scikit-learn, torchmetrics and CLIP_benchmark, scores against the model."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -168,6 +169,36 @@ def test_chance_of_average_precision_is_the_mean_over_all_orders():
     assert classification_chance(np.ones((1, 1), bool), 1)["average_precision"] == 1
 
 
+def test_images_that_do_not_count_for_a_class_change_nothing():
+    """COLA's rule: each class has the average precision of its hard images, and those without one are left out."""
+    rng = np.random.default_rng(5)
+    scores, labels = rng.normal(size=(60, 5)).astype(np.float32), rng.random((60, 5)) < 0.3
+    counted = rng.random((60, 5)) < 0.5
+    counted[:, 3], labels[:, 4] = False, False  # no hard image; no image
+    metrics = classification_metrics(scores, labels, counted=counted)
+    columns = [(labels[counted[:, c], c], scores[counted[:, c], c]) for c in range(3)]
+    expected = np.mean([sklearn.average_precision_score(*column) for column in columns])
+    assert metrics["average_precision"] == pytest.approx(expected)
+    theirs = [
+        torchmetrics.functional.classification.binary_average_precision(
+            torch.from_numpy(s), torch.from_numpy(t.astype(int))
+        )
+        for t, s in columns
+    ]
+    assert metrics["average_precision"] == pytest.approx(np.mean([one.item() for one in theirs]), abs=1e-6)
+    assert metrics["average_precision"] != pytest.approx(classification_metrics(scores, labels)["average_precision"])
+    other = classification_metrics(
+        np.where(counted, scores, 9 * rng.normal(size=scores.shape)), labels, counted=counted
+    )
+    assert other == metrics
+    chance = classification_chance(labels, 5, counted)
+    each = [classification_chance(t[:, None], 1) for t, _ in columns]
+    assert chance["average_precision"] == pytest.approx(np.mean([one["average_precision"] for one in each]))
+    everything = np.ones_like(counted)
+    assert classification_metrics(scores, labels, counted=everything) == classification_metrics(scores, labels)
+    assert classification_chance(labels, 5, everything) == pytest.approx(classification_chance(labels, 5))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_broken_scores_are_an_error_and_not_a_rank(value):
     scores = np.zeros((4, 3), np.float32)
@@ -330,6 +361,11 @@ def test_several_labels_and_the_main_metric():
     (title, bars), (_, examples) = run.figures({})
     assert title == "average precision by class (flair_after)"
     assert bars.mode == examples.mode == "RGB" and examples.width > 500
+    # Blue counts for three images, two of them blue, and red for one, which is red: one order of three has 7/12.
+    counted = np.array([[1, 0, 1], [1, 1, 1], [1, 0, 1], [0, 0, 1]], bool)
+    run = evaluator(dataclasses.replace(data, counted=counted), modes=("flair_after",))
+    assert [result.value for result in run.run({})] == [1, 1, pytest.approx(((1 + 5 / 6 + 7 / 12) / 3 + 1) / 2), 1]
+    assert len(list(run.figures({}))) == 2
 
 
 def test_a_model_without_pooling_has_one_mode():
@@ -373,6 +409,8 @@ def test_broken_weights_and_half_precision_scores_are_refused():
         ({"class_of_prompt": np.array([0, 1, 2])}, "texts belong to numbers from 0 to 2"),
         ({"labels": np.zeros((4, 2), bool)}, "no image has a class"),
         ({"images": [], "labels": np.zeros(0, int)}, "at least one image"),
+        ({"counted": np.ones((4, 2), bool)}, r"counted bool \(4, 2\); expected bool, as the labels"),
+        ({"labels": np.eye(4, 2) > 0, "counted": np.eye(4, 2, 1) > 0}, "no image has a class"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes, message):

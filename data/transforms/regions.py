@@ -180,17 +180,24 @@ class Regions:
         found = best(found, self.count)
         texts = [region.description for region in found] + [""] * (self.count - len(found))
         described = np.array(list(map(bool, texts)))
-        ids = np.array([zlib.crc32(text.lower().encode("utf-8", "surrogatepass")) for text in texts], np.uint32).view(
-            np.int32
-        )
-        corners = np.zeros((self.count, 4))
-        for row, region in zip(corners, found, strict=False):
-            row[:] = (0, 0, 0, 0) if region.box is None else region.box
-        low, high = corners[:, :2], corners[:, 2:]
-        there = (low < high).all(axis=1)
-        boxes = np.concatenate([(low + high) / 2, high - low], axis=1) * there[:, None]  # centre and size
-        arrays = self.tokenize(texts), described, boxes.astype(np.float32), there, ids
-        return dict(zip(self.names, arrays, strict=True))
+        checksums = [zlib.crc32(text.lower().encode("utf-8", "surrogatepass")) for text in texts]
+        ids = np.array(checksums, np.uint32).view(np.int32)
+        found = self.tokenize(texts), described, *arrays(found, self.count), ids
+        return dict(zip(self.names, found, strict=True))
+
+
+def arrays(regions: Sequence[Region], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes as models predict them, float32 (count, 4), and which of them have an area, bool (count,).
+
+    A row is (centre x, centre y, width, height); zeros where there is no box, or none with an area.
+    """
+    corners = np.zeros((count, 4))
+    for row, region in zip(corners, regions, strict=False):
+        row[:] = (0, 0, 0, 0) if region.box is None else region.box
+    low, high = corners[:, :2], corners[:, 2:]
+    there = (low < high).all(axis=1)
+    boxes = np.concatenate([(low + high) / 2, high - low], axis=1) * there[:, None]
+    return boxes.astype(np.float32), there
 
 
 def best(regions: Sequence[Region], count: int) -> list[Region]:

@@ -35,6 +35,7 @@ class ClassificationSet:
       labels: int (I,), the class of each image; or bool (I, C), several classes each.
       tokens: int32 (P, T), padded prompts.
       class_of_prompt: int (P,), every class at least once.
+      counted: of several classes, bool (I, C), which images count for a class; None: all of them.
 
     Raises:
       ValueError: the parts do not fit together.
@@ -46,6 +47,7 @@ class ClassificationSet:
     labels: np.ndarray
     tokens: np.ndarray
     class_of_prompt: np.ndarray
+    counted: np.ndarray | None = None
 
     def __post_init__(self):
         images, classes, labels = len(self.images), len(self.classes), self.labels
@@ -60,7 +62,10 @@ class ClassificationSet:
             raise ValueError(
                 f"{self.name}: labels run from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}"
             )
-        if several and not labels.any():
+        counted = self.counted
+        if counted is not None and not (several and counted.shape == labels.shape and counted.dtype == bool):
+            raise ValueError(f"{self.name}: counted {counted.dtype} {counted.shape}; expected bool, as the labels")
+        if several and not present_classes(labels, classes, counted).any():
             raise ValueError(f"{self.name}: no image has a class")
         check_texts(self.name, self.tokens, self.class_of_prompt, classes)
         if missing := set(range(classes)) - set(self.class_of_prompt.tolist()):
@@ -120,12 +125,14 @@ def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((rank[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def present_classes(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Which classes have an image, bool (C,)."""
-    return labels.any(0) if labels.ndim == 2 else np.bincount(labels, minlength=classes) > 0
+def present_classes(labels: np.ndarray, classes: int, counted: np.ndarray | None = None) -> np.ndarray:
+    """Which classes have an image that counts, bool (C,)."""
+    if labels.ndim == 2:
+        return (labels if counted is None else labels & counted).any(0)
+    return np.bincount(labels, minlength=classes) > 0
 
 
-def classification_chance(labels: np.ndarray, classes: int) -> dict[str, float]:
+def classification_chance(labels: np.ndarray, classes: int, counted: np.ndarray | None = None) -> dict[str, float]:
     """What a random guess is expected to get in each metric that the labels allow, whose names these are.
 
     One class per image: `acc1`, `acc5` (at least 5 classes), `mean_per_class`, `roc_auc` (2 classes, each with images).
@@ -135,11 +142,12 @@ def classification_chance(labels: np.ndarray, classes: int) -> dict[str, float]:
     number k is one. So the average precision is the mean over k of (1 + (k - 1) (n - 1) / (N - 1)) / k, which is above
     n / N where images are few.
     """
-    present = present_classes(labels, classes)
+    present = present_classes(labels, classes, counted)
     if labels.ndim == 2:
-        images, positives = len(labels), labels.sum(0)[present]
-        harmonic = np.mean(1 / np.arange(1, images + 1))
-        expected = harmonic + (positives - 1) / max(images - 1, 1) * (1 - harmonic)
+        counted = np.ones_like(labels) if counted is None else counted
+        images, positives = counted.sum(0)[present], (labels & counted).sum(0)[present]
+        harmonic = np.cumsum(1 / np.arange(1, len(labels) + 1))[images - 1] / images
+        expected = harmonic + (positives - 1) / np.maximum(images - 1, 1) * (1 - harmonic)
         return dict.fromkeys(("average_precision", "voc_11_point_map"), float(expected.mean()))
     chance = {"acc1": 1 / classes}
     if classes >= 5:
@@ -150,12 +158,14 @@ def classification_chance(labels: np.ndarray, classes: int) -> dict[str, float]:
     return chance
 
 
-def classification_metrics(scores: np.ndarray, labels: np.ndarray, ties: str = "wrong") -> dict[str, float]:
+def classification_metrics(
+    scores: np.ndarray, labels: np.ndarray, ties: str = "wrong", counted: np.ndarray | None = None
+) -> dict[str, float]:
     """The metrics of `classification_chance`, fractions, from scores (I, C).
 
     acc1, acc5: images whose class is among the first k of the ranking, see `ranks`.
     mean_per_class: mean over the classes of the share of their images with rank 1.
-    average_precision, voc_11_point_map: mean over the classes.
+    average_precision, voc_11_point_map: mean over the classes, of each among its `counted` images.
     roc_auc: of class 1, by the difference of the scores.
     Classes without an image are in no mean, but can be guessed.
 
@@ -165,12 +175,13 @@ def classification_metrics(scores: np.ndarray, labels: np.ndarray, ties: str = "
     if not np.isfinite(scores).all():
         image = np.flatnonzero(~np.isfinite(scores).all(1))[0]
         raise ValueError(f"scores of image {image} are not finite: the weights or the image are broken")
-    names = classification_chance(labels, scores.shape[1]).keys()
-    present = np.flatnonzero(present_classes(labels, scores.shape[1]))
+    names = classification_chance(labels, scores.shape[1], counted).keys()
+    present = np.flatnonzero(present_classes(labels, scores.shape[1], counted))
     if labels.ndim == 2:
+        columns = [_column(scores, labels, counted, c) for c in present]
         return {
-            "average_precision": float(np.mean([average_precision(scores[:, c], labels[:, c]) for c in present])),
-            "voc_11_point_map": float(np.mean([voc_11_point(scores[:, c], labels[:, c]) for c in present])),
+            "average_precision": float(np.mean([average_precision(*column) for column in columns])),
+            "voc_11_point_map": float(np.mean([voc_11_point(*column) for column in columns])),
         }
     rank = ranks(scores, labels, ties)
     images = np.bincount(labels, minlength=scores.shape[1])
@@ -181,6 +192,14 @@ def classification_metrics(scores: np.ndarray, labels: np.ndarray, ties: str = "
         difference = scores[:, 1].astype(np.float64) - scores[:, 0]
         metrics["roc_auc"] = roc_auc(difference, labels == 1)
     return {name: metrics[name] for name in names}
+
+
+def _column(
+    scores: np.ndarray, labels: np.ndarray, counted: np.ndarray | None, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of a class, and which of them are of its images, for the images that count."""
+    rows = slice(None) if counted is None else counted[:, number]
+    return scores[rows, number], labels[rows, number]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +269,7 @@ class Classification:
             raise ValueError(f"classification modes are {tuple(modes)}; expected one or more of {available}")
         if ties not in TIES:
             raise ValueError(f"classification/{data.name}: ties {ties!r}; expected one of {TIES}")
-        self._chance = classification_chance(data.labels, len(data.classes))
+        self._chance = classification_chance(data.labels, len(data.classes), data.counted)
         first = next(iter(self._chance))
         metric = first if metric is None else metric
         two = data.labels.ndim == 1 and len(data.classes) == 2
@@ -331,13 +350,13 @@ class Classification:
         """
         data = self._data
         for mode, scores in self.scores(params).items():
-            metrics = classification_metrics(scores, data.labels, self._ties)
+            metrics = classification_metrics(scores, data.labels, self._ties, data.counted)
             for metric in sorted(metrics, key=lambda metric: metric != self._metric):
                 yield Result("classification", data.name, metric, metrics[metric], mode)
             if mode == self._modes[0]:
-                self._kept = _summary(scores, data.labels)
+                self._kept = _summary(scores, data.labels, data.counted)
         yield Result("classification", data.name, "chance", self._chance[self._metric])
-        if missing := int((~present_classes(data.labels, len(data.classes))).sum()):
+        if missing := int((~present_classes(data.labels, len(data.classes), data.counted)).sum()):
             yield Result("classification", data.name, "classes_without_images", float(missing))
 
     def figures(self, params: Any) -> Iterator[tuple[str, Image.Image]]:
@@ -361,7 +380,7 @@ class Classification:
         )
 
 
-def _summary(scores: np.ndarray, labels: np.ndarray) -> Mapping[str, np.ndarray]:
+def _summary(scores: np.ndarray, labels: np.ndarray, counted: np.ndarray | None) -> Mapping[str, np.ndarray]:
     """What figures need of a score matrix: the three best classes of each image with their scores, (I, 3) each; by how
     much its best true class leads over all others, (I,); with several labels the average precision of each class, NaN
     where there is none, (C,).
@@ -374,6 +393,6 @@ def _summary(scores: np.ndarray, labels: np.ndarray) -> Mapping[str, np.ndarray]
     lead = np.where(truth, scores, -np.inf).max(1) - np.where(truth, -np.inf, scores).max(1)
     kept = {"best": best, "best_scores": np.take_along_axis(scores, best, axis=1), "margin": lead}
     if labels.ndim == 2:
-        classes = zip(scores.T, labels.T, strict=True)
-        kept["precision"] = np.array([average_precision(s, t) if t.any() else np.nan for s, t in classes])
+        columns = [_column(scores, labels, counted, c) for c in range(scores.shape[1])]
+        kept["precision"] = np.array([average_precision(s, t) if t.any() else np.nan for s, t in columns])
     return kept

@@ -1,0 +1,18 @@
+"""GRAIN and its baselines on CC3M.
+
+    python -m flair_jax.main --config grain_cc3m --workdir RUN --config.data.shards='…/{00000..00331}.tar'
+
+RUN after a colon, such as `grain_cc3m:clip`: a key of `grain_recipe.RUNS`. Samples need "regions" in their json for
+GRAIN itself: `data.prepare annotate regions` makes them. Hardware: 16 H100-80G in the reference.
+"""
+
+from ml_collections import ConfigDict
+
+from flair_jax.configs import grain_recipe
+
+SAMPLES = 2_870_000  # about what can still be downloaded
+
+
+def get_config(run: str = "grain") -> ConfigDict:
+    """The config of a run. Raises ValueError as `grain_recipe.run_of`."""
+    return grain_recipe.run_of(run, SAMPLES)
