@@ -339,7 +339,7 @@ def dense_descriptions(features, batch, group_size, mask_duplicates, both_direct
     images, targets = batch[base.BOXES_VALID].shape
     described = unit[1].reshape(images, 1 + targets, -1)[:, 1:]
     query, matched = map(
-        np.asarray, objectives.regions.match(features.image.boxes, batch[base.BOXES], batch[base.BOXES_VALID])
+        np.asarray, boxes.match_boxes(features.image.boxes, batch[base.BOXES], batch[base.BOXES_VALID])
     )
     exist, ids, means = batch["valid"][:, 1:], batch[base.DESCRIPTION_IDS], []
     for first in range(0, images, group_size):

@@ -7,6 +7,7 @@ the methods that they name. They take their data as plain arrays and sequences: 
 from flair_jax.evaluators.choice import Choice, ChoiceSet
 from flair_jax.evaluators.classification import Classification, ClassificationSet
 from flair_jax.evaluators.pointing import Pointing, PointingSet
+from flair_jax.evaluators.regions import Regions
 from flair_jax.evaluators.retrieval import Retrieval, RetrievalSet
 from flair_jax.evaluators.segmentation import Segmentation, SegmentationSet
 
@@ -17,6 +18,7 @@ __all__ = [
     "ClassificationSet",
     "Pointing",
     "PointingSet",
+    "Regions",
     "Retrieval",
     "RetrievalSet",
     "Segmentation",
