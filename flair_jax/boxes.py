@@ -82,10 +82,21 @@ def match(cost: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
       more than Q.
     """
     queries, targets = cost.shape[1:]
-    if targets <= queries and math.perm(queries, targets) <= MAX_WAYS:
-        ways = np.array(list(itertools.permutations(range(queries), targets)), np.int32)  # (P, M)
-        costs = jnp.where(valid[:, None], cost[:, ways, np.arange(targets)], 0)  # (B, P, M)
-        return jnp.asarray(ways)[jnp.argmin(costs.sum(axis=-1), axis=1)], valid
+    few = targets <= queries and math.perm(queries, targets) <= MAX_WAYS
+    return (match_all_ways if few else match_hungarian)(cost, valid)
+
+
+def match_all_ways(cost: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`match` by trying every way, Q! / (Q - M)! of them; for M up to Q."""
+    queries, targets = cost.shape[1:]
+    ways = np.array(list(itertools.permutations(range(queries), targets)), np.int32)  # (P, M)
+    costs = jnp.where(valid[:, None], cost[:, ways, np.arange(targets)], 0)  # (B, P, M)
+    return jnp.asarray(ways)[jnp.argmin(costs.sum(axis=-1), axis=1)], valid
+
+
+def match_hungarian(cost: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`match` by the Hungarian algorithm, image by image."""
+    targets = cost.shape[2]
 
     def one(cost):
         query, target = optax.assignment.hungarian_algorithm(cost)

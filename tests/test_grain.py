@@ -265,12 +265,11 @@ def test_targets_are_clipped_and_those_without_area_are_none():
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("ways", [boxes.MAX_WAYS, 0], ids=["permutations", "hungarian"])
-def test_matching_is_exact(monkeypatch, ways):
-    monkeypatch.setattr(boxes, "MAX_WAYS", ways)
+@pytest.mark.parametrize("match", [boxes.match_all_ways, boxes.match_hungarian])
+def test_matching_is_exact(match):
     golden = load_golden("grain/boxes.safetensors")
     valid = np.arange(golden["assign.cost"].shape[2]) < golden["assign.num_targets"][:, None]
-    query, matched = jax.jit(boxes.match)(golden["assign.cost"], valid)
+    query, matched = jax.jit(match)(golden["assign.cost"], valid)
     np.testing.assert_array_equal(np.where(matched, query, -1), golden["assign.query_of_target"])
 
 
