@@ -15,6 +15,7 @@ class ColourModel(nn.Module):
     patch: int
     context_length = 77
     has_pooling = True
+    has_regions = False
     preprocessing: Preprocessing = Preprocessing()
 
     def encode_image(self, images):
