@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from colour_model import ColourModel
+from conftest import load_golden
 from PIL import Image
 
 from flair_jax import evaluation_sets, evaluation_tasks, sharding
@@ -525,12 +526,9 @@ def test_descriptions_are_found_by_number_where_names_show_the_order():
 
 
 @pytest.mark.golden
-def test_prompts_of_descriptions_are_those_of_grain(pytestconfig):
-    """With `--golden ROOT`: the reference's prompts, templates times descriptions."""
-    path = pathlib.Path(pytestconfig.getoption("--golden") or "not given", "grain/text.json")
-    if not path.exists():
-        pytest.skip(f"{path} is missing")
-    golden = json.loads(path.read_text())
+def test_prompts_of_descriptions_are_those_of_grain():
+    """Templates times descriptions."""
+    golden = load_golden("grain/text.json")
     classes = [(name,) for name in golden["classes"]]
     templates = [template.replace("{}", "{c}") for template in golden["templates"]]
     found = prompts.from_descriptions(classes, golden["classes"], templates)
