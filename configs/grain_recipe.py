@@ -11,12 +11,19 @@ multimodal model were never released: DreamLIP's long captions stand for the fir
 makes regions with the reference's detector.
 """
 
+import math
+
 from ml_collections import ConfigDict, config_dict
 
 from flair_jax.configs import base, variants
 
 GPU_IMAGES = 128  # of the reference: description losses have the negatives of one GPU
 WEB, LONG = "raw_caption", "longSV_captions"
+# The sets that the reference averages, ImageNet beside them.
+ZERO_SHOT = (
+    *("cifar10", "cifar100", "sun397", "cars", "dtd", "pets"),
+    *("caltech101", "flowers102", "cub", "places365", "food101"),
+)
 # What the reference's rule of weight decay hits beside matrices and embeddings, by the slips of its patterns.
 GRAIN_DECAY = (
     ("vision/class_embedding", {"decay": True}),
@@ -95,4 +102,24 @@ def recipe(
     config.data.packing.row_length = 80  # descriptions are short
     config.data.workers = 8
     config.evaluators.val = ConfigDict(dict(kind="shards", shards=config_dict.placeholder(str), modes=("global",)))
+    # On as soon as config.data_root is set: ImageNet after each epoch, as in the reference, and the others at the end.
+    epoch = math.ceil(samples / config.batch_size)
+    for name, sets, every in (("imagenet", ("imagenet",), epoch), ("zero_shot", ZERO_SHOT, 0)):
+        options = dict(kind="benchmarks", sets=sets, every=every, classification=zero_shot_options())
+        config.evaluators[name] = ConfigDict(options)
     return config
+
+
+def zero_shot_options() -> ConfigDict:
+    """Classification as in the reference; its descriptions and templates are its user's, see docs/evaluation.md.
+
+    Without descriptions prompts are the templates alone: those of the set, unless others are given.
+    """
+    return ConfigDict(
+        dict(
+            descriptions=config_dict.placeholder(str),  # a JSON file, or a folder with SET.json for each set
+            templates=config_dict.placeholder(tuple),  # such as ("a photo of a {c},",)
+            modes=("global",),  # the regions are off in the reference, too
+            renormalize=False,
+        )
+    )

@@ -197,6 +197,11 @@ def check(config: Mapping[str, Any]) -> None:
             raise FileNotFoundError(
                 f"evaluators.{name}: config.data_root is {options['root']!r}; expected the folder of public sets"
             )
+        elif kind == "benchmarks":
+            for key in ("names", "descriptions"):
+                path = (options.get("classification") or {}).get(key)
+                if isinstance(path, str) and not os.path.exists(path):
+                    raise FileNotFoundError(f"evaluators.{name}.classification.{key}: {path} is not there")
         elif kind == "shards":
             try:
                 expand(options["shards"])

@@ -133,11 +133,13 @@ def classification(
     Options besides the evaluator's own:
       templates: texts with `{c}` for the name of a class; or the name of a set whose templates `prompts` has.
       names: of each class its name or a list of names, in the order of the labels; or a JSON file with this list.
-      descriptions: a JSON file {class: [description, …]}; prompts are then as in `prompts.from_descriptions`, with
-        templates that a relative clause can follow.
+      descriptions: a JSON file {class: [description, …]}, or a folder with a file `SET.json` for each set; prompts are
+        then as in `prompts.from_descriptions`, with templates that a relative clause can follow. The descriptions
+        alone are what mode "regions" compares with.
 
     Raises:
       ValueError: names, descriptions and classes do not fit together, or a template has no `{c}`.
+      UnusableSet: the folder of descriptions has no file for the set.
     """
     options = dict(options)
     templates, names, descriptions = (options.pop(key, None) for key in ("templates", "names", "descriptions"))
@@ -148,19 +150,38 @@ def classification(
         raise ValueError(f"{benchmark.name}: {len(classes)} names for {len(data.classes)} classes")
     if isinstance(templates, str):
         templates = (templates,) if prompts.SLOT in templates else prompts.templates(templates)
+    described = None
     if descriptions is None:
         texts = prompts.from_templates(classes, templates or data.templates)
     else:
-        described = prompts.read_descriptions(descriptions)
-        texts = prompts.from_descriptions(classes, described, templates or prompts.DESCRIBED)
+        known = prompts.read_descriptions(_of_set(benchmark, descriptions))
+        texts = prompts.from_descriptions(classes, known, templates or prompts.DESCRIBED)
+        described = prompts.descriptions_of(classes, known)
+        if not any(described):
+            raise ValueError(f"{benchmark.name}: no class in {descriptions} has a description")
     if isinstance(options.get("modes"), str):
         options["modes"] = (options["modes"],)
-    tokens = Tokenizer(model.context_length)([text for own in texts for text in own])
-    owner = np.repeat(np.arange(len(classes)), [len(own) for own in texts])
+    tokenize = Tokenizer(model.context_length)
+
+    def flat(texts):
+        owner = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
+        return tokenize([text for own in texts for text in own]), owner
+
     titles = [names[0] for names in classes]
     pixels = Pixels(data.pictures, model.image_size, model.preprocessing.fit)
-    found = ClassificationSet(benchmark.name, titles, pixels, data.labels, tokens, owner, data.counted)
+    alone = (None, None) if described is None else flat(described)
+    found = ClassificationSet(benchmark.name, titles, pixels, data.labels, *flat(texts), data.counted, *alone)
     yield Classification(model, found, preprocess=model.preprocessing, **options)
+
+
+def _of_set(benchmark: base.Benchmark, path: str) -> pathlib.Path:
+    """The file itself, or the set's own in a folder. Raises UnusableSet: the folder has none."""
+    file = pathlib.Path(path)
+    if file.is_dir():
+        file /= f"{benchmark.name}.json"
+        if not file.is_file():
+            raise UnusableSet(benchmark, f"its descriptions are missing: {file}")
+    return file
 
 
 class SizedPixels(Pixels):

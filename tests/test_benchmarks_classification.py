@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from colour_model import ColourModel
+from conftest import load_golden
 from PIL import Image
 
 from flair_jax import evaluation_sets, evaluation_tasks, sharding
@@ -525,12 +526,9 @@ def test_descriptions_are_found_by_number_where_names_show_the_order():
 
 
 @pytest.mark.golden
-def test_prompts_of_descriptions_are_those_of_grain(pytestconfig):
-    """With `--golden ROOT`: the reference's prompts, templates times descriptions."""
-    path = pathlib.Path(pytestconfig.getoption("--golden") or "not given", "grain/text.json")
-    if not path.exists():
-        pytest.skip(f"{path} is missing")
-    golden = json.loads(path.read_text())
+def test_prompts_of_descriptions_are_those_of_grain():
+    """Templates times descriptions."""
+    golden = load_golden("grain/text.json")
     classes = [(name,) for name in golden["classes"]]
     templates = [template.replace("{}", "{c}") for template in golden["templates"]]
     found = prompts.from_descriptions(classes, golden["classes"], templates)
@@ -603,7 +601,20 @@ def test_prompts_follow_the_options(own, tmp_path):
     expect(tokens, ["a navy", "navy", "a sky", "sky"], ["a rose", "rose"])
     assert data.classes == ["navy", "rose"]
     (tmp_path / "d.json").write_text(json.dumps({"Red": ["warm"], "blue": []}))
-    expect(tokens_of(own, descriptions=str(tmp_path / "d.json"))[1], ["blue"], ["red, which has warm"])
+    data, tokens = tokens_of(own, descriptions=str(tmp_path / "d.json"))
+    expect(tokens, ["blue"], ["red, which has warm"])
+    np.testing.assert_array_equal(data.descriptions, tokenize(["warm"]))
+    assert data.class_of_description.tolist() == [1] and data.undescribed.tolist() == [0]
+    (tmp_path / "many").mkdir()
+    with pytest.raises(evaluation_tasks.UnusableSet, match=r"descriptions are missing: .*many/set\.json"):
+        tokens_of(own, descriptions=str(tmp_path / "many"))
+    (tmp_path / "many/set.json").write_text(json.dumps({"red": ["warm"], "blue": ["cold", "far"]}))
+    data, tokens = tokens_of(own, descriptions=str(tmp_path / "many"), templates=("a {c},",))
+    expect(tokens, ["a blue, which has cold", "a blue, which has far"], ["a red, which has warm"])
+    assert data.class_of_description.tolist() == [0, 0, 1]
+    (tmp_path / "d.json").write_text(json.dumps({"red": [], "blue": [" "]}))
+    with pytest.raises(ValueError, match=r"set: no class in .*d\.json has a description"):
+        tokens_of(own, descriptions=str(tmp_path / "d.json"))
     (tmp_path / "n.json").write_text('["b", "r"]')
     expect(tokens_of(own, names=str(tmp_path / "n.json"), templates=("{c}",))[1], ["b"], ["r"])
     with pytest.raises(ValueError, match="set: 1 names for 2 classes"):

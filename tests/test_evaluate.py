@@ -119,6 +119,18 @@ def test_what_is_wrong_is_said_before_a_run(section, error, words):
         evaluate.check(config_of(val=section))
 
 
+def test_files_for_classes_are_looked_for_before_a_run(tmp_path):
+    def check(**options):
+        section = {"kind": "benchmarks", "sets": ("imagenet",), "classification": options}
+        evaluate.check({**config_of(zero_shot=section), "data_root": str(tmp_path)})
+
+    check(descriptions=None, names=("a", "b"))
+    check(descriptions=str(tmp_path))
+    for key in ("descriptions", "names"):
+        with pytest.raises(FileNotFoundError, match=rf"evaluators\.zero_shot\.classification\.{key}: no/such\.json"):
+            check(**{key: "no/such.json"})
+
+
 def test_captions_are_where_the_training_data_has_them():
     """PixelProse has one field, `caption`; an evaluator of its own may name others."""
     config = configuration.read("flair_pixelprose", ["--config.data.index_dir=/index"])

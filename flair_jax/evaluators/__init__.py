@@ -1,7 +1,8 @@
 """Evaluators: each is built from a model and its data, and its `run(params)` yields `report.Result`s.
 
-They know a model by its contract alone: `encode_image`, `encode_text`, `score`, `context_length`, `has_pooling`, and
-the methods that they name. They take their data as plain arrays and sequences: reading files is not their business.
+They know a model by its contract alone: `encode_image`, `encode_text`, `score`, `context_length`, `has_pooling`,
+`has_regions`, and the methods that they name. They take their data as plain arrays and sequences: reading files is not
+their business.
 """
 
 from flair_jax.evaluators.choice import Choice, ChoiceSet

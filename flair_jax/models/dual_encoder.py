@@ -275,6 +275,17 @@ class DualEncoder(nn.Module):
         cosine = layers.normalize(image_features.pooled) @ layers.normalize(text_features.pooled).T
         return jnp.exp(self.logit_scale) * cosine
 
+    def region_score(self, image_features: ImageFeatures, text_features: TextFeatures) -> jax.Array:
+        """Scaled cosine of each region of an image with each text: (B, Q, N) float32.
+
+        Raises:
+          ValueError: the model has no decoder.
+        """
+        if self.decoder_options is None:
+            raise ValueError("scores of regions need a query decoder, and config.model.decoder is None")
+        regions, texts = (layers.normalize(x) for x in (image_features.regions, text_features.pooled))
+        return jnp.exp(self.logit_scale) * jnp.einsum("bqd,nd->bqn", regions, texts)
+
     def attention_maps(self, image_features: ImageFeatures, text_features: TextFeatures) -> tuple[jax.Array, jax.Array]:
         """Where each text looks: weights (B, N, H, L) and the zero key's mass (B, N, H); together they sum to 1.
 
