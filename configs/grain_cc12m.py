@@ -4,8 +4,8 @@ r"""GRAIN and its baselines on CC12M.
     python -m flair_jax.main --config grain_cc12m --workdir RUN \
         --config.data.shards='DATA/*.tar' --config.data.regions.source=beside
 
-RUN after a colon, such as `grain_cc12m:clip`: a key of `grain_recipe.RUNS`. GRAIN itself needs regions: the first command
-makes them of long captions; shards that have "regions" in their json go without `source`.
+RUN after a colon, such as `grain_cc12m:clip`: a key of `grain_recipe.RUNS`. GRAIN itself needs regions: the first
+command makes them of long captions; shards that have "regions" in their json go without `source`.
 Hardware: 16 H100-80G in the reference.
 """
 

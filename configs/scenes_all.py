@@ -5,7 +5,7 @@
 
 A packed batch holds sub-captions, hard negatives of the first of them, and descriptions of regions; the loss is the
 weighted sum of text-conditioned and multi-positive sigmoid losses (FLAIR), global and local hard negatives (FSC-CLIP),
-boxes and descriptions (GRAIN). Every method has the steps that spend as much computation as 1,200 of all of them.
+boxes and descriptions (GRAIN). Every method has the steps that spend as much computation as 800 of all of them.
 docs/regions.md has the table.
 """
 
@@ -15,15 +15,15 @@ from flair_jax.configs import scenes, variants
 
 KINDS = ("svlc", "ngram_shuffle_2")  # of hard negatives: those that need no parses
 FLAIR, NEGATIVES, REGIONS = "flair", "negatives", "regions"
-# Method -> its parts, and its steps: as many as spend the computation of 1,200 steps of all parts (`plan.step_flops`,
+# Method -> its parts, and its steps: as many as spend the computation of 800 steps of all parts (`plan.step_flops`,
 # 12 tokens a text).
 METHODS = {
-    "all": ((FLAIR, NEGATIVES, REGIONS), 1200),
-    "flair": ((FLAIR,), 2030),
-    "flair+negatives": ((FLAIR, NEGATIVES), 1700),
-    "flair+regions": ((FLAIR, REGIONS), 1360),
-    "fsc_clip": ((NEGATIVES,), 2440),
-    "grain": ((REGIONS,), 1790),
+    "all": ((FLAIR, NEGATIVES, REGIONS), 800),
+    "flair": ((FLAIR,), 1353),
+    "flair+negatives": ((FLAIR, NEGATIVES), 1133),
+    "flair+regions": ((FLAIR, REGIONS), 907),
+    "fsc_clip": ((NEGATIVES,), 1627),
+    "grain": ((REGIONS,), 1193),
 }
 
 
