@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import load_golden, nhwc
+from conftest import fresh_params, load_golden, nhwc
 from test_train import checkpoint_of
 from test_train import tiny as tiny_run
 
@@ -365,11 +365,11 @@ BEFORE = "before.safetensors"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, shared_programs):
     """A folder with the weights of a FLAIR and a short run of LoRA on them, and the config of the run."""
     folder = tmp_path_factory.mktemp("lora")
     config = {**tiny_run(steps=4), "lora": {"rank": 2}, "init_from": str(folder / BEFORE), "ema_decay": 0.9}
-    params = jax.device_get(state.init_params(models.create(config["model"]), 1))
+    params = fresh_params(models.create(config["model"]), 1)
     flax_files.write(folder / BEFORE, params, config["model"])
     train.train(config, folder / "lora")
     return folder, config

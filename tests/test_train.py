@@ -21,6 +21,7 @@ from flair_jax.configs import scenes as scenes_config
 from flair_jax.data import scenes
 from flair_jax.lock import WorkdirInUse, WorkdirLock
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 ROOT = pathlib.Path(__file__).parents[1]
 SIZE = 40
 MODEL = dict(
