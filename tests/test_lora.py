@@ -399,8 +399,7 @@ def test_a_killed_run_goes_on_exactly_without_the_weights_it_started_from(run, t
     step, arrays, _ = checkpoint_of(saved)
     assert step == 4
     jax.tree.map(np.testing.assert_array_equal, arrays, checkpoint_of(folder / "lora")[1])
-    for name, array in weights_of(saved).items():
-        np.testing.assert_array_equal(array, weights_of(folder / "lora")[name])
+    jax.tree.map(np.testing.assert_array_equal, weights_of(saved), weights_of(folder / "lora"))
 
 
 def test_pairs_alone_merged_and_part_of_the_way(run, tmp_path):
