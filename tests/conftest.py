@@ -67,6 +67,12 @@ def pytest_configure(config):
         TINY.update(model_section(golden_files.sections("tiny")))
 
 
+def pytest_collection_modifyitems(items):
+    """Files with tests of half a minute come first: what is left for the workers to share at the end is short."""
+    long = {f"test_{name}" for name in ("processes", "train", "gpu_check", "benchmark_train", "lora", "ema", "resume")}
+    items.sort(key=lambda item: item.path.stem not in long)
+
+
 def pytest_collection_finish():
     """What was imported stays; the garbage collector need not look at it again and again while jax traces."""
     gc.collect()
