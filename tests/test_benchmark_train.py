@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import json
+import multiprocessing
 import os
+import pathlib
 import signal
 from types import SimpleNamespace
 
@@ -43,6 +45,16 @@ def alone(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", QUICK)
 
 
+@pytest.fixture
+def quick_start(alone, monkeypatch):
+    """Sides are forks of one process that has imported what they need, where most of their time would be imports."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["benchmarks.train", "benchmarks.encode", "flair_jax.train", "torch._dynamo"])
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parents[1]))
+    monkeypatch.setattr(sides, "multiprocessing", SimpleNamespace(get_context=lambda method: forks))
+    monkeypatch.setattr(processes, "default_backend", lambda: "cpu")
+
+
 def figures_of(main, tmp_path, *arguments, **options):
     file = tmp_path / "figures.json"
     main([*arguments, "--json", str(file)], **options)
@@ -63,7 +75,7 @@ def test_training_beside_the_twin(config_file, tmp_path, alone):
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
-def test_encoding_and_scoring_beside_the_twin(config_file, tmp_path, alone):
+def test_encoding_and_scoring_beside_the_twin(config_file, tmp_path, quick_start):
     pytest.importorskip("torch", reason="PyTorch is not installed")
     sizes = ["--images", "4", "--image-batch", "2", "--texts", "10", "--text-batch", "4"]
     arguments = ["--config", config_file, *sizes, "--turns", "1"]
@@ -74,7 +86,7 @@ def test_encoding_and_scoring_beside_the_twin(config_file, tmp_path, alone):
             assert figures[f"ratio_{kind}_eager"] == pytest.approx(ratio)
 
 
-def test_a_sweep_is_a_table_and_finds_the_best(config_file, tmp_path, alone, capsys):
+def test_a_sweep_is_a_table_and_finds_the_best(config_file, tmp_path, quick_start, capsys):
     vary = ["--vary", "batch_size=2,4", "model.remat=none,half"]
     figures = figures_of(train.main, tmp_path, "--config", config_file, "--steps", "1", "--turns", "1", *vary)
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]

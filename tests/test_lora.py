@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import load_golden, nhwc
+from conftest import fresh_params, load_golden, nhwc
 from optional import torch
 from test_train import checkpoint_of
 from test_train import tiny as tiny_run
@@ -447,11 +447,11 @@ BEFORE = "before.safetensors"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, shared_programs):
     """A folder with the weights of a FLAIR and a short run of LoRA on them, and the config of the run."""
     folder = tmp_path_factory.mktemp("lora")
     config = {**tiny_run(steps=4), "lora": {"rank": 2}, "init_from": str(folder / BEFORE), "ema_decay": 0.9}
-    params = jax.device_get(state.init_params(models.create(config["model"]), 1))
+    params = fresh_params(models.create(config["model"]), 1)
     flax_files.write(folder / BEFORE, params, config["model"])
     train.train(config, folder / "lora")
     return folder, config
@@ -481,8 +481,7 @@ def test_a_killed_run_goes_on_exactly_without_the_weights_it_started_from(run, t
     step, arrays, _ = checkpoint_of(saved)
     assert step == 4
     jax.tree.map(np.testing.assert_array_equal, arrays, checkpoint_of(folder / "lora")[1])
-    for name, array in weights_of(saved).items():
-        np.testing.assert_array_equal(array, weights_of(folder / "lora")[name])
+    jax.tree.map(np.testing.assert_array_equal, weights_of(saved), weights_of(folder / "lora"))
 
 
 def test_pairs_alone_merged_and_part_of_the_way(run, tmp_path):
