@@ -26,6 +26,7 @@ REQUIRES = [
     "fsspec>=2026.9",
     "ftfy>=6.3.1",
     "grain>=0.2.18",
+    "huggingface_hub>=2.4",
     "jax>=0.10.2",
     "matplotlib>=3.11",
     "ml_dtypes>=0.6",

@@ -14,7 +14,7 @@ from PIL import Image
 
 from flair_jax import checkpoint, lora, models, state
 from flair_jax.config import normalize
-from flair_jax.convert import flax_files, hugging_face, lora_files, released
+from flair_jax.convert import flax_files, hub, hugging_face, lora_files, released
 from flair_jax.convert.tables import flatten
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators.features import Encoder
@@ -36,7 +36,7 @@ def read(
     Args:
       path: a work directory of a run (its newest checkpoint, the average of the parameters where the run keeps one),
         a .safetensors file of either side, a .pt or .bin file (a state dict, or OpenAI's archive), or a folder of
-        Hugging Face's with config.json and model.safetensors.
+        Hugging Face's with config.json and model.safetensors; or a name on the hub, see `convert.hub`.
       model: the `model` section; None: the one stored with the weights, or that of the published model
         whose widths a PyTorch file has.
       gelu: "quick" or "exact", where neither the file nor `model` says it: state dicts of CLIP do not.
@@ -47,6 +47,7 @@ def read(
 
     Raises:
       FileNotFoundError: nothing is there.
+      HubError: weights on the hub could not be fetched.
       ValueError: it holds no such model, one of another size or with another `model` section, a number is not finite,
         or nobody says which GELU the model has.
       TypeError: `path` is no path or `model` no mapping.
@@ -56,6 +57,7 @@ def read(
     if not (model is None or isinstance(model, Mapping)):
         raise TypeError(f"model is a {type(model).__name__}; expected a `model` section, a mapping, or None")
     given = None if model is None else normalize(model)
+    path = hub.kept(path, given, gelu) if hub.is_name(path) else path
     folder = epath.Path(path).expanduser()
     if not folder.exists():
         raise FileNotFoundError(f"{path}: no such file or work directory")

@@ -123,6 +123,7 @@ class Regions:
         hits, ious, within, ranks, grounded, chances = [], [], [], [], [], []
         for images, image in self._encoder.images(params, data.images, local=False):
             count = len(images)
+            image = self._encoder.take([image], np.arange(image.pooled.shape[0]))  # whole on every process
             regions, boxes = np.asarray(normalize(image.regions))[:count], np.asarray(image.boxes)[:count]
             if not (np.isfinite(regions).all() and np.isfinite(boxes).all()):
                 raise ValueError(f"regions/{data.name}: features are not finite: the weights or an image are broken")
