@@ -282,7 +282,7 @@ class Scoped(optimizer.Optimizer):
 def batches_of(model: Mapping[str, Any], size: int, count: int = 2) -> list[dict[str, Any]]:
     image_size = models.create(model).image_size
     text = {name: model["text"][name] for name in ("context_length", "vocab_size")}
-    return inputs.made_up(size, image_size, CAPTIONS, text, ROW_LENGTH, batches=count)
+    return inputs.made_up(size, image_size, {"captions": CAPTIONS}, text, ROW_LENGTH, batches=count)
 
 
 class Compiled:

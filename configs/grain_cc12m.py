@@ -1,9 +1,11 @@
-"""GRAIN and its baselines on CC12M.
+r"""GRAIN and its baselines on CC12M.
 
-    python -m flair_jax.main --config grain_cc12m --workdir RUN --config.data.shards='…/{00000..00331}.tar'
+    python -m flair_jax.data.prepare annotate regions --shards 'DATA/*.tar'
+    python -m flair_jax.main --config grain_cc12m --workdir RUN \
+        --config.data.shards='DATA/*.tar' --config.data.regions.source=beside
 
-RUN after a colon, such as `grain_cc12m:clip`: a key of `grain_recipe.RUNS`. Samples need "regions" in their json for
-GRAIN itself: `data.prepare annotate regions` makes them. Hardware: 16 H100-80G in the reference.
+RUN after a colon, such as `grain_cc12m:clip`: a key of `grain_recipe.RUNS`. GRAIN itself needs
+regions: the first command makes them of long captions; shards that have "regions" in their json go without `source`. Hardware: 16 H100-80G in the reference.
 """
 
 from ml_collections import ConfigDict

@@ -9,6 +9,7 @@ or lost. Last, the texts of a batch may be packed.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -37,6 +38,7 @@ from flair_jax.data.transforms.images import AugmentationOptions
 from flair_jax.data.transforms.negatives import PARSED, Negatives
 from flair_jax.data.transforms.regions import Region, Regions, of_record
 from flair_jax.data.transforms.samples import (
+    UNUSABLE,
     Captions,
     Crop,
     Flip,
@@ -503,7 +505,7 @@ def make_stream(
     Raises:
       FileNotFoundError, ShardError: see `open_source`; or annotations are missing, see `annotations.open_annotations`.
       ValueError: batch_size is no multiple of the processes and their devices, packed rows are too short for a
-        caption, or an option has no meaning.
+        caption, no sample has a region where there should be some, or an option has no meaning.
       iterator_state.PositionError: `position` belongs to other data or settings.
       TypeError: an unknown option of captions, negatives, regions, augmentation or packing.
     """
@@ -545,6 +547,8 @@ def make_stream(
         "process_count": process_count,
     }
     sample_order = order.endless(sizes, seed, shuffle=shuffle, window=shuffle_window, weights=weights)
+    if found is not None:
+        _check_regions(found, load, sample_order)
     packer = _measured_packer(
         load,
         sample_order,
@@ -601,6 +605,25 @@ def _regions(
 ) -> tuple[Transform, ...]:
     """The transform that gives regions as the crop shows them; none without a source."""
     return () if source is None else (Regions(options.count, source, crop.view, tokenize, options.min_area),)
+
+
+def _check_regions(
+    found: Callable[[Sample], list[Region]], load: LoadTraining, sample_order: Sequence[tuple[int, int]]
+) -> None:
+    """Refuses shards without regions, on which what is trained by them would learn nothing in silence.
+
+    Raises:
+      ValueError: none of the first samples has one.
+    """
+    for index in range(min(MEASURED_SAMPLES, len(load.source))):
+        epoch, number = sample_order[index]
+        with contextlib.suppress(*UNUSABLE):
+            if found(Sample(load.source[number], load.seed, epoch, number)):
+                return
+    raise ValueError(
+        f"config.data.regions.count is set, and none of the first {MEASURED_SAMPLES:,} samples has a region: set "
+        "config.data.regions.source to 'beside' or a folder if `data.prepare annotate regions` made them, or make them"
+    )
 
 
 def _measured_packer(

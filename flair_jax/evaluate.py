@@ -22,7 +22,16 @@ from flair_jax.data.benchmarks import shards as shard_sets
 from flair_jax.data.sources.open import expand
 from flair_jax.data.transforms import captions
 from flair_jax.data.transforms.tokenizer import Tokenizer
-from flair_jax.evaluators import Pointing, PointingSet, Retrieval, RetrievalSet, Segmentation, SegmentationSet, features
+from flair_jax.evaluators import (
+    Pointing,
+    PointingSet,
+    Regions,
+    Retrieval,
+    RetrievalSet,
+    Segmentation,
+    SegmentationSet,
+    features,
+)
 from flair_jax.evaluators.segmentation import IGNORE
 from flair_jax.evaluators.store import FeatureStore
 from flair_jax.untrained import looks_untrained
@@ -56,11 +65,16 @@ def scenes_evaluators(model: nn.Module, name: str, *, count: int, seed: int, siz
     parts = RetrievalSet(f"{name}_parts", unseen.images, tokenize(unseen.parts), unseen.part_images)
     yield Retrieval(model, parts, preprocess=model.preprocessing, **options)
     objects = np.bincount(unseen.phrase_images, minlength=count)[unseen.phrase_images]
-    phrases = PointingSet(name, unseen.images, tokenize(unseen.phrases), unseen.phrase_images, unseen.boxes, objects)
+    phrases = PointingSet(
+        *(name, unseen.images, tokenize(unseen.phrases), unseen.phrase_images, unseen.boxes, objects, unseen.phrases)
+    )
     if model.has_pooling:
         yield Pointing(model, phrases, preprocess=model.preprocessing)
-    yield segmentation("colour", unseen.colour_masks, unseen.colour_names, unseen.colour_prompts)
-    yield segmentation("shape", unseen.shape_masks, unseen.shape_names, unseen.shape_prompts)
+    if model.has_regions:
+        yield Regions(model, phrases, preprocess=model.preprocessing)
+    if model.has_local:
+        yield segmentation("colour", unseen.colour_masks, unseen.colour_names, unseen.colour_prompts)
+        yield segmentation("shape", unseen.shape_masks, unseen.shape_names, unseen.shape_prompts)
 
 
 def scenes_examples(model: nn.Module, *, seed: int, size: int, **_) -> Examples:

@@ -23,6 +23,7 @@ from flair_jax.evaluators import (
     ClassificationSet,
     Pointing,
     PointingSet,
+    Regions,
     Retrieval,
     RetrievalSet,
     Segmentation,
@@ -239,7 +240,8 @@ def whole_images(model: nn.Module, pictures: Sequence[base.Picture]) -> WholeIma
 def pointing(
     model: nn.Module, benchmark: base.Benchmark, data: base.Pointing, options: Mapping[str, Any]
 ) -> Iterator[Any]:
-    """Where phrases point. Those of which the model's crop leaves nothing to hit are left out, and counted.
+    """Where phrases point, and with a query decoder what its regions find. Phrases of which the model's crop leaves
+    nothing to hit are left out, and counted.
 
     Raises:
       UnusableSet: no phrase is left.
@@ -257,21 +259,21 @@ def pointing(
     owners = data.image_of_text[seen]
     # The objects of an image are those that its phrases name.
     objects = np.array([len(np.unique(np.concatenate(rows), axis=0)) for rows in _grouped(boxes, owners)])
-    yield Pointing(
-        model,
-        PointingSet(
-            benchmark.name,
-            SizedPixels(data.pictures, data.sizes, size, model.preprocessing.fit),
-            Tokenizer(model.context_length)(texts),
-            owners,
-            boxes,
-            objects[np.unique(owners, return_inverse=True)[1]],
-            texts,
-            int((~seen).sum()),
-        ),
-        preprocess=model.preprocessing,
-        **options,
+    phrases = PointingSet(
+        benchmark.name,
+        SizedPixels(data.pictures, data.sizes, size, model.preprocessing.fit),
+        Tokenizer(model.context_length)(texts),
+        owners,
+        boxes,
+        objects[np.unique(owners, return_inverse=True)[1]],
+        texts,
+        int((~seen).sum()),
     )
+    if model.has_local:
+        yield Pointing(model, phrases, preprocess=model.preprocessing, **options)
+    if model.has_regions:
+        own = {key: value for key, value in options.items() if key != "modes"}
+        yield Regions(model, phrases, preprocess=model.preprocessing, **own)
 
 
 def _grouped(rows: Sequence[Any], owners: np.ndarray) -> list[list[Any]]:
@@ -285,7 +287,7 @@ def _grouped(rows: Sequence[Any], owners: np.ndarray) -> list[list[Any]]:
 def segmentation(
     model: nn.Module, benchmark: base.Benchmark, data: base.Segmentation, options: Mapping[str, Any]
 ) -> Iterator[Segmentation]:
-    """Zero-shot segmentation of pictures of any size.
+    """Zero-shot segmentation of pictures of any size, by a model that projects its patches.
 
     Args:
       options: of `evaluators.Segmentation`, and
@@ -295,7 +297,10 @@ def segmentation(
 
     Raises:
       ValueError: another number of classes than the set has, or a template without `{c}`.
+      UnusableSet: the model has no patches in the space of its texts.
     """
+    if not model.has_local:
+        raise UnusableSet(benchmark, "the model has no projected patches: config.model.project_image is False")
     options = {"short_side": 1.5, **options}
     classes, templates = (_lines(options.pop(name, None)) for name in ("classes", "templates"))
     classes = data.classes if classes is None else segmentation_sets.parse_classes(classes)

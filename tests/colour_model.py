@@ -14,7 +14,7 @@ class ColourModel(nn.Module):
 
     patch: int
     context_length = 77
-    has_pooling = True
+    has_pooling = has_local = True
     has_regions = False
     preprocessing: Preprocessing = Preprocessing()
 

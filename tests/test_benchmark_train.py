@@ -94,10 +94,11 @@ def test_the_twin_is_no_rival_of_another_model():
 
 
 @pytest.mark.parametrize("row_length", [None, 40])
-def test_made_up_batches_come_back_as_they_were_packed(row_length):
+@pytest.mark.parametrize("slots", [{"captions": 3}, {"captions": 1, "descriptions": 2}])
+def test_made_up_batches_come_back_as_they_were_packed(slots, row_length):
     text = {"context_length": 28, "vocab_size": tokenizer.VOCAB_SIZE}
-    batches = inputs.made_up(16, (32, 32), 3, text, row_length, parts=2, batches=2)
-    plain = inputs.made_up(16, (32, 32), 3, text, None, batches=2)
+    batches = inputs.made_up(16, (32, 32), slots, text, row_length, parts=2, batches=2)
+    plain = inputs.made_up(16, (32, 32), slots, text, None, batches=2)
     assert len({str(jax.tree.map(np.shape, batch)) for batch in batches}) == 1
     for batch, other in zip(batches, plain, strict=True):
         assert batch["images"].shape == (16, 32, 32, 3)
@@ -105,8 +106,9 @@ def test_made_up_batches_come_back_as_they_were_packed(row_length):
         tokens = inputs.unpacked(batch["texts"], 28)
         np.testing.assert_array_equal(packing.text_lengths(batch["texts"]), packing.lengths(tokens))
         np.testing.assert_array_equal(tokens, other["texts"]["tokens"])
+        assert ("regions/boxes" in batch) == ("descriptions" in slots) == ("valid" in batch)
     with pytest.raises(ValueError, match="batch_size 16 must be a multiple of the 3 devices"):
-        inputs.made_up(16, (32, 32), 3, text, row_length, parts=3)
+        inputs.made_up(16, (32, 32), slots, text, row_length, parts=3)
 
 
 def test_captions_are_as_long_as_real_ones_and_end_as_clips():

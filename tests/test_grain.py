@@ -265,12 +265,11 @@ def test_targets_are_clipped_and_those_without_area_are_none():
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("ways", [boxes.MAX_WAYS, 0], ids=["permutations", "hungarian"])
-def test_matching_is_exact(monkeypatch, ways):
-    monkeypatch.setattr(boxes, "MAX_WAYS", ways)
+@pytest.mark.parametrize("match", [boxes.match_all_ways, boxes.match_hungarian])
+def test_matching_is_exact(match):
     golden = load_golden("grain/boxes.safetensors")
     valid = np.arange(golden["assign.cost"].shape[2]) < golden["assign.num_targets"][:, None]
-    query, matched = jax.jit(boxes.match)(golden["assign.cost"], valid)
+    query, matched = jax.jit(match)(golden["assign.cost"], valid)
     np.testing.assert_array_equal(np.where(matched, query, -1), golden["assign.query_of_target"])
 
 
@@ -339,7 +338,7 @@ def dense_descriptions(features, batch, group_size, mask_duplicates, both_direct
     images, targets = batch[base.BOXES_VALID].shape
     described = unit[1].reshape(images, 1 + targets, -1)[:, 1:]
     query, matched = map(
-        np.asarray, objectives.regions.match(features.image.boxes, batch[base.BOXES], batch[base.BOXES_VALID])
+        np.asarray, boxes.match_boxes(features.image.boxes, batch[base.BOXES], batch[base.BOXES_VALID])
     )
     exist, ids, means = batch["valid"][:, 1:], batch[base.DESCRIPTION_IDS], []
     for first in range(0, images, group_size):

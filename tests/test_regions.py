@@ -345,6 +345,16 @@ def test_a_batch(shards):
                 np.testing.assert_array_equal(tokens[row, 2:], TOKENIZE([*best, "", ""][:2]))
 
 
+def test_shards_without_regions_are_refused(tmp_path):
+    """A run would not learn from regions, and not say so."""
+    picture, fields = encoded(white_box()[0]), b'{"caption": "a", "regions": []}'
+    members = [member for n in range(3) for member in ((f"{n}.png", picture), (f"{n}.json", fields))]
+    shards = write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(ValueError, match=r"none of the first 2,048 samples has a region: .*source to 'beside'"):
+        loader.make_stream(shards, **OPTIONS)
+    loader.make_stream(shards, **{**OPTIONS, "regions": {}}).close()
+
+
 def test_slots_without_negatives_or_regions():
     data = configuration.read("flair_cc3m")["data"]
     assert text_slots(data) == ()

@@ -8,6 +8,7 @@ their business.
 from flair_jax.evaluators.choice import Choice, ChoiceSet, WholeImages
 from flair_jax.evaluators.classification import Classification, ClassificationSet
 from flair_jax.evaluators.pointing import Pointing, PointingSet
+from flair_jax.evaluators.regions import Regions
 from flair_jax.evaluators.retrieval import Retrieval, RetrievalSet
 from flair_jax.evaluators.segmentation import Segmentation, SegmentationSet
 
@@ -18,6 +19,7 @@ __all__ = [
     "ClassificationSet",
     "Pointing",
     "PointingSet",
+    "Regions",
     "Retrieval",
     "RetrievalSet",
     "Segmentation",

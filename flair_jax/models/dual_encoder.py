@@ -332,6 +332,11 @@ class DualEncoder(nn.Module):
         return self.pooling_options is not None
 
     @property
+    def has_local(self) -> bool:
+        """Whether image features have projected patches."""
+        return self.project_image
+
+    @property
     def has_regions(self) -> bool:
         """Whether image features have regions and boxes."""
         return self.decoder_options is not None

@@ -2,9 +2,7 @@
 
 A batch has M targets an image: `regions/boxes` (N, M, 4), `regions/valid` (N, M), which of them there are, and in the
 slot "descriptions" the text of each. A model with a query decoder predicts Q boxes and features an image. The targets
-are given queries, one to one, so that the sum of the costs is the smallest:
-
-    cost = 5 |b - b'|_1 - 2 GIoU(b, b')
+are given queries by their boxes, one to one, see `boxes.match_boxes`.
 
 With groups of consecutive images, as the reference has them on its GPUs, both losses are means over groups of the means
 over a group's targets, and the negatives of a description are those of its group.
@@ -22,7 +20,6 @@ from flair_jax.data.transforms.base import BOXES, BOXES_VALID, DESCRIPTION_IDS, 
 from flair_jax.models.dual_encoder import Features
 from flair_jax.models.layers import normalize
 
-MATCHING = (5.0, 2.0)  # weights of L1 and GIoU in the cost
 EXACT = lax.Precision.HIGHEST
 
 
@@ -63,7 +60,7 @@ def boxes(
     layers = features.image.layer_boxes if every_layer else features.image.boxes[None]
     value = 0.0
     for found in layers:
-        query, matched = match(found, wanted, valid)
+        query, matched = geometry.match_boxes(found, wanted, valid)
         own = of_queries(found, query)  # (N, M, 4)
         distance = jnp.abs(own - wanted).sum(axis=-1)
         iou, generalised = geometry.overlap(geometry.corners(own), geometry.corners(wanted))
@@ -110,7 +107,7 @@ def descriptions(
             f"config.objectives.{name} needs a description for each of the {valid.shape[1]} boxes of an image; the "
             f"slots of the texts are {features.slots}"
         )
-    query, matched = match(features.image.boxes, wanted, valid)
+    query, matched = geometry.match_boxes(features.image.boxes, wanted, valid)
     exist = features.in_slot(DESCRIPTIONS, batch["valid"]) if batch.get("valid") is not None else jnp.ones_like(valid)
     matched &= exist
 
@@ -150,19 +147,6 @@ def targets(features: Features, batch: Mapping[str, Any], name: str) -> tuple[ja
     if BOXES not in batch:
         raise ValueError(f"config.objectives.{name} needs boxes in the batch; set config.data.regions.count")
     return batch[BOXES].astype(jnp.float32), batch[BOXES_VALID]
-
-
-def match(found: jax.Array, wanted: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The query of each target, int32 (N, M), and which have one, as `boxes.match`; without a gradient.
-
-    Args:
-      found, wanted: boxes (N, Q, 4), (N, M, 4).
-      valid: bool (N, M).
-    """
-    found, wanted = lax.stop_gradient(found)[:, :, None], wanted[:, None]
-    distance = jnp.abs(found - wanted).sum(axis=-1)  # (N, Q, M)
-    _, generalised = geometry.overlap(geometry.corners(found), geometry.corners(wanted))
-    return geometry.match(MATCHING[0] * distance - MATCHING[1] * generalised, valid)
 
 
 def of_queries(x: jax.Array, query: jax.Array) -> jax.Array:

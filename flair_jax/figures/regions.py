@@ -1,0 +1,75 @@
+"""Pictures of regions: true boxes, and beside them those that a model predicts."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from flair_jax.figures import as_pixels, in_rows
+
+TILE = 280  # width of an image in pixels
+LINE, FONT_SIZE = 16, 12
+COLUMNS = 4
+# A colour for each box of an image, told apart by people who do not see colours as most do (Okabe and Ito).
+COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """An image with M boxes.
+
+    Attributes:
+      image: (H, W, 3), uint8, or float in [0, 1].
+      truth, found: (M, 4), left, top, right, bottom as shares of the image: what is there, and what is predicted.
+      iou: (M,), of both; NaN where nothing is.
+      names: M texts.
+    """
+
+    image: np.ndarray
+    truth: np.ndarray
+    found: np.ndarray
+    iou: np.ndarray
+    names: Sequence[str]
+
+
+def sheet(examples: Sequence[Example]) -> Image.Image:
+    """Examples in rows. True boxes are drawn with one line, predicted ones with a dashed line of the same colour; under
+    the picture stand their names and the IoU.
+    """
+    return in_rows([_cell(example) for example in examples], COLUMNS)
+
+
+def _cell(example: Example) -> Image.Image:
+    pixels = as_pixels(example.image)
+    height = round(TILE * pixels.shape[0] / pixels.shape[1])
+    picture = Image.fromarray(pixels).resize((TILE, height))
+    cell = Image.new("RGB", (TILE, height + LINE * max(len(example.names), 1)), "white")
+    font, scale = ImageFont.load_default(FONT_SIZE), (TILE - 1, height - 1, TILE - 1, height - 1)
+    draw = ImageDraw.Draw(picture)
+    for number, (truth, found, iou) in enumerate(zip(example.truth, example.found, example.iou, strict=True)):
+        colour = COLOURS[number % len(COLOURS)]
+        draw.rectangle(tuple(np.clip(truth, 0, 1) * scale), outline=colour, width=2)
+        if np.isfinite(iou):
+            _dashed(draw, np.clip(found, 0, 1) * scale, colour)
+    cell.paste(picture)
+    text = ImageDraw.Draw(cell)
+    for number, (name, iou) in enumerate(zip(example.names, example.iou, strict=True)):
+        top = height + LINE * number
+        text.rectangle((2, top + 4, 10, top + 12), fill=COLOURS[number % len(COLOURS)], outline="black")
+        longest = max(1, int((TILE - 60) / font.getlength("n")))
+        shown = name if len(name) <= longest else f"{name[: longest - 1]}…"
+        fit = f"{iou:.2f}" if np.isfinite(iou) else "none"
+        text.text((16, top), f"{fit}  {shown}", fill="black", font=font)
+    return cell
+
+
+def _dashed(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: tuple[int, int, int], dash: int = 6) -> None:
+    """A rectangle of dashes."""
+    left, top, right, bottom = box
+    for x in np.arange(left, right, 2 * dash):
+        for y in (top, bottom):
+            draw.line((x, y, min(x + dash, right), y), fill=colour, width=2)
+    for y in np.arange(top, bottom, 2 * dash):
+        for x in (left, right):
+            draw.line((x, y, x, min(y + dash, bottom)), fill=colour, width=2)
