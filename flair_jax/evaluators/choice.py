@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
-from flair_jax import boxes as box_rules
+from flair_jax import boxes as geometry
 from flair_jax.evaluators.features import BrokenImages, Encoder, call, lookahead
 from flair_jax.evaluators.pointing import texts_by_image
 from flair_jax.models.dual_encoder import ImageFeatures
@@ -365,8 +365,8 @@ class Choice:
                 row_of[numbers] = np.arange(len(numbers))
                 mine = np.flatnonzero(row_of[whole.whole_of_image] >= 0)
                 rows = row_of[whole.whole_of_image[mine]]
-                corners = box_rules.corners(found[rows])  # (n, Q, 4)
-                iou = np.asarray(box_rules.overlap(whole.boxes[mine, None], corners, epsilon=0.0)[0])
+                corners = geometry.corners(found[rows])  # (n, Q, 4)
+                iou = np.asarray(geometry.overlap(whole.boxes[mine, None], corners, epsilon=0.0)[0])
                 overlaps[mine] = iou.max(axis=1)
                 vectors[mine] = regions[rows, iou.argmax(axis=1)]
         except BrokenImages as broken:
