@@ -1,5 +1,6 @@
 """A task's data as evaluators of a model: pictures become pixels, texts become tokens."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from flair_jax.evaluators import (
     RetrievalSet,
     Segmentation,
     SegmentationSet,
+    WholeImages,
 )
 from flair_jax.evaluators.features import BrokenImages
 from flair_jax.report import Missing
@@ -214,10 +216,25 @@ def choice(model: nn.Module, benchmark: base.Benchmark, data: base.Choice, optio
     tokens = Tokenizer(model.context_length)(data.texts)
     yield Choice(
         model,
-        ChoiceSet(benchmark.name, pixels, tokens, data.items, data.texts),
+        ChoiceSet(benchmark.name, pixels, tokens, data.items, data.texts, whole_images(model, data.pictures)),
         preprocess=model.preprocessing,
         **options,
     )
+
+
+def whole_images(model: nn.Module, pictures: Sequence[base.Picture]) -> WholeImages | None:
+    """The images that the pictures are boxes of, for models with regions; None unless all of them are."""
+    if not model.has_regions or any(picture.box is None or picture.box_in is None for picture in pictures):
+        return None
+    size, number = image_rules.pair(model.image_size), {}
+    owners, found = np.empty(len(pictures), int), np.zeros((len(pictures), 4), np.float32)
+    for row, picture in enumerate(pictures):
+        whole = dataclasses.replace(picture, box=None, box_in=None), picture.box_in
+        owners[row] = number.setdefault(whole, len(number))
+        for box in model.preprocessing.fit_boxes(np.array([picture.box]), picture.box_in, size):  # one, or cut away
+            found[row] = box / (size[1], size[0], size[1], size[0])
+    wholes, sizes = zip(*number, strict=True)
+    return WholeImages(SizedPixels(wholes, np.array(sizes), size, model.preprocessing.fit), owners, found)
 
 
 def pointing(

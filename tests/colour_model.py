@@ -49,6 +49,26 @@ class ColourModel(nn.Module):
         return jnp.roll(image_features.local, 1, axis=-1)
 
 
+class RegionModel(ColourModel):
+    """Its regions are the patches."""
+
+    has_pooling, has_regions = False, True
+
+    def encode_image(self, images):
+        features = super().encode_image(images)
+        rows, columns = (side // self.patch for side in images.shape[1:3])
+        y, x = (
+            (np.arange(rows * columns) // columns + 0.5) / rows,
+            (np.arange(rows * columns) % columns + 0.5) / columns,
+        )
+        boxes = np.stack([x, y, np.full_like(x, 1 / columns), np.full_like(x, 1 / rows)], axis=1)
+        boxes = jnp.broadcast_to(jnp.asarray(boxes, jnp.float32), (len(images), *boxes.shape))
+        return features.replace(regions=features.local, boxes=boxes)
+
+    def region_score(self, image_features, text_features):
+        return image_features.regions @ text_features.pooled.T
+
+
 def texts(*channels: int) -> np.ndarray:
     """Padded texts (N, 2) that ask for channels."""
     return np.array([[channel, 9] for channel in channels], np.int32)

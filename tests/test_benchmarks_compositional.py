@@ -10,6 +10,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from colour_model import RegionModel
 from conftest import load_golden
 from PIL import Image
 from word_model import WordModel
@@ -17,7 +18,7 @@ from word_model import WordModel
 from flair_jax import evaluation_sets, evaluation_tasks
 from flair_jax.data.benchmarks import aro, compositional, pairs, sugarcrepe, suites, table, valse, vl_checklist
 from flair_jax.data.benchmarks.base import AnnotationError, Item, MissingError, Picture
-from flair_jax.data.transforms.images import ImageError
+from flair_jax.data.transforms.images import ImageError, Preprocessing
 from flair_jax.evaluators.choice import average
 from flair_jax.report import Result, SetDetails
 
@@ -650,6 +651,46 @@ def test_a_set_is_evaluated_by_name(tmp_path):
     [evaluator] = evaluation_sets.evaluators(model, "sets", allow_missing=True, **options)
     results = {result.name: result.value for result in evaluator.run({})}
     assert results["choice/sugarcrepe/global/accuracy"] == 0.5 and evaluator.left_out == {"missing": 1, "broken": 1}
+
+
+class WordRegions(RegionModel, WordModel):
+    """Its regions are the patches of 8 pixels, and its texts words."""
+
+
+@pytest.mark.parametrize("modes", [None, ["regions"]])
+def test_boxes_are_asked_in_their_whole_images_too(tmp_path, modes):
+    """FG-OVD on two pictures, of which one is a copy of half the size; the crops alone show the right colour, too."""
+    red, blue = (255, 0, 0), (0, 0, 255)
+    rows = []
+    for number, scale in ((1, 1), (2, 2)):
+        image = Image.new("RGB", (64 // scale, 32 // scale), red)
+        image.paste(blue, (32 // scale, 0, 64 // scale, 16 // scale))
+        (tmp_path / "coco/val2017").mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / f"coco/val2017/{number}.png")
+        for box, right, wrong in (([36, 0, 28, 20], "Blue", "Red"), ([2, 14, 26, 18], "red", "blue")):
+            row = {"img_path": f"val2017/{number}.png", "bbox": box, "width": 64, "height": 32}
+            rows.append({**row, "pos_expression": [right], "neg_expression": [wrong, "green"]})
+    write(tmp_path, "fg_ovd/h_attributes_llava.jsonl", rows)
+    model = WordRegions(8, preprocessing=Preprocessing("squash", "openai"))
+    options = dict(root=str(tmp_path), sets=["fg_ovd"], choice={"modes": modes}, allow_missing=True)
+    [evaluator] = evaluation_sets.evaluators(model, "sets", **options)
+    results = {result.name: result.value for result in evaluator.run({})}
+    assert results["choice/fg_ovd/regions/accuracy/hard"] == 1
+    assert results.get("choice/fg_ovd/global/accuracy/hard") == (1 if modes is None else None)
+    whole = evaluation_tasks.whole_images(model, evaluator.data.pictures)
+    assert whole.whole_of_image.tolist() == [0, 0, 1, 1] and len(whole.images) == 2
+    np.testing.assert_allclose(whole.boxes[:2] * (64, 32, 64, 32), [[36, 0, 64, 20], [2, 14, 28, 32]], atol=1e-4)
+    np.testing.assert_array_equal(whole.boxes[:2], whole.boxes[2:])
+    cut = evaluation_tasks.whole_images(model.clone(preprocessing=Preprocessing()), evaluator.data.pictures)
+    np.testing.assert_allclose(cut.boxes[0], [20 / 32, 0, 1, 20 / 32], atol=1e-6)  # of the 32 pixels in the middle
+    unboxed = [Picture(str(tmp_path / "coco/val2017/1.png")), *evaluator.data.pictures]
+    assert evaluation_tasks.whole_images(model, unboxed) is None
+    assert evaluation_tasks.whole_images(WordModel(8), evaluator.data.pictures) is None
+    (tmp_path / "coco/val2017/1.png").write_bytes(b"no image")
+    [evaluator] = evaluation_sets.evaluators(model, "sets", **options)
+    evaluator.run({})
+    assert evaluator.left_out == {"broken": 2} and len(evaluator.data.items) == 2
+    assert all(picture.path.endswith("2.png") for picture in evaluator.data.pictures)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from colour_model import ColourModel, canvas, texts
+from colour_model import ColourModel, RegionModel, canvas, texts
 from conftest import load_golden, nhwc
 from optional import Optional, torch, torchmetrics
 from test_grain import golden_model, golden_params
@@ -379,24 +379,11 @@ def test_a_model_without_pooling_has_one_mode():
         evaluator(model=Plain(4), modes=("flair_after",))
 
 
-class Regions(ColourModel):
-    """Its regions are the patches."""
-
-    has_pooling, has_regions = False, True
-
-    def encode_image(self, images):
-        features = super().encode_image(images)
-        return features.replace(regions=features.local)
-
-    def region_score(self, image_features, text_features):
-        return image_features.regions @ text_features.pooled.T
-
-
 @pytest.mark.parametrize("devices", [1, 8])
 def test_regions_are_compared_with_the_descriptions(devices):
     """Six patches an image. Class "warm" is described as red or green; "blue" is not, and compared by its prompts."""
     described = colour_set(descriptions=texts(1, 0), class_of_description=np.array([1, 1]))
-    options = dict(model=Regions(4), image_batch=3, text_batch=1, mesh=mesh(devices))
+    options = dict(model=RegionModel(4), image_batch=3, text_batch=1, mesh=mesh(devices))
     run = evaluator(described, alpha=0.0, **options)
     scores = run.scores({})
     assert list(scores) == ["global", "regions"]
@@ -412,10 +399,15 @@ def test_regions_are_compared_with_the_descriptions(devices):
     assert flat(run.run({}))["classification/colours/regions/acc1"] == 0.75
 
     with pytest.raises(ValueError, match=r"of \('global',\); regions need a model with a query decoder, and descr"):
-        evaluator(modes=("regions",), model=Regions(4))
+        evaluator(modes=("regions",), model=RegionModel(4))
     with pytest.raises(ValueError, match=r"alpha is 1\.5; expected a share"):
-        evaluator(described, model=Regions(4), alpha=1.5)
+        evaluator(described, model=RegionModel(4), alpha=1.5)
     assert list(evaluator(described).scores({})) == ["flair_before", "flair_after", "global"]
+
+
+def test_a_model_without_decoder_has_no_scores_of_regions(tiny_model, tiny_params):
+    with pytest.raises(ValueError, match=r"need a query decoder, and config\.model\.decoder is None"):
+        tiny_model.apply({"params": tiny_params}, None, None, method="region_score")
 
 
 def test_means_of_prompts_may_keep_their_length():

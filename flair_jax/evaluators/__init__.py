@@ -5,7 +5,7 @@ They know a model by its contract alone: `encode_image`, `encode_text`, `score`,
 their business.
 """
 
-from flair_jax.evaluators.choice import Choice, ChoiceSet
+from flair_jax.evaluators.choice import Choice, ChoiceSet, WholeImages
 from flair_jax.evaluators.classification import Classification, ClassificationSet
 from flair_jax.evaluators.pointing import Pointing, PointingSet
 from flair_jax.evaluators.regions import Regions
@@ -24,4 +24,5 @@ __all__ = [
     "RetrievalSet",
     "Segmentation",
     "SegmentationSet",
+    "WholeImages",
 ]
