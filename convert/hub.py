@@ -129,7 +129,7 @@ def _explained(name: str, address: Address, file: str) -> Iterator[None]:
         raise HubError(f"{name}: {address.repository} has no revision {address.revision!r}") from error
     except errors.LocalEntryNotFoundError as error:  # before EntryNotFoundError, which it is too
         raise HubError(
-            f"{name}: {file} is not in the cache, and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set). "
+            f"{name}: {file} is not in the cache, and the hub is out of reach (no network, or HF_HUB_OFFLINE is set). "
             "Fetch it where there is a network and give its path"
         ) from error
     except errors.EntryNotFoundError as error:

@@ -116,7 +116,7 @@ def test_foreign_weights_are_refused_and_not_kept(server):
 
 def test_without_a_network(server, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://localhost:9")  # nobody listens
-    with pytest.raises(hub.HubError, match=r"not in the cache, and the hub cannot be reached"):
+    with pytest.raises(hub.HubError, match=r"not in the cache, and the hub is out of reach"):
         pretrained.read("flair-cc3m-recap")
 
 
