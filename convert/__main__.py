@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flair_jax.convert import flax_files, hugging_face, names, released, torch_files
+from flair_jax.convert import flax_files, hub, hugging_face, names, released, torch_files
 from flair_jax.convert.tables import KINDS, Arrays, ConversionError, Side
 
 PUBLISHED = {150_674_434: "ViT-B-16-FLAIR"}
@@ -151,6 +151,11 @@ def read_model(path: Path | None) -> dict[str, Any] | None:
     return model
 
 
+def source_of(text: str) -> Path | str:
+    """A path, or a name on the hub, which is fetched when the command runs."""
+    return text if hub.is_name(text) else path_of(text)
+
+
 def path_of(text: str) -> Path:
     """A path on the command line; `~` is the home folder."""
     return Path(text).expanduser()
@@ -161,14 +166,16 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     torch = (
         "weights with PyTorch's names: .safetensors, .pt, .pth or .bin (a state dict, or OpenAI's archive), or Hugging "
-        "Face's folder of config.json and model.safetensors"
+        "Face's folder of config.json and model.safetensors; or a name on the hub, such as flair-cc3m-recap or "
+        "hf://OWNER/REPO/FILE"
     )
     flax = "Flax parameters, .safetensors"
 
     def command(name: str, text: str, **files: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         for file, help_ in files.items():
-            sub.add_argument(file, metavar={"source": "IN", "target": "OUT"}[file], type=path_of, help=help_)
+            kind = {"source": ("IN", source_of), "target": ("OUT", path_of)}[file]
+            sub.add_argument(file, metavar=kind[0], type=kind[1], help=help_)
         return sub
 
     readers = (
@@ -216,6 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> bool:
+    if hub.is_name(options.source):
+        options.source = hub.fetch(options.source)
     if options.command == "check":
         return check(options.source, read_model(options.model_config), options.gelu)
     if options.target.exists() and options.target.samefile(options.source):

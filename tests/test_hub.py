@@ -12,6 +12,7 @@ from conftest import TINY, load_golden
 
 from flair_jax import pretrained
 from flair_jax.convert import flax_files, hub, names
+from flair_jax.convert.__main__ import main
 
 COMMIT = "0123456789012345678901234567890123456789"
 
@@ -112,6 +113,13 @@ def test_foreign_weights_are_refused_and_not_kept(server):
         pretrained.read("hf://someone/flair/foreign.safetensors", TINY)
     with pytest.raises(ValueError, match=r"unknown a\.b|not one of the 1 names"):
         pretrained.read("hf://someone/flair/foreign.safetensors", TINY)
+
+
+def test_the_command_takes_names(server, capsys):
+    assert main(["check", "hf://someone/flair/foreign.safetensors"]) == 1
+    assert "a.b" in capsys.readouterr().out
+    assert main(["check", "hf://someone/flair/missing.pt"]) == 1
+    assert "someone/flair has no file missing.pt" in capsys.readouterr().err
 
 
 def test_without_a_network(server, monkeypatch):
