@@ -22,20 +22,21 @@ class Example:
     Attributes:
       image: (H, W, 3), uint8, or float in [0, 1].
       truth, found: (M, 4), left, top, right, bottom as shares of the image: what is there, and what is predicted.
-      iou: (M,), of both; NaN where nothing is.
+        Without a truth, None, all lines are whole.
+      fit: (M,), printed beside the name, such as the IoU of both; NaN where nothing is predicted.
       names: M texts.
     """
 
     image: np.ndarray
-    truth: np.ndarray
+    truth: np.ndarray | None
     found: np.ndarray
-    iou: np.ndarray
+    fit: np.ndarray
     names: Sequence[str]
 
 
 def sheet(examples: Sequence[Example]) -> Image.Image:
     """Examples in rows. True boxes are drawn with one line, predicted ones with a dashed line of the same colour; under
-    the picture stand their names and the IoU.
+    the picture stand their names and how well they fit.
     """
     return in_rows([_cell(example) for example in examples], COLUMNS)
 
@@ -47,20 +48,21 @@ def _cell(example: Example) -> Image.Image:
     cell = Image.new("RGB", (TILE, height + LINE * max(len(example.names), 1)), "white")
     font, scale = ImageFont.load_default(FONT_SIZE), (TILE - 1, height - 1, TILE - 1, height - 1)
     draw = ImageDraw.Draw(picture)
-    for number, (truth, found, iou) in enumerate(zip(example.truth, example.found, example.iou, strict=True)):
+    whole = example.found if example.truth is None else example.truth
+    for number, (one, found, fit) in enumerate(zip(whole, example.found, example.fit, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
-        draw.rectangle(tuple(np.clip(truth, 0, 1) * scale), outline=colour, width=2)
-        if np.isfinite(iou):
+        draw.rectangle(tuple(np.clip(one, 0, 1) * scale), outline=colour, width=2)
+        if example.truth is not None and np.isfinite(fit):
             _dashed(draw, np.clip(found, 0, 1) * scale, colour)
     cell.paste(picture)
     text = ImageDraw.Draw(cell)
-    for number, (name, iou) in enumerate(zip(example.names, example.iou, strict=True)):
+    for number, (name, fit) in enumerate(zip(example.names, example.fit, strict=True)):
         top = height + LINE * number
         text.rectangle((2, top + 4, 10, top + 12), fill=COLOURS[number % len(COLOURS)], outline="black")
         longest = max(1, int((TILE - 60) / font.getlength("n")))
         shown = name if len(name) <= longest else f"{name[: longest - 1]}…"
-        fit = f"{iou:.2f}" if np.isfinite(iou) else "none"
-        text.text((16, top), f"{fit}  {shown}", fill="black", font=font)
+        number_of_it = f"{fit:.2f}" if np.isfinite(fit) else "none"
+        text.text((16, top), f"{number_of_it}  {shown}", fill="black", font=font)
     return cell
 
 
