@@ -205,7 +205,7 @@ class Attention(nn.Module):
         pick: Callable[[jax.Array], jax.Array] = _all,
     ) -> jax.Array:
         """Self-attention, (B, T, W) -> (B, T, W), or what `pick` takes of its tokens."""
-        qkv = self.qkv(x, 0, 3).reshape(*x.shape[:-1], 3, self.heads, -1)  # (B, T, 3, H, W/H)
+        qkv = self.qkv(x, 0, 3).reshape(*x.shape[:-1], 3, self.heads, self.width // self.heads)  # (B, T, 3, H, W/H)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if self.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -227,7 +227,7 @@ class Attention(nn.Module):
         return self.out(x.reshape(*x.shape[:-2], self.width))
 
     def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], self.heads, -1)
+        return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
 
 
 class MLP(nn.Module):
