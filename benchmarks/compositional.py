@@ -1,12 +1,12 @@
 """Does FSC-CLIP keep its promise? CLIP from scratch on scenes, and its fine-tunings, for several seeds, as a table.
 
     pip install -e '.[prepare,negatives]'      # with a model of spaCy and WordNet, see data/README.md
-    python -m benchmarks.compositional run DIR --seeds 0 1 2
+    JAX_PLATFORMS=cpu python -m benchmarks.compositional run DIR --seeds 0 1 2
     python -m benchmarks.compositional table DIR/runs.jsonl
 
-Each run is one of `flair_jax.main` with `configs/scenes_compositional.py`, on a core of its own: of a seed first CLIP
-from scratch, then the fine-tunings of its weights. Every run ends with the config's own evaluators, whose figures are
-appended to `DIR/runs.jsonl`. Runs that stand there are not made again, so the command goes on after a break.
+Runs are those of `configs/scenes_compositional.py`: of each seed first CLIP from scratch, then the fine-tunings of its
+weights, in one process on one core. Every run ends with the config's own evaluators, whose figures are appended to
+`DIR/runs.jsonl`. Runs that stand there are not made again, and one that was stopped goes on from its last checkpoint.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from benchmarks import quality
 from flair_jax.configs import scenes_compositional
 from flair_jax.data import compositional_scenes, scenes
 
-CONFIG = "scenes_compositional"
 SCRATCH, PLAIN = "clip", "clip_tuned"  # what is fine-tuned, and what the other fine-tunings are compared with
 METHODS = (SCRATCH, *scenes_compositional.FINE_TUNINGS)
 SET = "unseen"  # the config's evaluator
@@ -51,41 +50,42 @@ def draw_data(folder: pathlib.Path) -> None:
     subprocess.run([*command, "--fields", *scenes_compositional.FIELDS], check=True)
 
 
-def command_of(folder: pathlib.Path, method: str, seed: int) -> list[str]:
-    """The command of a run, whose work directory is `METHOD_SEED` in the folder."""
-    shards = folder / ("scratch" if method == SCRATCH else "tuning")
-    command = [sys.executable, "-m", "flair_jax.main", "--config", f"{CONFIG}:{method}"]
-    command += [
-        "--workdir",
-        str(folder / f"{method}_{seed}"),
-        f"--config.seed={seed}",
-        f"--config.data.shards={shards}",
-    ]
+def config_of(folder: pathlib.Path, method: str, seed: int) -> dict[str, Any]:
+    """The config of a run on the shards in a folder, a fine-tuning from the weights of its seed."""
+    config = scenes_compositional.get_config(method)
+    config.seed = seed
     if method == SCRATCH:
-        return [*command, "--config.data.scenes=None"]
-    return [*command, f"--config.init_from={folder / f'{SCRATCH}_{seed}'}"]
+        config.data.scenes, config.data.shards = None, str(folder / "scratch")
+    else:
+        config.data.shards, config.init_from = str(folder / "tuning"), str(folder / f"{SCRATCH}_{seed}")
+    return config.to_dict()
+
+
+def run(config: Mapping[str, Any], workdir: pathlib.Path) -> dict[str, float]:
+    """Trains, and returns the figures of the weights."""
+    from flair_jax import evaluate, models, pretrained, train
+    from flair_jax.report import flat
+
+    train.train({**config, "evaluators": {}}, workdir)  # evaluated without a report and pictures, which take as long
+    params, _ = pretrained.read(workdir, config["model"])
+    return figures_of(flat(evaluate.run(config, models.create(config["model"]), params)))
 
 
 def run_all(folder: pathlib.Path, seeds: Sequence[int], methods: Sequence[str]) -> None:
     """Makes the runs that are not there yet, one after the other."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "runs.jsonl"
-    there = {(run["method"], run["seed"]) for run in quality.read(file)}
-    wanted = [(method, seed) for seed in seeds for method in METHODS if method in methods]
-    missing = [run for run in wanted if run not in there]
+    there = {(line["method"], line["seed"]) for line in quality.read(file)}
+    missing = [(method, seed) for seed in seeds for method in METHODS if method in methods]
+    missing = [each for each in missing if each not in there]
     if missing:
         draw_data(folder)
-    core = max(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before JAX starts: one core gives the same bits again
     for method, seed in missing:
-        name = f"{method}_{seed}"
-        command, log, cache = command_of(folder, method, seed), folder / f"{name}.log", folder / "compiled"
-        if quality.run_on_core(command, core, log, JAX_COMPILATION_CACHE_DIR=str(cache)):
-            raise SystemExit(f"{name} failed, see {log}")
-        report = json.loads((folder / name / "report.json").read_text())
-        record = {"method": method, "seed": seed, "figures": figures_of(report)}
+        figures = run(config_of(folder, method, seed), folder / f"{method}_{seed}")
         with file.open("a") as lines:
-            lines.write(json.dumps(record) + "\n")
-        print(name, *(f"{column} {100 * value:.1f}" for column, value in record["figures"].items()), flush=True)
+            lines.write(json.dumps({"method": method, "seed": seed, "figures": figures}) + "\n")
+        print(method, seed, *(f"{column} {100 * value:.1f}" for column, value in figures.items()), flush=True)
 
 
 def figures_of(report: Mapping[str, float]) -> dict[str, float]:

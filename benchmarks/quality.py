@@ -252,9 +252,13 @@ def run_all(arguments: argparse.Namespace) -> None:
                 return
             command = [sys.executable, "-m", "benchmarks.quality", "one", str(folder), side, str(start), str(seed)]
             command += ["--steps", str(arguments.steps), *(["--starts", arguments.starts] if arguments.starts else [])]
-            log = folder / f"{side}_{start}_{seed}.log"
-            code = run_on_core(command, core, log)
-            print(f"{side} start {start} seed {seed}: " + ("done" if code == 0 else f"failed, see {log}"), flush=True)
+            with (folder / f"{side}_{start}_{seed}.log").open("w") as log:
+                pin = functools.partial(os.sched_setaffinity, 0, {core})
+                environment = {**os.environ, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+                code = subprocess.run(command, stdout=log, stderr=log, preexec_fn=pin, env=environment).returncode
+            print(
+                f"{side} start {start} seed {seed}: " + ("done" if code == 0 else f"failed, see {log.name}"), flush=True
+            )
 
     cores = sorted(os.sched_getaffinity(0))[: arguments.jobs]
     threads = [threading.Thread(target=work, args=(core,)) for core in cores]
@@ -262,14 +266,6 @@ def run_all(arguments: argparse.Namespace) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def run_on_core(command: Sequence[str], core: int, log: pathlib.Path, **variables: str) -> int:
-    """The exit status of a command with one core to itself, on which a run is deterministic to the bit."""
-    pin = functools.partial(os.sched_setaffinity, 0, {core})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", **variables}
-    with log.open("w") as file:
-        return subprocess.run(command, stdout=file, stderr=file, preexec_fn=pin, env=environment).returncode
 
 
 def read(file: pathlib.Path) -> list[dict[str, Any]]:
