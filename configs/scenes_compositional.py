@@ -13,7 +13,8 @@ import ml_collections
 
 from flair_jax.configs import fsc_clip_recipe, scenes
 
-FIELDS = ("shortSV_captions",)  # where one shape lies as seen from another
+FIELDS = ("shortSV_captions",)  # of the fine-tunings: where one shape lies as seen from another
+PLACES = ("longIB_captions", "longLLA_captions", *FIELDS)  # of the run from scratch: where a shape is, too
 FINE_TUNINGS = {
     "clip_tuned": fsc_clip_recipe.CLIP,
     "negclip": fsc_clip_recipe.NEGCLIP,
@@ -36,9 +37,11 @@ def get_config(method: str = "clip") -> ml_collections.ConfigDict:
         raise ValueError(f"no method {method!r}; there are {['clip', *FINE_TUNINGS]}")
     config = scenes.get_config("clip")
     config.batch_size = 64
-    config.steps = 2500
-    config.model.vision.update(width=96, depth=2)
-    config.data.captions.count = 1
+    config.steps = 2000
+    # Position embeddings stronger than in `scenes`, and captions of one sentence that says where something is: without
+    # them CLIP learns in this time what is in a picture, and nothing about where.
+    config.model.vision.update(width=96, depth=2, position_std=1.0)
+    config.data.captions.update(fields=PLACES, count=1, max_merged=1)
     config.data.packing.row_length = 80
     config.data.pixels = "fast"
     if method != "clip":
