@@ -26,6 +26,7 @@ REQUIRES = [
     "fsspec>=2026.9",
     "ftfy>=6.3.1",
     "grain>=0.2.18",
+    "huggingface_hub>=2.4",
     "jax>=0.10.2",
     "matplotlib>=3.11",
     "ml_dtypes>=0.6",
@@ -52,6 +53,8 @@ EXTRAS = {
     "prepare": ["apache-beam>=2.77", "pyarrow>=25.0"],
     # Parses of captions for hard negatives; they need a model of spaCy and WordNet too, see data/README.md.
     "negatives": ["nltk>=3.8.1", "pyinflect>=0.5.1", "spacy>=3.8.18"],
+    # Boxes for descriptions by OWLv2.
+    "regions": ["torch>=2.13", "transformers>=5.23"],
     "cuda": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     # The reference's kind of loader, to measure beside: the newest webdataset with its way of reading.

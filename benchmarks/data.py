@@ -1,4 +1,5 @@
-"""Images and captions per second of the training stream, beside the reference's kind of loader on the same shards.
+"""Images and captions per second of the training stream, beside the reference's kind of loader on the same shards, or
+with hard negatives beside the same without.
 
 Each loader has a process of its own with its own workers, see `sides`. Between turns a loader's buffers fill and its
 workers sleep; the batches of these buffers are not counted.
@@ -13,13 +14,14 @@ import multiprocessing
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks import command, processes, reference_loader
 from benchmarks.sides import Side, Turn, compare, median
+from flair_jax import config as configuration
 from flair_jax.data import loader
 from flair_jax.data.sources.open import expand, open_source
 from flair_jax.data.transforms import captions, fast_images, images, packing, tokenizer
@@ -106,12 +108,55 @@ def measure(
     return figures
 
 
+def measure_negatives(
+    settings: Settings, config: str, *, pixels: Sequence[str] = ("reference", "fast"), batches: int = 30, turns: int = 5
+) -> dict[str, Any]:
+    """Figures of the training stream of a config with its hard negatives and without them, side by side.
+
+    Args:
+      settings: of all loaders; the captions are those of the config.
+      config: a path or the name of a shipped config, of which `data.captions` and `data.negatives` count.
+      pixels, batches, turns: as in `measure`.
+
+    Returns:
+      The settings, and for each way to the pixels `WAY_images_per_second` and `WAY_cpu_ms_per_image`, the same with
+      `negatives_` before it, and `ratio_WAY`, images per second with negatives over those without.
+
+    Raises:
+      ValueError: the config has no negatives.
+    """
+    data = configuration.read(config)["data"]
+    if not data["negatives"]["kinds"]:
+        raise ValueError(f"--negatives: config.data.negatives.kinds of {config} is empty; try fsc_clip_laioncoco")
+    settings = dataclasses.replace(settings, captions=data["captions"]["count"])
+    sides = {}
+    for way in pixels:
+        for prefix, negatives in (("", None), ("negatives_", data["negatives"])):
+            make = functools.partial(Side, _turns, settings, _stream, way, data["captions"], negatives)
+            sides[f"{prefix}{way}"] = make
+    results = compare(sides, batches, turns, loaders=True)
+    figures = {**dataclasses.asdict(settings), "shards": len(settings.shards), "batches": batches, "turns": turns}
+    figures |= {"config": config, "kinds": ", ".join(data["negatives"]["kinds"])}
+    for name, speeds in results.items():
+        figures |= {f"{name}_{key}": median(speeds, key) for key in ("images_per_second", "cpu_ms_per_image")}
+    for way in pixels:
+        with_them, without = (figures[f"{prefix}{way}_images_per_second"] for prefix in ("negatives_", ""))
+        figures[f"ratio_{way}"] = with_them / without
+    return figures
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loaders, in a process of their own: batches without end
 
 
-def _stream(settings: Settings, pixels: str) -> Iterator[Any]:
-    options = dataclasses.asdict(settings) | {"captions": {"count": settings.captions}, "pixels": pixels}
+def _stream(
+    settings: Settings,
+    pixels: str,
+    captions: Mapping[str, Any] | None = None,
+    negatives: Mapping[str, Any] | None = None,
+) -> Iterator[Any]:
+    captions = {"count": settings.captions} if captions is None else captions
+    options = dataclasses.asdict(settings) | {"captions": captions, "negatives": negatives, "pixels": pixels}
     packing = {"row_length": ROW_LENGTH}
     with loader.make_stream(**options, context_length=CONTEXT_LENGTH, seed=0, packing=packing) as stream:
         yield from stream
@@ -170,7 +215,7 @@ def _stages_here(settings: Settings, pixels: str) -> dict[str, float]:
     numbers = random.Random(0).choices(range(len(source)), k=STAGE_SAMPLES)
     tokenize = tokenizer.Tokenizer(CONTEXT_LENGTH)
     options = captions.CaptionOptions(count=settings.captions)
-    crop = dataclasses.astuple(images.AugmentationOptions())
+    crop = images.AugmentationOptions()
     rng = random.Random(0)
     tokenize("the first text waits for the vocabulary")
     seconds, tokens = collections.Counter(), []  # CPU time of this thread by stage
@@ -190,11 +235,11 @@ def _stages_here(settings: Settings, pixels: str) -> dict[str, float]:
             with clock("decode"):
                 picture = images.to_rgb(images.decode(record.image))
             with clock("resize"):
-                images.random_resized_crop(picture, settings.image_size, rng, *crop)
+                images.random_resized_crop(picture, settings.image_size, rng, crop)
         else:
             part = {"fast": fast_images.random_resized_crop, "device": fast_images.canvas}[pixels]
             with clock("decode_and_resize"):
-                part(record.image, settings.image_size, rng, *crop)
+                part(record.image, settings.image_size, rng, crop)
         with clock("tokenise"):
             tokens.append(tokenize(drawn))
     rows = packing.measure_rows(tokens, batch_size=settings.batch_size, row_length=ROW_LENGTH)
@@ -223,12 +268,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pixels", nargs="+", choices=WAYS, default=["reference", "fast"], help=words)
     words = "without the reference's kind of loader"
     parser.add_argument("--no-reference", dest="reference", action="store_false", help=words)
+    words = "instead: the stream of this config, such as fsc_clip_laioncoco, with its hard negatives and without them"
+    parser.add_argument("--negatives", metavar="CONFIG", help=words)
     parsed = parser.parse_args(arguments)
     if parsed.workers < 1:
         raise SystemExit("--workers: at least 1; without workers the two loaders do not do the same")
     options = command.pick(parsed, ("workers", "batch_size", "image_size", "captions"))
-    settings = Settings(shards=expand(parsed.shards), **options)
-    command.report(measure(settings, **command.pick(parsed, ("pixels", "reference", "batches", "turns"))), parsed.json)
+    settings, options = Settings(shards=expand(parsed.shards), **options), ("pixels", "batches", "turns")
+    if parsed.negatives:
+        figures = measure_negatives(settings, parsed.negatives, **command.pick(parsed, options))
+    else:
+        figures = measure(settings, **command.pick(parsed, (*options, "reference")))
+    command.report(figures, parsed.json)
 
 
 if __name__ == "__main__":

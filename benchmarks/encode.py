@@ -88,11 +88,10 @@ def ours(
     import jax.numpy as jnp
 
     from flair_jax import models, state
-    from flair_jax.data.transforms.images import normalize
     from flair_jax.evaluators.features import Encoder
 
     model = models.create(config["model"])
-    encoder = Encoder(model, normalize, image_batch=image_batch, text_batch=text_batch)
+    encoder = Encoder(model, model.preprocessing, image_batch=image_batch, text_batch=text_batch)
     params = encoder.place(jax.jit(lambda: state.init_params(model, 0))())
     pixels, tokens = host_inputs(config, images, texts)
 

@@ -31,7 +31,6 @@ from benchmarks import inputs, kernels
 from flair_jax import compilation, flops, models, optimizer, sharding, state, step
 from flair_jax.convert import names
 from flair_jax.data.transforms import packing
-from flair_jax.data.transforms.images import normalize
 from flair_jax.evaluators import Retrieval, RetrievalSet
 from flair_jax.evaluators.features import Encoder
 from flair_jax.models import layers
@@ -283,7 +282,7 @@ class Scoped(optimizer.Optimizer):
 def batches_of(model: Mapping[str, Any], size: int, count: int = 2) -> list[dict[str, Any]]:
     image_size = models.create(model).image_size
     text = {name: model["text"][name] for name in ("context_length", "vocab_size")}
-    return inputs.made_up(size, image_size, CAPTIONS, text, ROW_LENGTH, batches=count)
+    return inputs.made_up(size, image_size, {"captions": CAPTIONS}, text, ROW_LENGTH, batches=count)
 
 
 class Compiled:
@@ -475,7 +474,11 @@ def _encode(run: Run, attention: str) -> None:
     text = section["text"]
     tokens = inputs.captions(rng, sizes["texts"], text["context_length"], text["vocab_size"])
     owner = np.arange(sizes["texts"]) * sizes["images"] // sizes["texts"]
-    options = {"preprocess": normalize, "image_batch": sizes["image_batch"], "text_batch": sizes["text_batch"]}
+    options = {
+        "preprocess": model.preprocessing,
+        "image_batch": sizes["image_batch"],
+        "text_batch": sizes["text_batch"],
+    }
     encoder = Encoder(model, **options)
     retrieval = Retrieval(model, RetrievalSet("made_up", images, tokens, owner), modes=("flair",), **options)
     params = encoder.place(jax.jit(lambda: state.init_params(model, 0))())

@@ -6,15 +6,17 @@ from typing import Any
 import numpy as np
 
 from flair_jax.data.transforms import packing
+from flair_jax.data.transforms.base import BOXES, BOXES_VALID, CAPTIONS, DESCRIPTION_IDS, DESCRIPTIONS
 
 # Merged sub-captions of DreamLIP's kind: a gamma of this mean, in tokens with both ends (spec/anchors.md 2.1).
 MEAN_TOKENS, SHAPE = 27.0, 4.0
+DESCRIPTION_TOKENS = 9.0  # of a region, such as "a large red circle in the grass"
 
 
 def made_up(
     images: int,
     image_size: tuple[int, int],
-    captions_per_image: int,
+    slots: Mapping[str, int],
     text: Mapping[str, Any],
     row_length: int | None,
     *,
@@ -26,14 +28,15 @@ def made_up(
     Args:
       images: N, of a batch.
       image_size: height and width in pixels.
-      captions_per_image: K.
+      slots: of an image's texts, name -> number, see `plan.slots_of`.
       text: `context_length` and `vocab_size` of the model.
       row_length: tokens in a row of packed captions; None: a row for each caption.
       parts: devices, each with rows of its own.
       batches: how many.
 
     Returns:
-      Each has `images` uint8 (N, H, W, 3) and `texts`, int32 arrays by name.
+      Each has `images` uint8 (N, H, W, 3) and `texts`, int32 arrays by name; where there are other slots than captions
+      `valid`, all of them; and where there are descriptions boxes of them.
 
     Raises:
       ValueError: the devices do not divide the batch.
@@ -43,7 +46,7 @@ def made_up(
     rng = np.random.default_rng(0)
     sizes = text["context_length"], text["vocab_size"]
     pixels = [rng.integers(0, 256, (images, *image_size, 3), dtype=np.uint8) for _ in range(batches)]
-    tokens = [captions(rng, images * captions_per_image, *sizes) for _ in range(batches)]
+    tokens = [_texts(rng, images, slots, *sizes) for _ in range(batches)]
     if row_length is None:
         texts = [packing.padded(padded) for padded in tokens]
     else:
@@ -51,12 +54,30 @@ def made_up(
         rows = packing.rows_for(lengths, row_length=row_length, quantile=1.0)
         pack = packing.Packer(row_length, (rows,), parts)
         texts = [pack(padded).texts for padded in tokens]
-    return [{"images": image, "texts": text} for image, text in zip(pixels, texts, strict=True)]
+    more = {} if slots.keys() == {CAPTIONS} else {"valid": np.ones((images, sum(slots.values())), bool)}
+    if regions := slots.get(DESCRIPTIONS):
+        size = rng.uniform(0.1, 0.5, (images, regions, 2))
+        centre = rng.uniform(size / 2, 1 - size / 2)
+        more[BOXES] = np.concatenate([centre, size], axis=2).astype(np.float32)
+        more[BOXES_VALID] = np.ones((images, regions), bool)
+        more[DESCRIPTION_IDS] = np.arange(images * regions, dtype=np.int32).reshape(images, regions)
+    return [{"images": image, "texts": text, **more} for image, text in zip(pixels, texts, strict=True)]
 
 
-def captions(rng: np.random.Generator, count: int, context_length: int, vocab_size: int) -> np.ndarray:
-    """Captions of random words, int32 (N, T), lengths as in `MEAN_TOKENS`; start and end are the two largest ids."""
-    lengths = rng.gamma(SHAPE, MEAN_TOKENS / SHAPE, count).round().clip(4, context_length).astype(int)  # (N,)
+def _texts(rng: np.random.Generator, images: int, slots: Mapping[str, int], *sizes: int) -> np.ndarray:
+    """Texts of all slots in image-major order, int32 (N * C, T)."""
+    parts = [
+        captions(rng, images * count, *sizes, mean=DESCRIPTION_TOKENS if name == DESCRIPTIONS else MEAN_TOKENS)
+        for name, count in slots.items()
+    ]
+    return np.concatenate([part.reshape(images, -1, sizes[0]) for part in parts], axis=1).reshape(-1, sizes[0])
+
+
+def captions(
+    rng: np.random.Generator, count: int, context_length: int, vocab_size: int, mean: float = MEAN_TOKENS
+) -> np.ndarray:
+    """Captions of random words, int32 (N, T), of so many tokens on average; start and end are the two largest ids."""
+    lengths = rng.gamma(SHAPE, mean / SHAPE, count).round().clip(4, context_length).astype(int)  # (N,)
     tokens = rng.integers(1, vocab_size - 2, (count, context_length), dtype=np.int32)  # (N, T)
     tokens[:, 0] = vocab_size - 2
     column = np.arange(context_length)

@@ -175,7 +175,6 @@ def judge(config: Mapping[str, Any], params: Any, folder: pathlib.Path) -> dict[
     import jax
 
     from flair_jax import evaluate, models, objectives, train
-    from flair_jax.data.transforms.images import normalize
     from flair_jax.models.text import Text
     from flair_jax.report import flat
 
@@ -189,7 +188,7 @@ def judge(config: Mapping[str, Any], params: Any, folder: pathlib.Path) -> dict[
     def loss_of(params, batch, number):
         _, rng = jax.random.split(jax.random.fold_in(jax.random.key(LOSS_SEED), number))
         text = Text(**batch["texts"])
-        features = model.apply({"params": params}, normalize(batch["images"]), text, method="features")
+        features = model.apply({"params": params}, model.preprocessing(batch["images"]), text, method="features")
         loss, parts = objectives.weighted_sum(config["objectives"], features, batch, rng)
         return loss, parts["text_conditioned"], parts["sigmoid"]
 

@@ -119,10 +119,10 @@ def training(config: Mapping[str, Any], trace: str | None = None) -> Iterator[Ca
     """Turns of the training loop: draw a batch, step, report the numbers of the step before."""
     import jax
 
-    from flair_jax import compilation, cpu, flops, metrics, models, optimizer, sharding, state, step, train
+    from flair_jax import compilation, cpu, flops, metrics, models, optimizer, plan, sharding, state, step, train
 
     model = models.create(config["model"])
-    mesh = sharding.create_mesh(**config["mesh"])
+    mesh, slots = sharding.create_mesh(**config["mesh"]), plan.slots_of(config)
     optimize = optimizer.create(total_steps=100_000, **config["optimizer"])
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
@@ -141,7 +141,8 @@ def training(config: Mapping[str, Any], trace: str | None = None) -> Iterator[Ca
                 with clock.measure("data"):
                     batch = next(batches)
                 lengths = packing.text_lengths(batch["texts"])
-                work += flops.train_step(config["model"], config["objectives"], config["batch_size"], lengths)
+                sections = config["model"], config["objectives"], config["batch_size"]
+                work += flops.train_step(*sections, lengths, **flops.counts(slots))
                 tokens, places = tokens + int(lengths.sum()), places + batch["texts"]["tokens"].size
                 placed = sharding.global_batch(mesh, batch)
                 shape = placed["texts"]["tokens"].shape
@@ -192,14 +193,14 @@ def _batches(config: Mapping[str, Any], model) -> Iterator[Iterator[Mapping[str,
     """The host batches of a run."""
     import jax
 
-    from flair_jax import train
+    from flair_jax import plan, train
 
     if config["data"]["shards"]:
         with tempfile.TemporaryDirectory() as folder, train.open_stream(config, model, epath.Path(folder)) as stream:
             yield stream
     else:
-        data = config["data"]
-        sizes = model.image_size, data["captions"]["count"], config["model"]["text"], data["packing"]["row_length"]
+        row_length = config["data"]["packing"]["row_length"]
+        sizes = model.image_size, plan.slots_of(config), config["model"]["text"], row_length
         batches = inputs.made_up(config["batch_size"], *sizes, parts=jax.local_device_count())
         yield itertools.cycle(batches)
 

@@ -42,6 +42,8 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 2000
+    config.optimizer.first_learning_rate = config_dict.placeholder(float)  # of step 0; None: the peak / warmup_steps
+    config.optimizer.last_learning_rate = 0.0
     config.optimizer.weight_decay = 0.5
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
@@ -63,6 +65,7 @@ def get_config() -> ConfigDict:
     config.data.captions = ConfigDict()  # see CaptionOptions in data/transforms/captions.py
     config.data.captions.fields = DREAMLIP_FIELDS
     config.data.captions.splitting = "every_stop"  # of one string; "sentences" knows abbreviations, "whole" splits not
+    config.data.captions.join_fields = False  # True: each field is one text, however many sentences it holds
     config.data.captions.first = config_dict.placeholder(int)  # sentences to draw from; None: all
     config.data.captions.count = 8  # K, captions per image
     config.data.captions.min_merged = 1  # sentences a caption
@@ -73,7 +76,17 @@ def get_config() -> ConfigDict:
     config.data.negatives = ConfigDict()
     config.data.negatives.kinds = config_dict.placeholder(tuple)  # such as ("negclip", "replace", "ngram_shuffle_2")
     config.data.negatives.annotations = config_dict.placeholder(str)  # folder of `data.prepare annotate`; None: beside
+    # Regions of an image, descriptions with boxes; see data/transforms/regions.py.
+    config.data.regions = ConfigDict()
+    config.data.regions.count = config_dict.placeholder(int)  # M, regions per image; None: none
+    # None: of the records; "beside": of the files of `data.prepare annotate regions`, or their folder.
+    config.data.regions.source = config_dict.placeholder(str)
+    config.data.regions.min_area = 0.5  # share of a box that a crop has to show, or the region is left out
+    # See AugmentationOptions in data/transforms/images.py.
     config.data.augmentation = ConfigDict(dict(scale=(0.9, 1.0), ratio=(3 / 4, 4 / 3)))
+    config.data.augmentation.squash = False  # True: no crop is drawn, the whole picture is resized
+    config.data.augmentation.flip = 0.0  # share of the pictures that are mirrored, left for right, such as 0.5
+    config.data.augmentation.sided = "refuse"  # texts that say left or right end such a run; "keep", "flip" the picture
     config.data.pixels = "reference"  # the reference's to the bit; "fast", or "device": cropped inside the step
     config.data.packing = ConfigDict()  # of captions, side by side
     config.data.packing.row_length = config_dict.placeholder(int)  # tokens; None: a row for each caption

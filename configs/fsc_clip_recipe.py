@@ -9,10 +9,13 @@ The reference computes in float16 with a gradient scaler, and these in bfloat16;
 third way. Its negatives are drawn anew in every epoch, and so are these.
 """
 
+import math
+
 from ml_collections import ConfigDict, config_dict
 
 from flair_jax.configs import base, variants
 
+PAIRS = 100_000  # of an epoch: the paper's sets have about so many
 KINDS = ("negclip", "replace", "ngram_shuffle_2")  # of hard negatives
 CLIP = dict(kinds=(), global_weight=0.0, local_weight=0.0)
 NEGCLIP = dict(kinds=("negclip",), global_weight=0.0, local_weight=0.0)
@@ -104,4 +107,7 @@ def recipe(
     config.data.packing.row_length = 80  # the same loss with a third of the text tower's work
     config.data.workers = 4
     config.evaluators.val = ConfigDict(dict(kind="shards", shards=config_dict.placeholder(str), modes=("global",)))
+    # After each epoch, as the reference does; on as soon as config.data_root is set.
+    every = math.ceil(PAIRS / batch_size)
+    config.evaluators.sugarcrepe = ConfigDict(dict(kind="benchmarks", sets=("sugarcrepe",), every=every))
     return config

@@ -26,20 +26,29 @@ def _flair_and_clip() -> ml_collections.ConfigDict:
     return objectives
 
 
+def _clip_and_regions() -> ml_collections.ConfigDict:
+    objectives = variants.clip_objectives()
+    objectives.update(variants.region_objectives())
+    return objectives
+
+
 METHODS = {
     "flair": (variants.flair, variants.flair_objectives),
     "clip": (variants.clip, variants.clip_objectives),
     "siglip": (variants.siglip, variants.siglip_objectives),
     "flair+clip": (variants.flair, _flair_and_clip),
+    "laclip": (variants.laclip, variants.clip_objectives),
+    "grain": (variants.grain, _clip_and_regions),
 }
+DECODER = dict(width=64, depth=3, heads=4, hidden=256, regions=5, dropout=0.0)
 
 
 def get_config(method: str = "flair") -> ml_collections.ConfigDict:
     """The config of a method, given after a colon: `--config configs/scenes.py:clip`.
 
     Args:
-      method: "flair"; "clip" and "siglip", the same towers with their objectives; or "flair+clip", FLAIR's and CLIP's
-        objectives together.
+      method: "flair"; "clip" and "siglip", the same towers with their objectives; "flair+clip", FLAIR's and CLIP's
+        objectives together; or "grain" and its baseline "laclip", with one caption an image.
 
     Raises:
       ValueError: another method.
@@ -63,11 +72,19 @@ def get_config(method: str = "flair") -> ml_collections.ConfigDict:
         config.model.pooling.heads = 4
     if config.model.init_logit_bias is not None:
         config.model.init_logit_bias = -3.0
+    config.data.captions.update(count=4, max_merged=2)
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 50
     config.optimizer.weight_decay = 0.1
 
+    if method in ("grain", "laclip"):
+        config.model.preprocess.resize = "squash"
+        config.data.augmentation.squash = True
+        config.data.captions.count = 1
+    if method == "grain":
+        config.model.decoder.update(DECODER)
+        config.data.regions.count = 4
+        config.data.packing.row_length = 28
     config.data.scenes = ml_collections.ConfigDict(dict(count=8000, seed=0, size=SIZE))  # drawn into RUN/scenes
-    config.data.captions.update(count=4, max_merged=2)
     config.evaluators.scenes = ml_collections.ConfigDict(dict(kind="scenes", count=512, seed=1, size=SIZE))
     return config

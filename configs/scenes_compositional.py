@@ -6,7 +6,7 @@
     python -m flair_jax.main --config scenes_compositional:fsc_clip --workdir FSC_CLIP \\
         --config.init_from=CLIP --config.data.shards=DATA
 
-`python -m benchmarks.compositional` does all this for several seeds; docs/fine_tuning.md has the figures.
+`python -m benchmarks.compositional` does all this for several seeds; docs/compositional.md has the figures.
 """
 
 import ml_collections

@@ -10,12 +10,20 @@ TOWERS = {
     "B/16": dict(patch_size=16, width=768, depth=12, heads=12, embed_dim=512, text_width=512, text_heads=8),
     "L/14": dict(patch_size=14, width=1024, depth=24, heads=16, embed_dim=768, text_width=768, text_heads=12),
 }
+# Image towers of SLIP and LaCLIP (Fan et al., NeurIPS 2023), which GRAIN begins with; one text tower for all.
+_SMALL_TEXT = dict(embed_dim=512, text_width=512, text_heads=8)
+LACLIP_TOWERS = {
+    "S/16": dict(patch_size=16, width=384, depth=12, heads=12, **_SMALL_TEXT),
+    "B/16": dict(patch_size=16, width=768, depth=12, heads=12, **_SMALL_TEXT),
+    "L/14": dict(patch_size=14, width=1024, depth=24, heads=16, **_SMALL_TEXT),
+}
+VARIANTS = {"flair": TOWERS, "clip": TOWERS, "siglip": TOWERS, "laclip": LACLIP_TOWERS, "grain": LACLIP_TOWERS}
 
 
 def _dual_encoder(name: str, variant: str, **options) -> ConfigDict:
-    if variant not in TOWERS:
-        raise KeyError(f"no {name} variant {variant!r}; there are {sorted(TOWERS)}")
-    sizes = TOWERS[variant]
+    if variant not in VARIANTS[name]:
+        raise KeyError(f"no {name} variant {variant!r}; there are {sorted(VARIANTS[name])}")
+    sizes = VARIANTS[name][variant]
     return ConfigDict(
         dict(
             name=name,  # whose parameter names it has, for conversion
@@ -32,8 +40,12 @@ def _dual_encoder(name: str, variant: str, **options) -> ConfigDict:
                 context_length=77, vocab_size=49408, width=sizes["text_width"], depth=12, heads=sizes["text_heads"]
             ),
             pooling=None,
+            decoder=None,
             init_logit_scale=math.log(1 / 0.07),
             init_logit_bias=None,
+            # From a picture to the model's input: "crop" or "squash", mean and deviation of "openai" or "imagenet"; see
+            # Preprocessing in data/transforms/images.py.
+            preprocess=dict(resize="crop", mean_std="openai"),
             dtype="float32",  # of the computation; parameters, normalisation, softmax and losses stay float32
             scan_blocks=False,  # True: one compiled block, for pods and deep models; same checkpoint
             remat="none",  # what the backward pass computes again: "dots" all but dense layers, "full" whole blocks
@@ -71,6 +83,36 @@ def siglip(variant: str = "B/16") -> ConfigDict:
     return _dual_encoder("siglip", variant, init_logit_scale=math.log(10), init_logit_bias=-10.0)
 
 
+def laclip(variant: str = "B/16") -> ConfigDict:
+    """The `model` section of LaCLIP's CLIP, GRAIN's baseline; "B/16" has 149,623,041 parameters (spec/grain.md 1).
+
+    Raises KeyError as `flair`.
+    """
+    config = _dual_encoder("laclip", variant)
+    config.preprocess.mean_std = "imagenet"
+    config.vision.update(pre_norm=False, patch_bias=True, qk_norm=True, norm_eps=1e-6, init="timm")
+    config.text.gelu = "quick"
+    return config
+
+
+def grain(variant: str = "B/16") -> ConfigDict:
+    """The `model` section of GRAIN (Halbe et al., WACV 2026); "B/16" has 175,904,005 parameters.
+
+    Raises KeyError as `flair`.
+    """
+    config = laclip(variant)
+    config.name = "grain"
+    config.preprocess.resize = "squash"
+    config.decoder = decoder()
+    config.project_image = False  # the image query gives the image's features
+    return config
+
+
+def decoder() -> ConfigDict:
+    """The `model.decoder` section of GRAIN's query decoder, which any model may have."""
+    return ConfigDict(dict(width=512, depth=6, heads=8, hidden=2048, regions=5, dropout=0.1))
+
+
 def flair_objectives() -> ConfigDict:
     """FLAIR's loss, (TCS + MPS) / 2; without MPS the weights are 1 and 0."""
     return ConfigDict(
@@ -102,6 +144,17 @@ def hard_negative_objectives() -> ConfigDict:
     local = dict(weights="minmax", chunk_size=config_dict.placeholder(int))
     return ConfigDict(
         dict(global_hard_negatives=dict(weight=0.5, **common), local_hard_negatives=dict(weight=0.2, **common, **local))
+    )
+
+
+def region_objectives() -> ConfigDict:
+    """What GRAIN adds to CLIP's loss, with regions of `data.regions` (Halbe et al., WACV 2026; spec/grain.md 2)."""
+    group = config_dict.placeholder(int)  # images that the recipe has on a GPU; None: the whole batch
+    return ConfigDict(
+        dict(
+            boxes=dict(weight=1.0, l1=1.0, giou=1.0, factor=1.5, group_size=group, every_layer=False),
+            region_descriptions=dict(weight=1.0, group_size=group, mask_duplicates=False, both_directions=False),
+        )
     )
 
 

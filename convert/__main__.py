@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flair_jax.convert import flax_files, hugging_face, names, released, torch_files
+from flair_jax.convert import flax_files, hub, hugging_face, names, released, torch_files
 from flair_jax.convert.tables import KINDS, Arrays, ConversionError, Side
 
 PUBLISHED = {150_674_434: "ViT-B-16-FLAIR"}
@@ -69,14 +69,14 @@ def is_flax(source: Path) -> bool:
 def check(source: Path, model: Mapping[str, Any] | None, gelu: str | None) -> bool:
     """Prints what a file holds and everything that is wrong with it; True if nothing is."""
     side: Side = "flax" if is_flax(source) else "torch"
-    origin = "as given"
+    origin, pairs = "as given", 0
     if side == "flax":
         arrays, stored = flax_files.read(source)
         model, origin = (stored, "as the file says") if model is None else (model, "as given")
         table = names.table(model.get("name", "flair"), towers=names.section_towers(model))
     else:
         weights = released.read(source)
-        arrays, gelu = weights.arrays, gelu or weights.gelu
+        arrays, gelu, pairs = weights.arrays, gelu or weights.gelu, weights.pairs
         if model is None and weights.section is not None:
             model, origin = weights.section, "as config.json says"
         table = names.recognize(arrays) if model is None else names.table_of(arrays, model.get("name", "flair"), model)
@@ -95,6 +95,8 @@ def check(source: Path, model: Mapping[str, Any] | None, gelu: str | None) -> bo
     row("kind", f"{kind}, {source.suffix or 'folder'}")
     row("model", note if model is None else f"{describe(model)} ({origin})")
     row("tensors", f"{len(arrays):,}")
+    if pairs:
+        row("LoRA", f"{pairs} pairs, added to their weights")
     row("parameters", parameters(arrays))
     row("dtypes", ", ".join(f"{count} {dtype}" for dtype, count in dtypes(arrays).items()) or "-")
     row("not finite", ", ".join(f"{name}: {count:,}" for name, count in bad.items()) or 0)
@@ -149,6 +151,11 @@ def read_model(path: Path | None) -> dict[str, Any] | None:
     return model
 
 
+def source_of(text: str) -> Path | str:
+    """A path, or a name on the hub, which is fetched when the command runs."""
+    return text if hub.is_name(text) else path_of(text)
+
+
 def path_of(text: str) -> Path:
     """A path on the command line; `~` is the home folder."""
     return Path(text).expanduser()
@@ -159,14 +166,16 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     torch = (
         "weights with PyTorch's names: .safetensors, .pt, .pth or .bin (a state dict, or OpenAI's archive), or Hugging "
-        "Face's folder of config.json and model.safetensors"
+        "Face's folder of config.json and model.safetensors; or a name on the hub, such as flair-cc3m-recap or "
+        "hf://OWNER/REPO/FILE"
     )
     flax = "Flax parameters, .safetensors"
 
     def command(name: str, text: str, **files: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         for file, help_ in files.items():
-            sub.add_argument(file, metavar={"source": "IN", "target": "OUT"}[file], type=path_of, help=help_)
+            kind = {"source": ("IN", source_of), "target": ("OUT", path_of)}[file]
+            sub.add_argument(file, metavar=kind[0], type=kind[1], help=help_)
         return sub
 
     readers = (
@@ -214,6 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> bool:
+    if hub.is_name(options.source):
+        options.source = hub.fetch(options.source)
     if options.command == "check":
         return check(options.source, read_model(options.model_config), options.gelu)
     if options.target.exists() and options.target.samefile(options.source):

@@ -18,7 +18,8 @@ FORMAT = 1
 # Keys of a `model` section that do not change what given weights compute: starting values, what training alone does,
 # and how a result is computed.
 FREE = {
-    "init_logit_scale", "init_logit_bias", "vision.position_std", "vision.patch_dropout",
+    "init_logit_scale", "init_logit_bias", "vision.position_std", "vision.init", "vision.patch_dropout",
+    "decoder.dropout",
     "dtype", "scan_blocks", "remat", "attention", "micro_batches",
 }  # fmt: skip
 
@@ -123,7 +124,11 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def load(
-    path: str | os.PathLike, model: Mapping[str, Any] | None = None, gelu: str | None = None
+    path: str | os.PathLike,
+    model: Mapping[str, Any] | None = None,
+    gelu: str | None = None,
+    *,
+    lora_scale: float = 1.0,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads weights of either side into Flax.
 
@@ -131,6 +136,7 @@ def load(
       path: a file of `write`, or a file or folder with PyTorch's names, see `released.read`.
       model: the `model` section; None: the one in the file, or the one that PyTorch's shapes tell (`infer_config`).
       gelu: the activation, for a file that does not say it, where there is no `model` to say it.
+      lora_scale: of pairs of LoRA in the file, see `released.read`.
 
     Returns:
       The parameter tree, float32, and the `model` section.
@@ -140,7 +146,7 @@ def load(
         the file says, or nobody says the activation. WeightsFileError, OSError: see `released.read`.
     """
     if Path(path).is_dir() or not is_flax(path):
-        return from_torch(released.read(path), path, model, gelu)
+        return from_torch(released.read(path, lora_scale), path, model, gelu)
     arrays, stored = read(path)
     refuse_not_finite(arrays, path)
     check_same_gelu(stored.get("gelu", "exact"), gelu, path)
@@ -171,12 +177,12 @@ def from_torch(
         model = dict(model)
         if weights.section is not None:
             check_same_model(weights.section, model, path)
-        flair = model.get("name", "flair") == "flair"
+        several = model.get("name", "flair") in names.SEVERAL_GELUS
         if gelu is not None:
             check_same_gelu(gelu, model.setdefault("gelu", gelu), path)
-        elif "gelu" not in model and not flair:
+        elif "gelu" not in model and several:
             raise ConversionError(f"{path}: {names.ASK_GELU}")
-        elif not flair:
+        elif several:
             warnings.warn(
                 f"{path} does not say which GELU its model was trained with; it is taken as {model['gelu']!r}, as the "
                 "model section has it (OpenAI's weights and those fine-tuned from them need 'quick')",

@@ -15,6 +15,7 @@ import numpy as np
 from flair_jax.configs import variants
 from flair_jax.convert import names, torch_files
 from flair_jax.convert.errors import WeightsFileError
+from flair_jax.convert.rules import LAYOUTS
 from flair_jax.convert.tables import ConversionError, pair
 
 CONFIG, WEIGHTS, INDEX, PICKLE = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
@@ -60,7 +61,7 @@ def is_folder(path: str | os.PathLike) -> bool:
 
 def has_names(arrays: Mapping[str, np.ndarray]) -> bool:
     """Whether tensors have Hugging Face's names."""
-    return bool(_prefix(arrays)) or any(name.startswith(names.LAYOUTS["hugging_face"]) for name in arrays)
+    return bool(_prefix(arrays)) or any(name.startswith(LAYOUTS["hugging_face"]) for name in arrays)
 
 
 def read(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

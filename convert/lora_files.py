@@ -1,18 +1,16 @@
 """LoRA's pairs as a file of their own, and under the names of FSC-CLIP's code, either way.
 
-Theirs are `NAME.lora_A` (r, in) and `NAME.lora_B` (out, r) for `NAME.weight`, and `NAME_lora_A`, `NAME_lora_B` for
-`NAME`, the fused input projection. Ours are `PATH/a` and `PATH/b` for `PATH`, transposed; see `flair_jax.lora`.
+Theirs are described in `released`. Ours are `PATH/a` and `PATH/b` for `PATH`, transposed; see `flair_jax.lora`.
 """
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from flair_jax.convert import names, torch_files
+from flair_jax.convert import names, released, torch_files
 from flair_jax.convert.flax_files import refuse_not_finite
 from flair_jax.convert.tables import Arrays, ConversionError, Side, flatten, unflatten
 
@@ -69,8 +67,8 @@ def to_flax(weights: Arrays, model: str = "clip") -> dict[str, Any]:
     """
     flat = {}
     for name, array in weights.items():
-        match = re.fullmatch(r"(.+?)(\.|_)lora_([AB])", name)
-        found = match and _translate(match[1] + (".weight" if match[2] == "." else ""), "torch", model)
+        match = released.PAIR.fullmatch(name)
+        found = match and _translate(released.weight_of(match), "torch", model)
         if not found:
             raise ConversionError(f"{name} is no pair of LoRA for a {model!r} model")
         flat[f"{found}/{SIDES[match[3]]}"] = np.asarray(array.T, np.float32, order="C")

@@ -1,31 +1,19 @@
 """The names of a model's parameters in PyTorch and in Flax, one table for each model and layout.
 
-A table is a list of rules, each with both names, the PyTorch shape in terms of the model's sizes, and the order of axes
-that turns the PyTorch array into the Flax one. Another model is another entry of `MODELS`; another naming of the same
-PyTorch weights is another entry of its layouts.
+The tables themselves are in `rules`; this finds the one that fits a file, converts, and reads the sizes.
 """
 
-import dataclasses
 import functools
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from flair_jax.convert.tables import (
-    CONVOLUTION,
-    LINEAR,
-    ConversionError,
-    Rule,
-    Sizes,
-    Table,
-    flatten,
-    pair,
-    refuse,
-    unflatten,
-)
+from flair_jax.convert.rules import GRAIN_DEAD, GRAIN_DECODER_RULES, LAYOUTS, MODELS
+from flair_jax.convert.tables import ConversionError, Rule, Sizes, Table, flatten, pair, refuse, unflatten
 
 PREFIXES = ("module.", "_orig_mod.")
 # Tensors of state dicts that are no weights: the causal mask, numbers from 0 to the length, and sizes that OpenAI's
@@ -34,6 +22,7 @@ NO_WEIGHTS = re.compile(
     r"(.*\.)?attn_mask|(text_model|vision_model)\.embeddings\.position_ids|input_resolution|context_length|vocab_size"
 )
 GELU = ("exact", "quick", "tanh")
+SEVERAL_GELUS = ("clip", "siglip")  # models that were trained with one or another
 ASK_GELU = (
     "the file does not say which GELU its model was trained with, and with another one the same weights give other "
     "features: say gelu='quick' for OpenAI's weights, those fine-tuned from them and open_clip's 'quickgelu' models, "
@@ -47,6 +36,7 @@ class Towers(NamedTuple):
     vision: bool = True
     text: bool = True
     projected: bool = True
+    decoder: bool = False  # beside what the model itself has
 
 
 def to_flax(
@@ -67,6 +57,8 @@ def to_flax(
       ConversionError: with every unknown, missing or misshapen name and every dtype that is no weight's.
     """
     arrays = plain(state_dict)
+    if dead := [name for name in GRAIN_DEAD if name in _weights(state_dict)]:
+        warnings.warn(f"left out, for GRAIN's losses never reach them: {', '.join(dead)}", stacklevel=2)
     return unflatten(table_of(arrays, model, config).convert(arrays, "torch", config))
 
 
@@ -97,7 +89,7 @@ def infer_config(state_dict: Mapping[str, Any], model: str = "flair", gelu: str 
 
     Args:
       state_dict, model: as for `to_flax`.
-      gelu: the activation, one of `GELU`, where the origin of the weights tells it. FLAIR's is exact.
+      gelu: the activation, one of `GELU`, where the origin of the weights tells it; of `SEVERAL_GELUS` it has to.
 
     Returns:
       A `model` section that builds the model (`flair_jax.models.create`).
@@ -110,7 +102,7 @@ def infer_config(state_dict: Mapping[str, Any], model: str = "flair", gelu: str 
     found = table_of(arrays, model)
     refuse(found.find_problems(arrays, "torch", None), len(arrays), model)
     config = found.config(found.measure(arrays, "torch"))
-    if gelu is None and model != "flair":
+    if gelu is None and model in SEVERAL_GELUS:
         raise ConversionError(ASK_GELU)
     return config if gelu is None else config | {"gelu": checked_gelu(gelu)}
 
@@ -157,7 +149,8 @@ def table_of(arrays: Mapping[str, np.ndarray], model: str, config: Mapping[str, 
 
 def flax_towers(arrays: Mapping[str, np.ndarray], model: str) -> Towers:
     """What Flax paths show of a model."""
-    return _towers({path.split("/")[0] for path in arrays}, model)
+    parts = {path.split("/")[0] for path in arrays}
+    return _towers(parts, model)._replace(decoder="decoder" in parts)
 
 
 def section_towers(config: Mapping[str, Any]) -> Towers:
@@ -166,6 +159,7 @@ def section_towers(config: Mapping[str, Any]) -> Towers:
         config.get("vision", "") is not None,
         config.get("text", "") is not None,
         config.get("embed_dim", "") is not None,
+        config.get("decoder") is not None,
     )
 
 
@@ -216,12 +210,20 @@ def table(model: str, layout: str = "", towers: Towers = Towers()) -> Table:  # 
         rules = tuple(rule for rule in rules if _part(rule) in parts)
     elif not towers.projected:
         raise ConversionError("model.embed_dim is None, which a model of two towers needs")
+    if towers.decoder and model != "grain":  # no PyTorch code has such a model; the names are GRAIN's
+        rules = (*rules, *GRAIN_DECODER_RULES)
     return Table(model, layout, rules, _sizes, functools.partial(_config, model, towers))
 
 
 def state_dict_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state dict of a training checkpoint, where epoch, name and optimizer stand beside it; else what was given."""
-    inner = checkpoint.get("state_dict")
+    """The state dict of a training checkpoint, where epoch, name and optimizer stand beside it; else what was given.
+
+    GRAIN's has two, which become one: `backbone.NAME` and `decoder.NAME`.
+    """
+    inner, backbone = checkpoint.get("state_dict"), checkpoint.get("backbone_state_dict")
+    if isinstance(inner, Mapping) and isinstance(backbone, Mapping):
+        halves = {"backbone": without_prefixes(backbone), "decoder": without_prefixes(inner)}
+        return {f"{half}.{name}": value for half, weights in halves.items() for name, value in weights.items()}
     return inner if isinstance(inner, Mapping) else checkpoint
 
 
@@ -229,170 +231,26 @@ def plain(checkpoint: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The weights of a checkpoint by the model's own names.
 
     Prefixes that every name has are removed: `module.` is of PyTorch's DistributedDataParallel, `_orig_mod.` of
-    `torch.compile`, and both may be there in either order. So are `NO_WEIGHTS`.
+    `torch.compile`, and both may be there in either order. So are `NO_WEIGHTS`, and `GRAIN_DEAD`.
     """
-    weights = dict(state_dict_of(checkpoint))
+    weights = _weights(checkpoint)
+    return {
+        name: np.asarray(value)
+        for name, value in weights.items()
+        if not NO_WEIGHTS.fullmatch(name) and name not in GRAIN_DEAD
+    }
+
+
+def _weights(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    return without_prefixes(state_dict_of(checkpoint))
+
+
+def without_prefixes(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors by the names that are left without the `PREFIXES` that all of them have."""
+    weights = dict(weights)
     while found := [prefix for prefix in PREFIXES if weights and all(name.startswith(prefix) for name in weights)]:
         weights = {name.removeprefix(found[0]): value for name, value in weights.items()}
-    return {name: np.asarray(value) for name, value in weights.items() if not NO_WEIGHTS.fullmatch(name)}
-
-
-# -- Parts that models share -------------------------------------------------------------------------------------------
-
-
-def _layer_norm(torch: str, flax: str, width: str, repeat: str = "") -> list[Rule]:
-    return [
-        Rule(f"{torch}.weight", f"{flax}/scale", width, repeat=repeat),
-        Rule(f"{torch}.bias", f"{flax}/bias", width, repeat=repeat),
-    ]
-
-
-def _linear(torch: str, flax: str, outputs: str, inputs: str, repeat: str = "") -> list[Rule]:
-    return [
-        Rule(f"{torch}.weight", f"{flax}/kernel", f"{outputs} {inputs}", LINEAR, repeat),
-        Rule(f"{torch}.bias", f"{flax}/bias", outputs, repeat=repeat),
-    ]
-
-
-def _attention(torch: str, qkv: str, out: str, width: str, repeat: str = "") -> list[Rule]:
-    return [
-        Rule(f"{torch}.in_proj_weight", f"{qkv}/kernel", f"3*{width} {width}", LINEAR, repeat),
-        Rule(f"{torch}.in_proj_bias", f"{qkv}/bias", f"3*{width}", repeat=repeat),
-        *_linear(f"{torch}.out_proj", out, width, width, repeat),
-    ]
-
-
-def _blocks(torch: str, tower: str) -> list[Rule]:
-    torch, flax, width, depth = f"{torch}.{{i}}", f"{tower}/blocks_{{i}}", f"{tower}.width", f"{tower}.depth"
-    return [
-        *_layer_norm(f"{torch}.ln_1", f"{flax}/ln_1", width, depth),
-        *_attention(f"{torch}.attn", f"{flax}/attention/qkv", f"{flax}/attention/out", width, depth),
-        *_layer_norm(f"{torch}.ln_2", f"{flax}/ln_2", width, depth),
-        *_linear(f"{torch}.mlp.c_fc", f"{flax}/mlp/fc", f"4*{width}", width, depth),
-        *_linear(f"{torch}.mlp.c_proj", f"{flax}/mlp/proj", width, f"4*{width}", depth),
-    ]
-
-
-_VISION = (
-    Rule("visual.class_embedding", "vision/class_embedding", "vision.width"),
-    Rule("visual.positional_embedding", "vision/position_embedding", "vision.tokens vision.width"),
-)
-_PATCHES = (
-    Rule(
-        "visual.conv1.weight",
-        "vision/patch_embedding/kernel",
-        "vision.width 3 vision.patch_size vision.patch_size",
-        CONVOLUTION,
-    ),
-    *_layer_norm("visual.ln_pre", "vision/ln_pre", "vision.width"),
-    *_blocks("visual.transformer.resblocks", "vision"),
-    *_layer_norm("visual.ln_post", "vision/ln_post", "vision.width"),
-)
-_TEXT = (
-    *_blocks("transformer.resblocks", "text"),
-    Rule("token_embedding.weight", "text/token_embedding", "text.vocab_size text.width"),
-    *_layer_norm("ln_final", "text/ln_final", "text.width"),
-)
-_TEXT_POSITIONS = Rule("positional_embedding", "text/position_embedding", "text.context_length text.width")
-_SCALE = Rule("logit_scale", "logit_scale")
-
-# -- Tables, each in the order of the reference's state_dict: an optimizer of PyTorch counts parameters ----------------
-
-FLAIR_RULES = (
-    _TEXT_POSITIONS,
-    _SCALE,
-    # The reference fills in 0 without a word (spec/flair.md M12); for weights trained with -10 that is another model.
-    Rule("logit_bias", "logit_bias", hint="; a CLIP trained without one goes on with 0, which you must add yourself"),
-    *_VISION,
-    *_PATCHES,
-    *_attention("visual_proj.attn", "pooling/qkv", "pooling/out", "embed_dim"),
-    *_layer_norm("visual_proj.ln_q", "pooling/ln_q", "embed_dim"),
-    *_layer_norm("visual_proj.ln_k", "pooling/ln_k", "embed_dim"),
-    *_layer_norm("visual_proj.ln_v", "pooling/ln_v", "embed_dim"),
-    *_TEXT,
-    Rule("image_post.proj", "image_projection", "vision.width embed_dim"),
-    Rule("text_post.proj", "text_projection", "text.width embed_dim"),
-)
-
-
-def _clip_rules(*scalars: Rule) -> tuple[Rule, ...]:
-    """OpenAI's names, which open_clip has too."""
-    return (
-        _TEXT_POSITIONS,
-        Rule("text_projection", "text_projection", "text.width embed_dim"),
-        *scalars,
-        *_VISION,
-        Rule("visual.proj", "image_projection", "vision.width embed_dim"),
-        *_PATCHES,
-        *_TEXT,
-    )
-
-
-def _custom_text(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """The names of open_clip's `CustomTextCLIP`, whose text tower is a module of its own: `text.ln_final.weight`."""
-    outside = ("visual.", "logit_")
-    return tuple(
-        rule if rule.torch.startswith(outside) else dataclasses.replace(rule, torch=f"text.{rule.torch}")
-        for rule in sorted(rules, key=lambda rule: not rule.torch.startswith(outside))
-    )
-
-
-def _hugging_face_blocks(torch: str, tower: str) -> list[Rule]:
-    torch, flax, width, depth = (
-        f"{torch}.encoder.layers.{{i}}", f"{tower}/blocks_{{i}}", f"{tower}.width", f"{tower}.depth",
-    )  # fmt: skip
-    qkv, parts = f"{torch}.self_attn.{{part}}_proj", dict(repeat=depth, parts=("q", "k", "v"))
-    return [
-        *_layer_norm(f"{torch}.layer_norm1", f"{flax}/ln_1", width, depth),
-        Rule(f"{qkv}.weight", f"{flax}/attention/qkv/kernel", f"3*{width} {width}", LINEAR, **parts),
-        Rule(f"{qkv}.bias", f"{flax}/attention/qkv/bias", f"3*{width}", **parts),
-        *_linear(f"{torch}.self_attn.out_proj", f"{flax}/attention/out", width, width, depth),
-        *_layer_norm(f"{torch}.layer_norm2", f"{flax}/ln_2", width, depth),
-        *_linear(f"{torch}.mlp.fc1", f"{flax}/mlp/fc", f"4*{width}", width, depth),
-        *_linear(f"{torch}.mlp.fc2", f"{flax}/mlp/proj", width, f"4*{width}", depth),
-    ]
-
-
-def _renamed(rule: Rule, torch: str) -> Rule:
-    return dataclasses.replace(rule, torch=torch)
-
-
-HUGGING_FACE_RULES = (
-    _SCALE,
-    _renamed(_TEXT_POSITIONS, "text_model.embeddings.position_embedding.weight"),
-    Rule("text_model.embeddings.token_embedding.weight", "text/token_embedding", "text.vocab_size text.width"),
-    *_hugging_face_blocks("text_model", "text"),
-    *_layer_norm("text_model.final_layer_norm", "text/ln_final", "text.width"),
-    _renamed(_VISION[0], "vision_model.embeddings.class_embedding"),
-    _renamed(_VISION[1], "vision_model.embeddings.position_embedding.weight"),
-    _renamed(_PATCHES[0], "vision_model.embeddings.patch_embedding.weight"),
-    *_layer_norm("vision_model.pre_layrnorm", "vision/ln_pre", "vision.width"),
-    *_hugging_face_blocks("vision_model", "vision"),
-    *_layer_norm("vision_model.post_layernorm", "vision/ln_post", "vision.width"),
-    Rule("visual_projection.weight", "image_projection", "embed_dim vision.width", LINEAR),
-    Rule("text_projection.weight", "text_projection", "embed_dim text.width", LINEAR),
-)
-
-CLIP_RULES = _clip_rules(_SCALE)
-SIGLIP_RULES = _clip_rules(_SCALE, Rule("logit_bias", "logit_bias"))
-
-# Model -> layouts -> rules. The first layout is the one to write unless told otherwise.
-MODELS = {
-    "flair": {"flair": FLAIR_RULES},
-    "clip": {
-        "open_clip": CLIP_RULES,
-        "custom_text": _custom_text(CLIP_RULES),
-        "hugging_face": HUGGING_FACE_RULES,
-    },
-    "siglip": {"open_clip": SIGLIP_RULES, "custom_text": _custom_text(SIGLIP_RULES)},
-}
-# Prefixes of names that only this layout has; an empty tuple: the layout of all others.
-LAYOUTS = {
-    "flair": (),
-    "open_clip": (),  # OpenAI's names too
-    "custom_text": ("text.",),
-    "hugging_face": ("text_model.", "vision_model."),
-}
+    return weights
 
 
 def _sizes(config: Mapping[str, Any]) -> Sizes:
@@ -401,6 +259,10 @@ def _sizes(config: Mapping[str, Any]) -> Sizes:
     attentions = [(part, config[part]["width"], config[part]["heads"]) for part in ("vision", "text") if config[part]]
     if config.get("pooling") is not None:
         attentions.append(("pooling", config["embed_dim"], config["pooling"]["heads"]))
+    if (decoder := config.get("decoder")) is not None:
+        attentions.append(("decoder", decoder["width"], decoder["heads"]))
+        sizes |= {f"decoder.{key}": decoder[key] for key in ("width", "depth", "hidden")}
+        sizes["decoder.queries"] = decoder["regions"] + 1
     for part, width, heads in attentions:
         if width % heads:
             raise ConversionError(f"model.{part}.heads is {heads}, which does not divide the width {width}")
@@ -408,6 +270,7 @@ def _sizes(config: Mapping[str, Any]) -> Sizes:
         height, width = pair(vision["image_size"])
         sizes["vision.tokens"] = 1 + (height // vision["patch_size"]) * (width // vision["patch_size"])
         sizes |= {f"vision.{key}": vision[key] for key in ("patch_size", "width", "depth")}
+        sizes["vision.head_width"] = vision["width"] // vision["heads"]
     if text is not None:
         sizes |= {f"text.{key}": text[key] for key in ("context_length", "vocab_size", "width", "depth")}
     return sizes if config["embed_dim"] is None else sizes | {"embed_dim": config["embed_dim"]}
@@ -432,10 +295,10 @@ def _config(name: str, towers: Towers, sizes: Sizes) -> dict[str, Any]:
         known = {f"{part}.width": section["width"] for part, section in parts.items()}
         return widths(known | ({"embed_dim": config["embed_dim"]} if towers.projected else {}))
 
-    published = [getattr(variants, name)(variant).to_dict() for variant in variants.TOWERS]
+    published = [getattr(variants, name)(variant).to_dict() for variant in variants.VARIANTS[name]]
     known = {widths_of(config): config for config in published}
     if widths(sizes) not in known:
-        words = [word for word, there in zip(("vision", "text", "embed_dim"), towers, strict=True) if there]
+        words = [word for word, there in zip(("vision", "text", "embed_dim"), towers[:3], strict=True) if there]
         raise ConversionError(
             "shapes do not tell the number of heads. They are known for the widths of the published models, "
             f"({', '.join(words)}) = {sorted(known)}; these weights have {widths(sizes)}: give the model section, with "
@@ -451,4 +314,12 @@ def _config(name: str, towers: Towers, sizes: Sizes) -> dict[str, Any]:
         config["vision"]["image_size"] = side * sizes["vision.patch_size"]
     if towers.text:
         config["text"] |= {key: sizes[f"text.{key}"] for key in ("context_length", "vocab_size", "width", "depth")}
+    if name == "grain":
+        if sizes["decoder.width"] != config["decoder"]["width"]:
+            raise ConversionError(
+                f"the decoder is {sizes['decoder.width']} wide, for which no number of heads is published: give the "
+                "model section, with decoder.heads"
+            )
+        config["decoder"] |= {key: sizes[f"decoder.{key}"] for key in ("depth", "hidden")}
+        config["decoder"]["regions"] = sizes["decoder.queries"] - 1
     return config

@@ -55,6 +55,7 @@ class Rule:
       hint: what to do when it is missing.
       parts: PyTorch has the parameter in pieces, which are stacked along its first axis; they stand for the `{part}`
         in its name, and the first word of the shape begins with their number.
+      ones: so many axes of size 1 come first in PyTorch alone.
     """
 
     torch: str
@@ -64,6 +65,7 @@ class Rule:
     repeat: str = ""
     hint: str = ""
     parts: tuple[str, ...] = ()
+    ones: int = 0
 
     def template(self, side: Side) -> str:
         return self.torch if side == "torch" else self.flax
@@ -82,7 +84,7 @@ class Rule:
         """The shape of an array on one side, not yet numbers."""
         words = self.shape.split()
         if side == "flax":
-            return [words[axis] for axis in self.axes] if self.axes else words
+            return [words[axis] for axis in self.axes] if self.axes else words[self.ones :]
         return [words[0].removeprefix(f"{len(self.parts)}*"), *words[1:]] if self.parts else words
 
     def convert(self, arrays: Sequence[np.ndarray], to: Side) -> list[np.ndarray]:
@@ -90,8 +92,10 @@ class Rule:
         arrays = [array.astype(np.float32, copy=False) for array in arrays]
         if to == "flax":
             array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+            array = array.reshape(array.shape[self.ones :])
             return [np.asarray(array.transpose(self.axes) if self.axes else array, order="C")]
         array = arrays[0].transpose(np.argsort(self.axes).tolist()) if self.axes else arrays[0]
+        array = array.reshape((1,) * self.ones + array.shape)
         return [np.asarray(part, order="C") for part in (np.split(array, len(self.parts)) if self.parts else [array])]
 
 
@@ -99,7 +103,7 @@ class Rule:
 class Table:
     """All of one model in one layout: its rules, and its sizes out of a `model` section and back.
 
-    `layout` is a key of `names.LAYOUTS`.
+    `layout` is a key of `rules.LAYOUTS`.
     """
 
     model: str

@@ -9,6 +9,7 @@ or lost. Last, the texts of a batch may be packed.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -30,14 +31,17 @@ from grain.python import SharedMemoryArray
 from flair_jax.data import iterator_state, order
 from flair_jax.data.sources.base import Concatenation
 from flair_jax.data.sources.open import Shards, open_source, sets
-from flair_jax.data.transforms import annotations, packing, tokenizer
-from flair_jax.data.transforms.base import Transform
+from flair_jax.data.transforms import annotations, packing, region_files, tokenizer
+from flair_jax.data.transforms.base import Sample, Transform
 from flair_jax.data.transforms.captions import CaptionOptions
 from flair_jax.data.transforms.images import AugmentationOptions
 from flair_jax.data.transforms.negatives import PARSED, Negatives
+from flair_jax.data.transforms.regions import Region, Regions, of_record
 from flair_jax.data.transforms.samples import (
+    UNUSABLE,
     Captions,
     Crop,
+    Flip,
     LoadTraining,
     Pixels,
     Skipped,
@@ -425,6 +429,18 @@ class NegativeOptions:
     annotations: str | None = None  # folder of the files that `data.prepare annotate` wrote; None: beside the shards
 
 
+@dataclasses.dataclass(frozen=True)
+class RegionOptions:
+    """Described boxes of each image; see `transforms.regions`."""
+
+    count: int | None = None  # M, regions an image, the best by score; None: none
+    source: str | None = (
+        None  # None: the records; "beside": the files that `data.prepare annotate regions` wrote beside
+    )
+    # the shards; or the folder that it wrote them to
+    min_area: float = 0.5  # share of its area that a crop must leave of a box; below it box and description are dropped
+
+
 def make_stream(
     shards: Shards,
     *,
@@ -434,6 +450,7 @@ def make_stream(
     seed: int,
     captions: Mapping[str, Any] | None = None,
     negatives: Mapping[str, Any] | None = None,
+    regions: Mapping[str, Any] | None = None,
     augmentation: Mapping[str, Any] | None = None,
     pixels: Pixels = "reference",
     upright: bool = False,
@@ -462,6 +479,7 @@ def make_stream(
       seed: of the order, the crops and the captions.
       captions: fields of CaptionOptions that differ from their defaults.
       negatives: fields of NegativeOptions that differ from their defaults.
+      regions: fields of RegionOptions that differ from their defaults.
       augmentation: fields of AugmentationOptions that differ from their defaults.
       pixels: how images are made, see `samples.Crop`.
       upright: whether photographs are turned as their EXIF orientation says; the published data sets are trained as
@@ -487,9 +505,9 @@ def make_stream(
     Raises:
       FileNotFoundError, ShardError: see `open_source`; or annotations are missing, see `annotations.open_annotations`.
       ValueError: batch_size is no multiple of the processes and their devices, packed rows are too short for a
-        caption, or an option has no meaning.
+        caption, no sample has a region where there should be some, or an option has no meaning.
       iterator_state.PositionError: `position` belongs to other data or settings.
-      TypeError: an unknown option of captions, negatives, augmentation or packing.
+      TypeError: an unknown option of captions, negatives, regions, augmentation or packing.
     """
     if batch_size < 1 or batch_size % (process_count * device_count):
         raise ValueError(
@@ -505,11 +523,16 @@ def make_stream(
         sizes = [len(part) for part in parts]
     caption_options = CaptionOptions(**(captions or {}))
     draw_captions = Captions(caption_options, tokenizer.Tokenizer(context_length))
+    augment = AugmentationOptions(**(augmentation or {}))
+    found = _region_source(RegionOptions(**(regions or {})), source.shards)
+    flip = Flip(augment, draw_captions, found) if augment.flip else None
+    crop = Crop(image_size, augment, pixels, upright, flip)
     own = (
         draw_captions,
         *_negatives(NegativeOptions(**(negatives or {})), draw_captions, source.shards),
+        *_regions(RegionOptions(**(regions or {})), found, crop, draw_captions.tokenize),
         *transforms,
-        Crop(image_size, AugmentationOptions(**(augmentation or {})), pixels, upright),  # last: it costs the most
+        crop,  # last: it costs the most
     )
     load = LoadTraining(source, own, seed)
     identity = {
@@ -524,6 +547,8 @@ def make_stream(
         "process_count": process_count,
     }
     sample_order = order.endless(sizes, seed, shuffle=shuffle, window=shuffle_window, weights=weights)
+    if found is not None:
+        _check_regions(found, load, sample_order)
     packer = _measured_packer(
         load,
         sample_order,
@@ -561,6 +586,44 @@ def _negatives(options: NegativeOptions, captions: Captions, shards: Sequence[st
             shards, options.annotations, fields=captions.options.fields, splitting=captions.options.splitting
         )
     return (Negatives(tuple(options.kinds), captions, found),)
+
+
+def _region_source(options: RegionOptions, shards: Sequence[str]) -> Callable[[Sample], list[Region]] | None:
+    """Where the regions of a sample are; None without a count."""
+    if options.count is None:
+        return None
+    if options.source is None:
+        return of_record
+    return region_files.open_regions(shards, None if options.source == region_files.BESIDE else options.source)
+
+
+def _regions(
+    options: RegionOptions,
+    source: Callable[[Sample], list[Region]] | None,
+    crop: Crop,
+    tokenize: tokenizer.Tokenizer,
+) -> tuple[Transform, ...]:
+    """The transform that gives regions as the crop shows them; none without a source."""
+    return () if source is None else (Regions(options.count, source, crop.view, tokenize, options.min_area),)
+
+
+def _check_regions(
+    found: Callable[[Sample], list[Region]], load: LoadTraining, sample_order: Sequence[tuple[int, int]]
+) -> None:
+    """Refuses shards without regions, on which what is trained by them would learn nothing in silence.
+
+    Raises:
+      ValueError: none of the first samples has one.
+    """
+    for index in range(min(MEASURED_SAMPLES, len(load.source))):
+        epoch, number = sample_order[index]
+        with contextlib.suppress(*UNUSABLE):
+            if found(Sample(load.source[number], load.seed, epoch, number)):
+                return
+    raise ValueError(
+        f"config.data.regions.count is set, and none of the first {MEASURED_SAMPLES:,} samples has a region: set "
+        "config.data.regions.source to 'beside' or a folder if `data.prepare annotate regions` made them, or make them"
+    )
 
 
 def _measured_packer(

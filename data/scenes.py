@@ -23,6 +23,8 @@ from PIL import Image
 
 from flair_jax.data.sources import files
 from flair_jax.data.transforms.captions import FIELDS
+from flair_jax.data.transforms.regions import FIELD as REGIONS
+from flair_jax.data.transforms.regions import Region
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = {
@@ -54,7 +56,7 @@ NOISE = 7.0  # standard deviation of the texture, in grey levels
 TINT = 8.0  # largest offset of a shape's or background's colour, in grey levels
 SUBPIXELS = 8  # a pixel's coverage is the mean over 8 x 8 points
 INFO = "info.json"
-FORMAT = "flair_jax scenes 1"
+FORMAT = "flair_jax scenes 2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Scene:
 
     image: uint8 (H, W, 3) RGB. masks: uint8 (H, W) each, 0 is background: "colour" and "shape" hold 1 + the position in
     COLOURS and SHAPES, "object" holds 1 + the position in `objects`. sentences: the seven DreamLIP fields, lists of
-    strings. places: for every object one sentence that says what it is and where.
+    strings. places: for every object one sentence that says what it is and where. regions: for every object its box,
+    with its phrase as the description.
     """
 
     image: np.ndarray
@@ -88,6 +91,14 @@ class Scene:
     sentences: dict[str, list[str]]
     places: tuple[str, ...]
     masks: dict[str, np.ndarray]
+
+    @property
+    def regions(self) -> list[Region]:
+        height, width = self.image.shape[:2]
+        sides = width, height, width, height
+        return [
+            Region(tuple(at / side for at, side in zip(o.box, sides, strict=True)), _a(o.phrase)) for o in self.objects
+        ]
 
 
 def draw(seed: int, index: int, size: int = 64, split: str = "train") -> Scene:
@@ -308,10 +319,11 @@ def write(
 ) -> list[pathlib.Path]:
     """Writes scenes 0 ... count - 1 of a split as webdataset shards and returns their paths, in order.
 
-    Every sample has KEY.jpg; KEY.json with the seven caption fields and, under "scene", where it comes from and its
-    objects; KEY.masks.png, RGB, whose channels are the masks "colour", "shape" and "object". The same arguments write
-    the same bytes. A complete folder with the same arguments is left as it is (INFO is written last), an incomplete one
-    is written again. Raises FileExistsError where the folder holds scenes of other arguments.
+    Every sample has KEY.jpg; KEY.json with the seven caption fields, the "regions" (see `transforms.regions`) and,
+    under "scene", where it comes from and its objects; KEY.masks.png, RGB, whose channels are the masks "colour",
+    "shape" and "object". The same arguments write the same bytes. A complete folder with the same arguments is left as
+    it is (INFO is written last), an incomplete one is written again. Raises FileExistsError where the folder holds
+    scenes of other arguments.
     """
     folder = pathlib.Path(os.path.expanduser(folder))
     info = {"format": FORMAT, "count": count, "seed": seed, "shard_size": shard_size, "size": size, "split": split}
@@ -344,6 +356,7 @@ def _members(key: str, scene: Scene, seed: int, index: int, split: str) -> list[
     Image.fromarray(np.stack([scene.masks[name] for name in ("colour", "shape", "object")], -1)).save(masks, "PNG")
     fields = {
         **scene.sentences,
+        REGIONS: [region.fields() for region in scene.regions],
         "key": key,
         "url": f"scenes:{split}/{seed}/{index}",
         "status": "success",

@@ -233,6 +233,11 @@ def check_resume(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """
     # Through JSON, as the saved one went: other containers are no other experiment.
     before, now = (flatten(normalize(json.loads(json.dumps(x, default=dict)))) for x in (saved, config))
+    for key, default in flatten(normalize(base.get_config().to_dict())).items():
+        # A key that is younger than the checkpoint: its default is what was done before there was a choice.
+        parents = {key[: match.start()] for match in re.finditer(r"\.", key)}
+        if key in now and not parents & before.keys() and not parents & set(OPEN_SECTIONS):
+            before.setdefault(key, default)
     patterns = [pattern for keys in MAY_CHANGE.values() for pattern in keys]
     differences = [
         f"config.{key} is {now.get(key)!r}, was {before.get(key)!r}"

@@ -21,13 +21,13 @@ from flair_jax.data.benchmarks import base, table
 from flair_jax.data.benchmarks import shards as shard_sets
 from flair_jax.data.sources.open import expand
 from flair_jax.data.transforms import captions
-from flair_jax.data.transforms.images import normalize
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators import (
     Choice,
     ChoiceSet,
     Pointing,
     PointingSet,
+    Regions,
     Retrieval,
     RetrievalSet,
     Segmentation,
@@ -60,18 +60,23 @@ def scenes_evaluators(model: nn.Module, name: str, *, count: int, seed: int, siz
         tokens = tokenize([text for texts in prompts for text in texts])
         labels = np.where(masks == 0, IGNORE, masks - 1).astype(np.uint8)
         data = SegmentationSet(f"{name}_{kind}", names, unseen.images, labels, tokens, owners)
-        return Segmentation(model, data, preprocess=normalize)
+        return Segmentation(model, data, preprocess=model.preprocessing)
 
     whole = RetrievalSet(name, unseen.images, tokenize(unseen.descriptions), np.arange(count))
-    yield Retrieval(model, whole, preprocess=normalize, **options)
+    yield Retrieval(model, whole, preprocess=model.preprocessing, **options)
     parts = RetrievalSet(f"{name}_parts", unseen.images, tokenize(unseen.parts), unseen.part_images)
-    yield Retrieval(model, parts, preprocess=normalize, **options)
+    yield Retrieval(model, parts, preprocess=model.preprocessing, **options)
     objects = np.bincount(unseen.phrase_images, minlength=count)[unseen.phrase_images]
-    phrases = PointingSet(name, unseen.images, tokenize(unseen.phrases), unseen.phrase_images, unseen.boxes, objects)
+    phrases = PointingSet(
+        *(name, unseen.images, tokenize(unseen.phrases), unseen.phrase_images, unseen.boxes, objects, unseen.phrases)
+    )
     if model.has_pooling:
-        yield Pointing(model, phrases, preprocess=normalize)
-    yield segmentation("colour", unseen.colour_masks, unseen.colour_names, unseen.colour_prompts)
-    yield segmentation("shape", unseen.shape_masks, unseen.shape_names, unseen.shape_prompts)
+        yield Pointing(model, phrases, preprocess=model.preprocessing)
+    if model.has_regions:
+        yield Regions(model, phrases, preprocess=model.preprocessing)
+    if model.has_local:
+        yield segmentation("colour", unseen.colour_masks, unseen.colour_names, unseen.colour_prompts)
+        yield segmentation("shape", unseen.shape_masks, unseen.shape_names, unseen.shape_prompts)
 
 
 def scenes_examples(model: nn.Module, *, seed: int, size: int, **_) -> Examples:
@@ -91,10 +96,10 @@ def compositional_scenes_evaluators(
     unseen = compositional_scenes.compositional_set(count, seed, size)
     tokens = Tokenizer(model.context_length)(unseen.texts)
     questions = ChoiceSet(name, unseen.images, tokens, unseen.items, unseen.texts)
-    yield Choice(model, questions, preprocess=normalize)
+    yield Choice(model, questions, preprocess=model.preprocessing)
     captions = len(unseen.caption_images)
     pairs = RetrievalSet(name, unseen.images, tokens[:captions], unseen.caption_images, texts=unseen.texts[:captions])
-    yield Retrieval(model, pairs, preprocess=normalize, **options)
+    yield Retrieval(model, pairs, preprocess=model.preprocessing, **options)
 
 
 def shards_evaluators(
@@ -107,13 +112,7 @@ def shards_evaluators(
     upright: bool = False,
     **options,
 ) -> Iterator[Any]:
-    """Retrieval among the samples of shards: every sentence of the given fields is a text of its image.
-
-    A config may name the evaluator and leave `shards` empty for its user to fill in: then there is nothing to evaluate.
-    """
-    if not shards:
-        logging.warning("evaluators.%s.shards is empty: not evaluated", name)
-        return
+    """Retrieval among the samples of shards: every sentence of the given fields is a text of its image."""
 
     def read(_: pathlib.Path) -> base.Retrieval:
         data, skipped = shard_sets.read(shards, names_of(fields), index_dir=index_dir, upright=upright)
@@ -142,6 +141,10 @@ KINDS = {
     "shards": (shards_evaluators, no_examples),
     "benchmarks": (evaluation_sets.evaluators, no_examples),
 }
+
+# Kind -> the option that says where its data is, and its key in a config. A config may name an evaluator and leave this
+# for its user to fill in: until then the evaluator is off.
+SOURCES = {"shards": ("shards", "config.evaluators.{}.shards"), "benchmarks": ("root", "config.data_root")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,8 +186,15 @@ def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]
     return found
 
 
+def is_off(kind: str, options: Mapping[str, Any]) -> bool:
+    """Whether an evaluator of `sections` has not been told where its data is, see `SOURCES`."""
+    return kind in SOURCES and not options.get(SOURCES[kind][0])
+
+
 def check(config: Mapping[str, Any]) -> None:
     """Refuses before a run what would be found wrong at its end, such as shards that are not there.
+
+    Evaluators that are off are named in the log.
 
     Raises:
       ValueError: see `sections`; or scenes are not as large as the model's images; or no public set has such a name.
@@ -197,11 +207,18 @@ def check(config: Mapping[str, Any]) -> None:
                 raise ValueError(f"evaluators.{name}.size is {options['size']}; model.vision.image_size is {size}")
         if kind == "benchmarks":
             table.select(options.get("sets", ("*",)))
-            if options["root"] is None or not os.path.isdir(options["root"]):
-                raise FileNotFoundError(
-                    f"evaluators.{name}: config.data_root is {options['root']!r}; expected the folder of public sets"
-                )
-        if options.get("shards"):
+        if is_off(kind, options):
+            logging.warning("evaluators.%s: not evaluated, since %s is not set", name, SOURCES[kind][1].format(name))
+        elif kind == "benchmarks" and not os.path.isdir(options["root"]):
+            raise FileNotFoundError(
+                f"evaluators.{name}: config.data_root is {options['root']!r}; expected the folder of public sets"
+            )
+        elif kind == "benchmarks":
+            for key in ("names", "descriptions"):
+                path = (options.get("classification") or {}).get(key)
+                if isinstance(path, str) and not os.path.exists(path):
+                    raise FileNotFoundError(f"evaluators.{name}.classification.{key}: {path} is not there")
+        elif kind == "shards":
             try:
                 expand(options["shards"])
             except FileNotFoundError as error:
@@ -263,7 +280,7 @@ def run(
     """
     found = Findings(notes=notes, warnings=warnings)
     for name, (kind, options) in sections(config).items():
-        if names is not None and name not in names:
+        if (names is not None and name not in names) or is_off(kind, options):
             continue
         for evaluator in KINDS[kind][0](model, name, **options):
             if isinstance(evaluator, evaluation_tasks.UnusableSet):
@@ -313,12 +330,16 @@ def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, fl
       Values by name, as in report.json. Nothing is written if there is nothing to evaluate.
 
     Raises:
-      ValueError: the config is wrong, or lists no evaluator.
+      ValueError: the config is wrong, lists no evaluator, or none that has been told where its data is.
       FileNotFoundError: there are no weights: a model with random weights is never evaluated in silence.
     """
     config = configuration.normalize(config)
     if not config["evaluators"]:
         raise ValueError("config.evaluators is empty: nothing to evaluate")
+    listed = sections(config)
+    if all(is_off(*section) for section in listed.values()):
+        keys = sorted({SOURCES[kind][1].format(name) for name, (kind, _) in listed.items()})
+        raise ValueError(f"nothing to evaluate: set {' or '.join(keys)}")
     weights = config["init_from"] or workdir
     params, section = pretrained.read(weights, config["model"])
     config = {**config, "model": section}
@@ -378,7 +399,7 @@ def draw_attention_sheets(config: Mapping[str, Any], model: nn.Module, params: A
 def attention_sheet(model: nn.Module, params: Any, images, texts, boxes):
     """The picture of `Examples`, see `attention_maps.sheet`."""
     tokens = Tokenizer(model.context_length)([text for row in texts for text in row])
-    heat = attention_maps.heat_maps(model, params, np.stack(images), tokens, preprocess=normalize)
+    heat = attention_maps.heat_maps(model, params, np.stack(images), tokens, preprocess=model.preprocessing)
     ends = np.cumsum([len(row) for row in texts])
     own = [slice(end - len(row), end) for row, end in zip(texts, ends, strict=True)]
     heats = [heat.maps[image, texts_of] for image, texts_of in enumerate(own)]

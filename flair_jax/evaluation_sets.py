@@ -187,10 +187,12 @@ def averages(results: Sequence[Result], details: Sequence[SetDetails]) -> Iterat
         found, members = [], set()
         for mode in dict.fromkeys(result.mode for result in results):
             values = {(one.task, one.set, one.metric): one.value for one in results if one.mode == mode}
-            for name, value in suite.of(values).items():
+            for name, parts in suite.members(values).items():
+                value = sum(values[member] for member in parts) / len(parts)
                 found.append(Result("average", suite.name, name, value, mode))
-                members |= {member[:2] for member in suite.averages[name]}
+                members |= {member[:2] for member in parts}
         if found:
+            names = dict.fromkeys(result.metric for result in found)
             parts = [about[member] for member in sorted(members) if member in about]
             yield (
                 found,
@@ -202,5 +204,6 @@ def averages(results: Sequence[Result], details: Sequence[SetDetails]) -> Iterat
                     parts=[part.title for part in parts] if any(part.parts for part in parts) else (),
                     source=suite.source,
                     published=suite.published,
+                    notes=[suite.notes[name] for name in names if name in suite.notes],
                 ),
             )

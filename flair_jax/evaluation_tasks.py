@@ -1,5 +1,6 @@
 """A task's data as evaluators of a model: pictures become pixels, texts become tokens."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +23,14 @@ from flair_jax.evaluators import (
     ClassificationSet,
     Pointing,
     PointingSet,
+    Regions,
     Retrieval,
     RetrievalSet,
     Segmentation,
     SegmentationSet,
+    WholeImages,
 )
 from flair_jax.evaluators.features import BrokenImages
-from flair_jax.evaluators.pointing import boxes_after_crop
 from flair_jax.report import Missing
 
 
@@ -61,16 +63,16 @@ class Pixels(Sequence):
     Args:
       pictures: of a set.
       size: height and width.
-      crop: RGB image, size -> pixels; by default the reference's, `images.evaluation_crop`.
+      fit: RGB image, size -> pixels, such as a model's `preprocessing.fit`.
     """
 
     def __init__(
         self,
         pictures: Sequence[base.Picture],
         size: tuple[int, int],
-        crop: Callable[[Any, tuple[int, int]], np.ndarray] = image_rules.evaluation_crop,
+        fit: Callable[[Any, tuple[int, int]], np.ndarray],
     ):
-        self._pictures, self._size, self._crop = pictures, size, crop
+        self._pictures, self._size, self._fit = pictures, size, fit
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -84,11 +86,11 @@ class Pixels(Sequence):
         Raises:
           ImageError: naming the file. OSError: it cannot be read.
         """
-        return self._crop(image_rules.to_rgb(self._pictures[index].decode()), self._size)
+        return self._fit(image_rules.to_rgb(self._pictures[index].decode()), self._size)
 
     @property
     def keys(self) -> list[str]:
-        return [f"{self._crop.__name__} {self._size} {picture.key()}" for picture in self._pictures]
+        return [f"{self._fit.__name__} {self._size} {picture.key()}" for picture in self._pictures]
 
 
 def retrieval(
@@ -106,7 +108,7 @@ def retrieval(
             options[key] = (options[key],)
     ways, modes = options.pop("windows", ("truncate",)), options.pop("modes", None)
     longer = options.pop("context_length", None)
-    pixels = Pixels(data.pictures, model.image_size)
+    pixels = Pixels(data.pictures, model.image_size, model.preprocessing.fit)
 
     def evaluator(context_length, way, label, text_tower=None):
         tokens, rows = text_windows.text_rows(data.texts, context_length, way)
@@ -114,7 +116,7 @@ def retrieval(
         known = modes if modes is None or rows is None else [mode for mode in modes if mode != "topk"]
         texts = RetrievalSet(benchmark.name, pixels, tokens, data.image_of_text, rows, data.texts)
         return Retrieval(
-            model, texts, preprocess=image_rules.normalize, modes=known, label=label, text_tower=text_tower, **options
+            model, texts, preprocess=model.preprocessing, modes=known, label=label, text_tower=text_tower, **options
         )
 
     for way in ways:
@@ -133,11 +135,13 @@ def classification(
     Options besides the evaluator's own:
       templates: texts with `{c}` for the name of a class; or the name of a set whose templates `prompts` has.
       names: of each class its name or a list of names, in the order of the labels; or a JSON file with this list.
-      descriptions: a JSON file {class: [description, …]}; prompts are then as in `prompts.from_descriptions`, with
-        templates that a relative clause can follow.
+      descriptions: a JSON file {class: [description, …]}, or a folder with a file `SET.json` for each set; prompts are
+        then as in `prompts.from_descriptions`, with templates that a relative clause can follow. The descriptions
+        alone are what mode "regions" compares with.
 
     Raises:
       ValueError: names, descriptions and classes do not fit together, or a template has no `{c}`.
+      UnusableSet: the folder of descriptions has no file for the set.
     """
     options = dict(options)
     templates, names, descriptions = (options.pop(key, None) for key in ("templates", "names", "descriptions"))
@@ -148,19 +152,38 @@ def classification(
         raise ValueError(f"{benchmark.name}: {len(classes)} names for {len(data.classes)} classes")
     if isinstance(templates, str):
         templates = (templates,) if prompts.SLOT in templates else prompts.templates(templates)
+    described = None
     if descriptions is None:
         texts = prompts.from_templates(classes, templates or data.templates)
     else:
-        described = prompts.read_descriptions(descriptions)
-        texts = prompts.from_descriptions(classes, described, templates or prompts.DESCRIBED)
+        known = prompts.read_descriptions(_of_set(benchmark, descriptions))
+        texts = prompts.from_descriptions(classes, known, templates or prompts.DESCRIBED)
+        described = prompts.descriptions_of(classes, known)
+        if not any(described):
+            raise ValueError(f"{benchmark.name}: no class in {descriptions} has a description")
     if isinstance(options.get("modes"), str):
         options["modes"] = (options["modes"],)
-    tokens = Tokenizer(model.context_length)([text for own in texts for text in own])
-    owner = np.repeat(np.arange(len(classes)), [len(own) for own in texts])
+    tokenize = Tokenizer(model.context_length)
+
+    def flat(texts):
+        owner = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
+        return tokenize([text for own in texts for text in own]), owner
+
     titles = [names[0] for names in classes]
-    pixels = Pixels(data.pictures, model.image_size)
-    found = ClassificationSet(benchmark.name, titles, pixels, data.labels, tokens, owner)
-    yield Classification(model, found, preprocess=image_rules.normalize, **options)
+    pixels = Pixels(data.pictures, model.image_size, model.preprocessing.fit)
+    alone = (None, None) if described is None else flat(described)
+    found = ClassificationSet(benchmark.name, titles, pixels, data.labels, *flat(texts), data.counted, *alone)
+    yield Classification(model, found, preprocess=model.preprocessing, **options)
+
+
+def _of_set(benchmark: base.Benchmark, path: str) -> pathlib.Path:
+    """The file itself, or the set's own in a folder. Raises UnusableSet: the folder has none."""
+    file = pathlib.Path(path)
+    if file.is_dir():
+        file /= f"{benchmark.name}.json"
+        if not file.is_file():
+            raise UnusableSet(benchmark, f"its descriptions are missing: {file}")
+    return file
 
 
 class SizedPixels(Pixels):
@@ -170,15 +193,15 @@ class SizedPixels(Pixels):
       sizes: int (I, 2), width and height of each image where its boxes were measured.
     """
 
-    def __init__(self, pictures: Sequence[base.Picture], sizes: np.ndarray, size: tuple[int, int]):
-        super().__init__(pictures, size)
+    def __init__(self, pictures: Sequence[base.Picture], sizes: np.ndarray, size: tuple[int, int], fit: Callable):
+        super().__init__(pictures, size, fit)
         self._sizes = sizes
 
     def __getitem__(self, index: int) -> np.ndarray:
         picture = self._pictures[index]
         image = picture.decode()
         base.check_proportions(picture.path, image.size, tuple(int(side) for side in self._sizes[index]))
-        return self._crop(image_rules.to_rgb(image), self._size)
+        return self._fit(image_rules.to_rgb(image), self._size)
 
 
 def choice(model: nn.Module, benchmark: base.Benchmark, data: base.Choice, options: Mapping[str, Any]) -> Iterator[Any]:
@@ -189,27 +212,43 @@ def choice(model: nn.Module, benchmark: base.Benchmark, data: base.Choice, optio
     """
     if not data.items:
         raise UnusableSet(benchmark, "no item has all its images")
-    pixels = Pixels(data.pictures, image_rules.pair(model.image_size))
+    pixels = Pixels(data.pictures, model.image_size, model.preprocessing.fit)
     tokens = Tokenizer(model.context_length)(data.texts)
     yield Choice(
         model,
-        ChoiceSet(benchmark.name, pixels, tokens, data.items, data.texts),
-        preprocess=image_rules.normalize,
+        ChoiceSet(benchmark.name, pixels, tokens, data.items, data.texts, whole_images(model, data.pictures)),
+        preprocess=model.preprocessing,
         **options,
     )
+
+
+def whole_images(model: nn.Module, pictures: Sequence[base.Picture]) -> WholeImages | None:
+    """The images that the pictures are boxes of, for models with regions; None unless all of them are."""
+    if not model.has_regions or any(picture.box is None or picture.box_in is None for picture in pictures):
+        return None
+    size, number = image_rules.pair(model.image_size), {}
+    owners, found = np.empty(len(pictures), int), np.zeros((len(pictures), 4), np.float32)
+    for row, picture in enumerate(pictures):
+        whole = dataclasses.replace(picture, box=None, box_in=None), picture.box_in
+        owners[row] = number.setdefault(whole, len(number))
+        for box in model.preprocessing.fit_boxes(np.array([picture.box]), picture.box_in, size):  # one, or cut away
+            found[row] = box / (size[1], size[0], size[1], size[0])
+    wholes, sizes = zip(*number, strict=True)
+    return WholeImages(SizedPixels(wholes, np.array(sizes), size, model.preprocessing.fit), owners, found)
 
 
 def pointing(
     model: nn.Module, benchmark: base.Benchmark, data: base.Pointing, options: Mapping[str, Any]
 ) -> Iterator[Any]:
-    """Where phrases point. Those of which the evaluation's crop leaves nothing to hit are left out, and counted.
+    """Where phrases point, and with a query decoder what its regions find. Phrases of which the model's crop leaves
+    nothing to hit are left out, and counted.
 
     Raises:
       UnusableSet: no phrase is left.
     """
     size = image_rules.pair(model.image_size)
     boxes = [
-        boxes_after_crop(own, data.sizes[image], size)
+        model.preprocessing.fit_boxes(own, data.sizes[image], size)
         for own, image in zip(data.boxes, data.image_of_text, strict=True)
     ]
     seen = np.array([len(own) > 0 for own in boxes])
@@ -220,21 +259,21 @@ def pointing(
     owners = data.image_of_text[seen]
     # The objects of an image are those that its phrases name.
     objects = np.array([len(np.unique(np.concatenate(rows), axis=0)) for rows in _grouped(boxes, owners)])
-    yield Pointing(
-        model,
-        PointingSet(
-            benchmark.name,
-            SizedPixels(data.pictures, data.sizes, size),
-            Tokenizer(model.context_length)(texts),
-            owners,
-            boxes,
-            objects[np.unique(owners, return_inverse=True)[1]],
-            texts,
-            int((~seen).sum()),
-        ),
-        preprocess=image_rules.normalize,
-        **options,
+    phrases = PointingSet(
+        benchmark.name,
+        SizedPixels(data.pictures, data.sizes, size, model.preprocessing.fit),
+        Tokenizer(model.context_length)(texts),
+        owners,
+        boxes,
+        objects[np.unique(owners, return_inverse=True)[1]],
+        texts,
+        int((~seen).sum()),
     )
+    if model.has_local:
+        yield Pointing(model, phrases, preprocess=model.preprocessing, **options)
+    if model.has_regions:
+        own = {key: value for key, value in options.items() if key != "modes"}
+        yield Regions(model, phrases, preprocess=model.preprocessing, **own)
 
 
 def _grouped(rows: Sequence[Any], owners: np.ndarray) -> list[list[Any]]:
@@ -248,7 +287,7 @@ def _grouped(rows: Sequence[Any], owners: np.ndarray) -> list[list[Any]]:
 def segmentation(
     model: nn.Module, benchmark: base.Benchmark, data: base.Segmentation, options: Mapping[str, Any]
 ) -> Iterator[Segmentation]:
-    """Zero-shot segmentation of pictures of any size.
+    """Zero-shot segmentation of pictures of any size, by a model that projects its patches.
 
     Args:
       options: of `evaluators.Segmentation`, and
@@ -258,7 +297,10 @@ def segmentation(
 
     Raises:
       ValueError: another number of classes than the set has, or a template without `{c}`.
+      UnusableSet: the model has no patches in the space of its texts.
     """
+    if not model.has_local:
+        raise UnusableSet(benchmark, "the model has no projected patches: config.model.project_image is False")
     options = {"short_side": 1.5, **options}
     classes, templates = (_lines(options.pop(name, None)) for name in ("classes", "templates"))
     classes = data.classes if classes is None else segmentation_sets.parse_classes(classes)
@@ -280,7 +322,7 @@ def segmentation(
             sizes=_sizes(data.pictures),
             background=data.background,
         ),
-        preprocess=image_rules.normalize,
+        preprocess=model.preprocessing,
         **options,
     )
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flair_jax.data.transforms.base import DESCRIPTIONS, NEGATIVES
 from flair_jax.models.vision import grid, kept_patches
 
 # Dense bfloat16 operations a second, of the makers' data sheets; the key is part of `jax.Device.device_kind`.
@@ -47,7 +48,7 @@ def patches(vision: Mapping[str, Any]) -> int:
 
 
 def encode_image(model: Mapping[str, Any], local: int | None = None) -> int:
-    """Forward operations of one image through tower and projection.
+    """Forward operations of one image through tower, projection and query decoder, as far as the model has them.
 
     Args:
       model: the `model` section of a config.
@@ -56,8 +57,29 @@ def encode_image(model: Mapping[str, Any], local: int | None = None) -> int:
     vision = model["vision"]
     local, width = patches(vision) if local is None else local, vision["width"]
     embedding = local * 2 * 3 * vision["patch_size"] ** 2 * width
-    projection = (local + 1) * 2 * width * model["embed_dim"]
-    return embedding + transformer(local + 1, width, vision["depth"]) + projection
+    forward = embedding + transformer(local + 1, width, vision["depth"])
+    if model.get("project_image", True):
+        forward += (local + 1) * 2 * width * model["embed_dim"]
+    if model.get("decoder") is not None:
+        forward += decode(model["decoder"], local + 1, width, model["embed_dim"])
+    return forward
+
+
+def decode(decoder: Mapping[str, Any], tokens: int, width: int, embed_dim: int) -> int:
+    """Forward operations of the query decoder for one image.
+
+    Args:
+      decoder: its section of a config.
+      tokens, width: of the image tower.
+      embed_dim: of the features.
+    """
+    inner, queries = decoder["width"], decoder["regions"] + 1
+    of_queries = 8 * inner**2 + 4 * queries * inner  # self-attention
+    of_queries += 4 * inner**2 + 4 * tokens * inner  # cross-attention
+    of_queries += 4 * inner * decoder["hidden"]
+    layer = queries * of_queries + tokens * 4 * inner**2  # keys and values of the memory
+    heads = queries * 2 * inner * embed_dim + (queries - 1) * (4 * inner**2 + 8 * inner)
+    return tokens * 2 * width * inner + decoder["depth"] * layer + heads
 
 
 def encode_text(model: Mapping[str, Any], tokens: Any) -> Any:
@@ -83,13 +105,14 @@ def pool(model: Mapping[str, Any], images: int, texts: int, pairs: int, local: i
 class Batch(NamedTuple):
     """What the work of an objective depends on.
 
-    `images`, `captions`, `negatives`: how many, of the global batch. `tokens`: of captions and negatives together.
+    `images`, `captions`, `negatives`, `descriptions`: how many, of the global batch. `tokens`: of all texts together.
     `local`: patches of an image.
     """
 
     images: int
     captions: int
     negatives: int
+    descriptions: int
     tokens: float
     local: int
 
@@ -124,18 +147,37 @@ def global_hard_negatives(options: Mapping[str, Any], model: Mapping[str, Any], 
 
 def local_hard_negatives(options: Mapping[str, Any], model: Mapping[str, Any], batch: Batch) -> float:
     """Forward operations of the objective of that name: similarities of all tokens and patches, and weighted sums."""
-    scored = batch.tokens * (batch.images + batch.negatives) / (batch.captions + batch.negatives)
+    texts = batch.captions + batch.negatives + batch.descriptions
+    scored = batch.tokens * (batch.images + batch.negatives) / texts
     return scored * (4 * batch.local + 2) * model["embed_dim"]
 
 
+def boxes(options: Mapping[str, Any], model: Mapping[str, Any], batch: Batch) -> int:
+    """The objective of that name: no products of matrices."""
+    return 0
+
+
+def region_descriptions(options: Mapping[str, Any], model: Mapping[str, Any], batch: Batch) -> int:
+    """Forward operations of the objective of that name: regions and descriptions of a group, all with all."""
+    group = options.get("group_size") or batch.images
+    return batch.descriptions * (batch.descriptions * group // batch.images) * 2 * model["embed_dim"]
+
+
 OBJECTIVES = {
+    "boxes": boxes,
     "global_hard_negatives": global_hard_negatives,
     "local_hard_negatives": local_hard_negatives,
     "negclip": negclip,
+    "region_descriptions": region_descriptions,
     "sigmoid": all_pairs,
     "softmax": one_caption_pairs,
     "text_conditioned": text_conditioned,
 }
+
+
+def counts(slots: Mapping[str, int]) -> dict[str, int]:
+    """What `train_step` asks of the slots of an image's texts, name -> number."""
+    return {name: slots.get(name, 0) for name in (NEGATIVES, DESCRIPTIONS)}
 
 
 def train_step(
@@ -145,6 +187,7 @@ def train_step(
     lengths: np.ndarray,
     *,
     negatives: int = 0,
+    descriptions: int = 0,
 ) -> float:
     """Operations of a training step, forward and backward; patches that are left out do not count.
 
@@ -152,12 +195,12 @@ def train_step(
       model, objectives: sections of a config.
       images: of the global batch.
       lengths: (N * C,) tokens of each of its texts, with both ends.
-      negatives: how many of an image's C texts are hard negatives.
+      negatives, descriptions: how many of an image's C texts are hard negatives, and descriptions of regions.
     """
     local = kept_patches(patches(model["vision"]), model["vision"].get("patch_dropout", 0.0))
     forward = images * encode_image(model, local) + float(np.sum(encode_text(model, np.asarray(lengths, np.float64))))
-    captions = len(lengths) - images * negatives
-    batch = Batch(images, captions, images * negatives, float(np.sum(lengths)), local)
+    captions = len(lengths) - images * (negatives + descriptions)
+    batch = Batch(images, captions, images * negatives, images * descriptions, float(np.sum(lengths)), local)
     for name, options in objectives.items():
         if options["weight"]:
             forward += OBJECTIVES[name](options, model, batch)

@@ -12,14 +12,32 @@ import optax
 RULE_KEYS = {"decay", "lr_scale", "frozen"}
 
 
-def schedule(learning_rate: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Linear warm-up, then a half cosine to zero; the first step already moves (OpenCLIP's `cosine_lr`)."""
+def schedule(
+    learning_rate: float,
+    warmup_steps: int,
+    total_steps: int,
+    first_learning_rate: float | None = None,
+    last_learning_rate: float = 0.0,
+) -> optax.Schedule:
+    """Linear warm-up, then a half cosine.
+
+    Args:
+      learning_rate: the highest.
+      warmup_steps, total_steps: of the run; the cosine would end one step after the last.
+      first_learning_rate: of step 0; the last step of the warm-up and the one after it both have the highest, as GRAIN
+        has it. None: step t has (t + 1) / warmup_steps of the highest, as OpenCLIP's `cosine_lr`.
+      last_learning_rate: that the cosine ends at.
+    """
 
     def rate(step):
-        warm = (step + 1) / max(warmup_steps, 1)
+        if first_learning_rate is None:
+            warm = learning_rate * ((step + 1) / max(warmup_steps, 1))
+        else:
+            rise = (learning_rate - first_learning_rate) / max(warmup_steps - 1, 1)
+            warm = first_learning_rate + rise * step
         progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
-        return learning_rate * jnp.where(step < warmup_steps, warm, cosine)
+        return jnp.where(step < warmup_steps, warm, last_learning_rate + (learning_rate - last_learning_rate) * cosine)
 
     return rate
 
@@ -135,6 +153,8 @@ def create(
     b2: float = 0.98,
     eps: float = 1e-8,
     clip_norm: float | None = None,
+    first_learning_rate: float | None = None,
+    last_learning_rate: float = 0.0,
     rules: Sequence[tuple[str, Mapping[str, Any]]] = (),
     clamp: Sequence[tuple[str, float, float]] = (),
 ) -> Optimizer:
@@ -142,14 +162,14 @@ def create(
 
     Args:
       learning_rate: at the end of the warm-up.
-      warmup_steps, total_steps: see `schedule`.
+      warmup_steps, total_steps, first_learning_rate, last_learning_rate: see `schedule`.
       weight_decay: times the learning rate, as in PyTorch's AdamW.
       b1, b2, eps: of Adam.
       clip_norm: largest global norm of the gradient; None: no clipping.
       rules, clamp: see `Rules`.
     """
     by_name = Rules(tuple((pattern, dict(values)) for pattern, values in rules), tuple(map(tuple, clamp)))
-    rate = schedule(learning_rate, warmup_steps, total_steps)
+    rate = schedule(learning_rate, warmup_steps, total_steps, first_learning_rate, last_learning_rate)
     tx = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=by_name.decay)
     if any("lr_scale" in values for _, values in by_name.rules):
         tx = optax.chain(tx, _scale_by(by_name.lr_scale))

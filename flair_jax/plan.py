@@ -25,6 +25,7 @@ from jax.experimental import topologies
 
 from flair_jax import compilation, flops, models, optimizer, sharding, state
 from flair_jax import config as configuration
+from flair_jax.data.transforms.base import BOXES, BOXES_VALID, CAPTIONS, DESCRIPTION_IDS, DESCRIPTIONS
 from flair_jax.data.transforms.images import pair
 from flair_jax.step import step_of, text_slots
 
@@ -47,8 +48,8 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
       mean_tokens: of a caption, for the number of packed rows.
     """
     model, images = config["model"], config["batch_size"]
-    negatives = negatives_of(config)
-    count = config["data"]["captions"]["count"] + negatives  # texts an image
+    slots = slots_of(config)
+    count = sum(slots.values())  # texts an image
     split, devices = sharding.batch_sharding(mesh), mesh.size
     if images % devices:
         raise ValueError(f"{devices} devices do not divide config.batch_size {images}")
@@ -65,14 +66,18 @@ def abstract_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh, mean_toke
     height, width = pair(model["vision"]["image_size"])
     pixels = jax.ShapeDtypeStruct((images, height, width, 3), np.uint8, sharding=split)
     batch = {"images": pixels, "texts": {**text, "ends": ints(texts)}}
-    if negatives:
+    if slots.keys() != {CAPTIONS}:
         batch["valid"] = jax.ShapeDtypeStruct((images, count), np.bool_, sharding=split)
+    if regions := slots.get(DESCRIPTIONS):
+        batch[BOXES] = jax.ShapeDtypeStruct((images, regions, 4), np.float32, sharding=split)
+        batch[BOXES_VALID] = jax.ShapeDtypeStruct((images, regions), np.bool_, sharding=split)
+        batch[DESCRIPTION_IDS] = ints(images, regions)
     return batch
 
 
-def negatives_of(config: Mapping[str, Any]) -> int:
-    """Hard negatives an image."""
-    return dict(text_slots(config["data"])).get("negatives", 0)
+def slots_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """Texts an image by slot."""
+    return dict(text_slots(config["data"])) or {CAPTIONS: config["data"]["captions"]["count"]}
 
 
 def abstract_state(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any]:
@@ -114,9 +119,9 @@ def parameters(config: Mapping[str, Any]) -> int:
 
 def step_flops(config: Mapping[str, Any], mean_tokens: float = MEAN_TOKENS) -> float:
     """Operations of a step of useful work, see `flops`, where every caption has the mean length."""
-    negatives, images = negatives_of(config), config["batch_size"]
-    lengths = np.full(images * (config["data"]["captions"]["count"] + negatives), mean_tokens)
-    return flops.train_step(config["model"], config["objectives"], images, lengths, negatives=negatives)
+    slots, images = slots_of(config), config["batch_size"]
+    lengths = np.full(images * sum(slots.values()), mean_tokens)
+    return flops.train_step(config["model"], config["objectives"], images, lengths, **flops.counts(slots))
 
 
 def chip_hours(operations: float, chip: str, mfu: float) -> float:

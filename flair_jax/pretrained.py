@@ -14,9 +14,8 @@ from PIL import Image
 
 from flair_jax import checkpoint, lora, models, state
 from flair_jax.config import normalize
-from flair_jax.convert import flax_files, hugging_face, lora_files
+from flair_jax.convert import flax_files, hub, hugging_face, lora_files, released
 from flair_jax.convert.tables import flatten
-from flair_jax.data.transforms import images as image_rules
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators.features import Encoder
 from flair_jax.models.dual_encoder import ImageFeatures, TextFeatures
@@ -37,17 +36,18 @@ def read(
     Args:
       path: a work directory of a run (its newest checkpoint, the average of the parameters where the run keeps one),
         a .safetensors file of either side, a .pt or .bin file (a state dict, or OpenAI's archive), or a folder of
-        Hugging Face's with config.json and model.safetensors.
+        Hugging Face's with config.json and model.safetensors; or a name on the hub, see `convert.hub`.
       model: the `model` section; None: the one stored with the weights, or that of the published model
         whose widths a PyTorch file has.
       gelu: "quick" or "exact", where neither the file nor `model` says it: state dicts of CLIP do not.
-      lora_scale: of a run with `lora`, see `Checkpoints.weights`.
+      lora_scale: of a run with `lora`, see `Checkpoints.weights`, or of a file of FSC-CLIP's, see `released.read`.
 
     Returns:
       The parameter tree, float32, and the `model` section.
 
     Raises:
       FileNotFoundError: nothing is there.
+      HubError: weights on the hub could not be fetched.
       ValueError: it holds no such model, one of another size or with another `model` section, a number is not finite,
         or nobody says which GELU the model has.
       TypeError: `path` is no path or `model` no mapping.
@@ -57,6 +57,7 @@ def read(
     if not (model is None or isinstance(model, Mapping)):
         raise TypeError(f"model is a {type(model).__name__}; expected a `model` section, a mapping, or None")
     given = None if model is None else normalize(model)
+    path = hub.kept(path, given, gelu) if hub.is_name(path) else path
     folder = epath.Path(path).expanduser()
     if not folder.exists():
         raise FileNotFoundError(f"{path}: no such file or work directory")
@@ -67,7 +68,7 @@ def read(
         )
     has_checkpoints = (folder / "checkpoints").is_dir()
     if not folder.is_dir() or (not has_checkpoints and hugging_face.is_folder(folder)):
-        params, found = flax_files.load(folder, given, gelu)
+        params, found = flax_files.load(folder, given, gelu, lora_scale=lora_scale)
         return params, normalize(found)
     if not has_checkpoints:
         raise FileNotFoundError(
@@ -103,7 +104,8 @@ def read_fine_tuned(
 
     Args:
       path: as for `read`, or a `lora.safetensors`, the changes of a run with `lora` alone.
-      pretrained: what was fine-tuned, as for `read`; a work directory of a run with `lora` holds it itself.
+      pretrained: what was fine-tuned, as for `read`; a work directory of a run with `lora` holds it itself, and so does
+        a checkpoint that FSC-CLIP's code saved of such a run.
       wise_ft: 1: the fine-tuned weights; 0: the pretrained ones; between them (1 - wise_ft) * pretrained + wise_ft *
         fine-tuned. With LoRA both matrices of a pair are multiplied by it, as in FSC-CLIP's code, and so the change of
         a weight by its square.
@@ -119,7 +121,7 @@ def read_fine_tuned(
     if not 0 <= wise_ft <= 1:
         raise ValueError(f"wise_ft is {wise_ft}; expected a share of the way, 0 <= wise_ft <= 1")
     path = epath.Path(path).expanduser()
-    if path.is_dir() and _is_lora_run(path):
+    if _holds_pairs_and_weights(path):
         return read(path, model, gelu, lora_scale=wise_ft)
     if pretrained is None:
         raise ValueError(f"{path} needs the weights that were fine-tuned: give pretrained=PATH")
@@ -132,10 +134,13 @@ def read_fine_tuned(
     return lora.interpolate(before, after, wise_ft), found
 
 
-def _is_lora_run(folder: epath.Path) -> bool:
-    if not (folder / "checkpoints").is_dir():
+def _holds_pairs_and_weights(path: epath.Path) -> bool:
+    """Whether it is the work directory of a run with LoRA, or a checkpoint that FSC-CLIP's code saved of one."""
+    if path.is_file():
+        return not lora_files.is_lora(path) and released.has_pairs(path)
+    if not (path / "checkpoints").is_dir():
         return False
-    saved = checkpoint.Checkpoints(folder, keep=None)
+    saved = checkpoint.Checkpoints(path, keep=None)
     step = saved.latest()
     found = step is not None and saved.config(step).get("lora") is not None
     saved.close()
@@ -181,14 +186,15 @@ class Pretrained:
     def __init__(self, config: Mapping[str, Any], params: Any):
         self.config = normalize(config)
         self.model = models.create(self.config)
-        self._encoder = Encoder(self.model, pixels_or_floats, image_batch=IMAGE_BATCH, text_batch=TEXT_BATCH)
+        self._encoder = Encoder(self.model, self.model.preprocessing, image_batch=IMAGE_BATCH, text_batch=TEXT_BATCH)
         self.params = self._encoder.place(params)
 
     def preprocess(self, images: Sequence[Image.Image] | Image.Image) -> np.ndarray:
         """Images of any size and mode -> (B, H, W, 3) float32, as the reference evaluates them.
 
-        Each is resized to just cover the model's image size, cropped in the centre, made RGB and normalised with CLIP's
-        mean and deviation. Its EXIF orientation is ignored, as the reference ignores it: turn a photograph upright
+        Each is brought to the model's image size as its `config.model.preprocess` says, made RGB and normalised: with
+        "crop" and "openai" it is resized to just cover that size, cropped in the centre and normalised with CLIP's mean
+        and deviation. Its EXIF orientation is ignored, as the reference ignores it: turn a photograph upright
         beforehand (`PIL.ImageOps.exif_transpose`) where the model was trained on upright ones (`data.upright`).
 
         Raises:
@@ -198,8 +204,8 @@ class Pretrained:
         for number, image in enumerate(images):
             if not isinstance(image, Image.Image):
                 raise TypeError(f"images[{number}] is a {type(image).__name__}; expected PIL images (PIL.Image.open)")
-        pixels = [image_rules.evaluation_crop(image, self.model.image_size) for image in images]
-        return image_rules.normalize(np.reshape(pixels, (-1, *self.model.image_size, 3)).astype(np.uint8))
+        pixels = [self.model.preprocessing.fit(image, self.model.image_size) for image in images]
+        return self.model.preprocessing(np.reshape(pixels, (-1, *self.model.image_size, 3)).astype(np.uint8))
 
     def tokenize(self, texts: Sequence[str] | str) -> np.ndarray:
         """Texts -> (N, T) int32; what does not fit the context is cut off."""
@@ -296,8 +302,3 @@ class Pretrained:
         if texts.size and not 0 <= texts.min() <= texts.max() < size:
             raise ValueError(f"token ids run from {texts.min()} to {texts.max()}; expected 0 to {size - 1}")
         return texts.astype(np.int32)
-
-
-def pixels_or_floats(images: jax.Array) -> jax.Array:
-    """uint8 pixels normalised as in training; floats as they are."""
-    return image_rules.normalize(images) if images.dtype == jnp.uint8 else images

@@ -10,8 +10,7 @@ import optax
 
 from flair_jax import models, objectives
 from flair_jax.augmentation import crop_and_resize
-from flair_jax.data.transforms.base import CAPTIONS, NEGATIVES
-from flair_jax.data.transforms.images import normalize
+from flair_jax.data.transforms.base import CAPTIONS, DESCRIPTIONS, NEGATIVES
 from flair_jax.models.dual_encoder import DualEncoder
 from flair_jax.models.text import Text
 from flair_jax.optimizer import Optimizer, average
@@ -48,7 +47,7 @@ def train_step(
     images = batch["images"]
     if "crop_boxes" in batch:
         images = crop_and_resize(images, batch["crop_boxes"], model.image_size)
-    images = normalize(images) if images.dtype == jnp.uint8 else images
+    images = model.preprocessing(images)
     of_model, of_objectives = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
 
     def loss_of(trained):
@@ -100,5 +99,6 @@ def text_slots(data: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
     Args:
       data: the `data` section.
     """
-    kinds = data["negatives"]["kinds"]
-    return ((CAPTIONS, data["captions"]["count"]), (NEGATIVES, len(kinds))) if kinds else ()
+    negatives, descriptions = len(data["negatives"]["kinds"] or ()), data["regions"]["count"] or 0
+    slots = ((CAPTIONS, data["captions"]["count"]), (NEGATIVES, negatives), (DESCRIPTIONS, descriptions))
+    return tuple((name, count) for name, count in slots if count) if negatives or descriptions else ()

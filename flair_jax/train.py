@@ -247,7 +247,9 @@ def total_steps(config: Mapping[str, Any], samples: int) -> int:
 
 def schedule(config: Mapping[str, Any], steps: int) -> optax.Schedule:
     """The learning rate of a run by step."""
-    return optimizer.schedule(config["optimizer"]["learning_rate"], config["optimizer"]["warmup_steps"], steps)
+    keys = ("learning_rate", "warmup_steps", "first_learning_rate", "last_learning_rate")
+    options = {key: config["optimizer"][key] for key in keys if key in config["optimizer"]}
+    return optimizer.schedule(total_steps=steps, **options)
 
 
 def warn_of_new_schedule(before: Mapping[str, Any], config: Mapping[str, Any], samples: int, step: int) -> None:
@@ -281,10 +283,8 @@ def _work(config: Mapping[str, Any], texts: Mapping[str, np.ndarray]) -> tuple[f
     slots of this process's captions."""
     lengths = packing.text_lengths(texts)
     everywhere = np.tile(lengths, jax.process_count())
-    negatives = dict(text_slots(config["data"])).get("negatives", 0)
-    work = flops.train_step(
-        config["model"], config["objectives"], config["batch_size"], everywhere, negatives=negatives
-    )
+    counts = flops.counts(dict(text_slots(config["data"])))
+    work = flops.train_step(config["model"], config["objectives"], config["batch_size"], everywhere, **counts)
     return work, int(lengths.sum()), texts["tokens"].size
 
 

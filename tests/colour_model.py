@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flair_jax.data.transforms.images import Preprocessing
 from flair_jax.models.dual_encoder import ImageFeatures, TextFeatures
 
 
@@ -13,7 +14,9 @@ class ColourModel(nn.Module):
 
     patch: int
     context_length = 77
-    has_pooling = True
+    has_pooling = has_local = True
+    has_regions = False
+    preprocessing: Preprocessing = Preprocessing()
 
     def encode_image(self, images):
         batch, height, width, channels = images.shape
@@ -44,6 +47,26 @@ class ColourModel(nn.Module):
     def dense_features(self, image_features):
         """Channels in another order, so that this way and the plain one differ."""
         return jnp.roll(image_features.local, 1, axis=-1)
+
+
+class RegionModel(ColourModel):
+    """Its regions are the patches."""
+
+    has_pooling, has_regions = False, True
+
+    def encode_image(self, images):
+        features = super().encode_image(images)
+        rows, columns = (side // self.patch for side in images.shape[1:3])
+        y, x = (
+            (np.arange(rows * columns) // columns + 0.5) / rows,
+            (np.arange(rows * columns) % columns + 0.5) / columns,
+        )
+        boxes = np.stack([x, y, np.full_like(x, 1 / columns), np.full_like(x, 1 / rows)], axis=1)
+        boxes = jnp.broadcast_to(jnp.asarray(boxes, jnp.float32), (len(images), *boxes.shape))
+        return features.replace(regions=features.local, boxes=boxes)
+
+    def region_score(self, image_features, text_features):
+        return image_features.regions @ text_features.pooled.T
 
 
 def texts(*channels: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What several tests share: the tiny FLAIR whose numbers the original code computed."""
 
+import contextlib
 import gc
 import os
 import tempfile
@@ -18,10 +19,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import golden_files
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flair_jax import models, sharding, state
+from flair_jax import compilation, models, optimizer, sharding, state
 from flair_jax.convert import names
 
 GOLDEN = golden_files.COPIES
@@ -65,10 +67,17 @@ def pytest_configure(config):
         TINY.update(model_section(golden_files.sections("tiny")))
 
 
+def pytest_collection_modifyitems(items):
+    """Files with tests of half a minute come first: what is left for the workers to share at the end is short."""
+    long = {f"test_{name}" for name in ("processes", "train", "gpu_check", "benchmark_train", "lora", "ema", "resume")}
+    items.sort(key=lambda item: item.path.stem not in long)
+
+
 def pytest_collection_finish():
     """What was imported stays; the garbage collector need not look at it again and again while jax traces."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50)
 
 
 load_golden = golden_files.load
@@ -101,15 +110,66 @@ def on_one_device(monkeypatch):
     take_devices(monkeypatch, 1)
 
 
+_programs = {}  # of `share_programs`
+
+
+@contextlib.contextmanager
+def share_programs():
+    """Runs share their optimizer, their fresh state and their compiled step where all that these are made of is equal.
+
+    Tracing and lowering are most of the time of a short run. For runs of this process by the library's own code: a test
+    that changes how a state or a step is made must do without.
+    """
+
+    def once(key, make):
+        if key not in _programs:
+            _programs[key] = make()
+        return _programs[key]
+
+    def described(tree):
+        leaves = jax.tree.leaves_with_path(tree)
+        return tuple((jax.tree_util.keystr(keys), x.shape, str(x.dtype), x.sharding) for keys, x in leaves)
+
+    create_optimizer, create_state, compile_step = optimizer.create, state.create, compilation.compile_step
+    options_of = {}  # by the optimizer's id; it stays in `_programs`
+
+    def optimizer_once(**options):
+        made = once(("optimizer", repr(sorted(options.items()))), lambda: create_optimizer(**options))
+        options_of[id(made)] = {name: value for name, value in options.items() if name != "total_steps"}
+        return made
+
+    def state_once(model, optimize, mesh, seed, **kept):
+        key = ("state", model, repr(sorted(options_of[id(optimize)].items())), mesh, seed, repr(sorted(kept.items())))
+        # Copies, since the step donates what it is given.
+        return jax.tree.map(jnp.copy, once(key, lambda: create_state(model, optimize, mesh, seed, **kept)))
+
+    def step_once(step, current, placed):
+        parts = {name: value for name, value in step.keywords.items() if name not in ("model", "optimizer")}
+        key = (step.func, step.keywords["model"], id(step.keywords["optimizer"]), repr(sorted(parts.items())))
+        return once(("step", *key, described((current, placed))), lambda: compile_step(step, current, placed))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "create", optimizer_once)
+        patch.setattr(state, "create", state_once)
+        patch.setattr(compilation, "compile_step", step_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def shared_programs():
+    with share_programs():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_params():
     """Weights of the tiny FLAIR as a Flax tree."""
     return names.to_flax(load_golden("tiny.safetensors"), config=TINY)
 
 
-def fresh_params(model):
+def fresh_params(model, seed=0):
     """Fresh parameters of a model as numpy, in one program where `state.init_params` alone would compile hundreds."""
-    return jax.device_get(jax.jit(lambda: state.init_params(model, 0))())
+    return jax.device_get(jax.jit(lambda: state.init_params(model, seed))())
 
 
 @pytest.fixture(scope="session")

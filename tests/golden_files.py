@@ -3,7 +3,8 @@
 By default they are the small files of `tests/golden`. `pytest -m golden --golden=ROOT` reads `ROOT/flair`,
 `ROOT/fsc_clip` and `ROOT/grain` instead, in the layout that their README.md files describe. Tests take every size from
 the files, so that other seeds, shapes, image sizes and numbers of processes work too. What is missing there skips the
-tests that need it.
+tests that need it. The `=` is needed: pytest takes a folder after a space for one of tests, and looks
+for its settings there.
 """
 
 import json

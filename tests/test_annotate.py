@@ -16,7 +16,7 @@ from flair_jax.data.prepare import __main__ as command
 from flair_jax.data.prepare import annotate, atomic, parses
 from flair_jax.data.sources.base import ShardError
 from flair_jax.data.sources.open import expand
-from flair_jax.data.transforms import annotations, negatives, tokenizer
+from flair_jax.data.transforms import annotations, negatives, side_files, tokenizer
 
 ABOUT = {"size": 1, "checksum": 2, "fields": ["caption"], "splitting": "whole", "versions": ""}
 PARSES = {record["caption"]: parse_of(record) for record in load_golden("fsc_clip/hard_negatives.json")["records"]}
@@ -99,7 +99,7 @@ def test_annotations_are_read_as_they_were_written(tmp_path):
 
 
 def test_equal_hashes_do_no_harm(tmp_path, monkeypatch):
-    monkeypatch.setattr(annotations, "_hash", lambda caption: 7)
+    monkeypatch.setattr(side_files, "hash_of", lambda caption: 7)
     opened, made = written(tmp_path, CAPTIONS[:3])
     for caption in made:
         assert opened.find(str(tmp_path / "a.tar"), caption).caption == caption
@@ -116,7 +116,7 @@ def test_caption_without_annotation_stops_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (lambda shard, file: file.unlink(), "has no annotations.*annotate the shards first"),
+        (lambda shard, file: file.unlink(), "has no annotations.*make them first"),
         (lambda shard, file: shard.write_bytes(b"12"), "stale: its shard had 1 bytes and has 2"),
         (lambda shard, file: file.write_bytes(b"nothing"), "holds no annotations"),
         (lambda shard, file: annotations.write(file, [], {**ABOUT, "fields": ["text"]}), r"fields \['text'\]"),

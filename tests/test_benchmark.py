@@ -130,6 +130,28 @@ def test_data(shards, tmp_path, hide):
         assert min(value for name, value in shares.items() if name != f"{prefix}share_rest") > 0
 
 
+def test_data_with_negatives_beside_the_same_without(shards, tmp_path):
+    """The kinds of the config, here one that needs no annotations."""
+    text = (ROOT / "configs/fsc_clip_laioncoco.py").read_text()
+    change = """
+    config = fsc_clip_recipe.run_of("laioncoco", run, fields=("raw_caption",))
+    config.data.negatives.kinds = ("ngram_shuffle_2",)
+    return config
+"""
+    config = tmp_path / "shuffled.py"
+    config.write_text(text.partition("    return fsc_clip_recipe")[0] + change)
+    sizes = ["--batch-size", "4", "--image-size", "48", "--batches", "4", "--turns", "1", "--pixels", "fast"]
+    file = tmp_path / "figures.json"
+    command = ["--shards", str(shards[0].parent), "--workers", "1", *sizes, "--json", str(file)]
+    data.main([*command, "--negatives", str(config)])
+    figures = json.loads(file.read_text())
+    assert figures["kinds"] == "ngram_shuffle_2" and figures["captions"] == 1
+    with_them, without = figures["negatives_fast_images_per_second"], figures["fast_images_per_second"]
+    assert figures["ratio_fast"] == with_them / without > 0 and figures["negatives_fast_cpu_ms_per_image"] > 0
+    with pytest.raises(ValueError, match=r"kinds of flair_cc3m is empty"):
+        data.main([*command, "--negatives", "flair_cc3m"])
+
+
 def test_a_loader_that_ends_is_no_figure(shards):
     settings = data.Settings([*shards, "/nowhere.tar"], workers=1, batch_size=4)
     with pytest.raises(RuntimeError, match="a side's process ended with exit code 1"):
@@ -158,9 +180,9 @@ def test_the_reference_loader_has_the_pixels_of_ours(mode, monkeypatch):
     left, top, right, bottom = images.random_box(*image.size, random.Random(5), (0.2, 0.6), (3 / 4, 4 / 3))
     box = (left, top, right - left, bottom - top)
     monkeypatch.setattr(reference_loader, "_random_box", lambda width, height: box)
-    ours = images.random_resized_crop(image, 48, random.Random(5), (0.2, 0.6))
+    ours = images.random_resized_crop(image, 48, random.Random(5), images.AugmentationOptions((0.2, 0.6)))
     theirs = reference_loader.transform(48)(image).permute(1, 2, 0)
-    np.testing.assert_array_equal(theirs, images.normalize(ours))
+    np.testing.assert_array_equal(theirs, images.Preprocessing()(ours))
 
 
 def test_the_reference_loaders_boxes_are_in_the_picture_and_of_the_right_size():

@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import json
+import multiprocessing
 import os
+import pathlib
 import signal
 from types import SimpleNamespace
 
@@ -43,6 +45,16 @@ def alone(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", QUICK)
 
 
+@pytest.fixture
+def quick_start(alone, monkeypatch):
+    """Sides are forks of one process that has imported what they need, where most of their time would be imports."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["benchmarks.train", "benchmarks.encode", "flair_jax.train", "torch._dynamo"])
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parents[1]))
+    monkeypatch.setattr(sides, "multiprocessing", SimpleNamespace(get_context=lambda method: forks))
+    monkeypatch.setattr(processes, "default_backend", lambda: "cpu")
+
+
 def figures_of(main, tmp_path, *arguments, **options):
     file = tmp_path / "figures.json"
     main([*arguments, "--json", str(file)], **options)
@@ -63,7 +75,7 @@ def test_training_beside_the_twin(config_file, tmp_path, alone):
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
-def test_encoding_and_scoring_beside_the_twin(config_file, tmp_path, alone):
+def test_encoding_and_scoring_beside_the_twin(config_file, tmp_path, quick_start):
     pytest.importorskip("torch", reason="PyTorch is not installed")
     sizes = ["--images", "4", "--image-batch", "2", "--texts", "10", "--text-batch", "4"]
     arguments = ["--config", config_file, *sizes, "--turns", "1"]
@@ -74,7 +86,7 @@ def test_encoding_and_scoring_beside_the_twin(config_file, tmp_path, alone):
             assert figures[f"ratio_{kind}_eager"] == pytest.approx(ratio)
 
 
-def test_a_sweep_is_a_table_and_finds_the_best(config_file, tmp_path, alone, capsys):
+def test_a_sweep_is_a_table_and_finds_the_best(config_file, tmp_path, quick_start, capsys):
     vary = ["--vary", "batch_size=2,4", "model.remat=none,half"]
     figures = figures_of(train.main, tmp_path, "--config", config_file, "--steps", "1", "--turns", "1", *vary)
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
@@ -94,10 +106,11 @@ def test_the_twin_is_no_rival_of_another_model():
 
 
 @pytest.mark.parametrize("row_length", [None, 40])
-def test_made_up_batches_come_back_as_they_were_packed(row_length):
+@pytest.mark.parametrize("slots", [{"captions": 3}, {"captions": 1, "descriptions": 2}])
+def test_made_up_batches_come_back_as_they_were_packed(slots, row_length):
     text = {"context_length": 28, "vocab_size": tokenizer.VOCAB_SIZE}
-    batches = inputs.made_up(16, (32, 32), 3, text, row_length, parts=2, batches=2)
-    plain = inputs.made_up(16, (32, 32), 3, text, None, batches=2)
+    batches = inputs.made_up(16, (32, 32), slots, text, row_length, parts=2, batches=2)
+    plain = inputs.made_up(16, (32, 32), slots, text, None, batches=2)
     assert len({str(jax.tree.map(np.shape, batch)) for batch in batches}) == 1
     for batch, other in zip(batches, plain, strict=True):
         assert batch["images"].shape == (16, 32, 32, 3)
@@ -105,8 +118,9 @@ def test_made_up_batches_come_back_as_they_were_packed(row_length):
         tokens = inputs.unpacked(batch["texts"], 28)
         np.testing.assert_array_equal(packing.text_lengths(batch["texts"]), packing.lengths(tokens))
         np.testing.assert_array_equal(tokens, other["texts"]["tokens"])
+        assert ("regions/boxes" in batch) == ("descriptions" in slots) == ("valid" in batch)
     with pytest.raises(ValueError, match="batch_size 16 must be a multiple of the 3 devices"):
-        inputs.made_up(16, (32, 32), 3, text, row_length, parts=3)
+        inputs.made_up(16, (32, 32), slots, text, row_length, parts=3)
 
 
 def test_captions_are_as_long_as_real_ones_and_end_as_clips():

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 from colour_model import ColourModel
+from conftest import load_golden
 from PIL import Image
 
 from flair_jax import evaluation_sets, evaluation_tasks, sharding
 from flair_jax.data.benchmarks import base, classification, prompts, table
 from flair_jax.data.benchmarks.base import AnnotationError, MissingError
+from flair_jax.data.transforms.images import MEAN_STD, Preprocessing, squash
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.models.dual_encoder import TextFeatures
 
@@ -203,6 +205,17 @@ LAYOUTS = {
         folders("rendered-sst2/test", "positive", "negative", images=("1.png",)),
         {"negative/1.png": 0, "positive/1.png": 1},
         {0: "negative"},
+    ),
+    "hateful_memes": (
+        {
+            "hateful_memes/data/dev.jsonl": lines(
+                '{"id":8291,"img":"img/08291.png","label":1,"text":"a text"}',
+                '{"id":46971,"img":"img/46971.png","label":0,"text":"another"}',
+                "",
+            )
+        },
+        {"data/img/08291.png": 1, "data/img/46971.png": 0},
+        {0: "meme", 1: "hatespeech meme"},
     ),
     "gtsrb": (
         {"gtsrb/GT-final_test.csv": lines("Filename;Width;Height;Roi.X1;ClassId", "00000.ppm;53;54;6;16")},
@@ -513,12 +526,9 @@ def test_descriptions_are_found_by_number_where_names_show_the_order():
 
 
 @pytest.mark.golden
-def test_prompts_of_descriptions_are_those_of_grain(pytestconfig):
-    """With `--golden ROOT`: the reference's prompts, templates times descriptions."""
-    path = pathlib.Path(pytestconfig.getoption("--golden") or "not given", "grain/text.json")
-    if not path.exists():
-        pytest.skip(f"{path} is missing")
-    golden = json.loads(path.read_text())
+def test_prompts_of_descriptions_are_those_of_grain():
+    """Templates times descriptions."""
+    golden = load_golden("grain/text.json")
     classes = [(name,) for name in golden["classes"]]
     templates = [template.replace("{}", "{c}") for template in golden["templates"]]
     found = prompts.from_descriptions(classes, golden["classes"], templates)
@@ -591,11 +601,39 @@ def test_prompts_follow_the_options(own, tmp_path):
     expect(tokens, ["a navy", "navy", "a sky", "sky"], ["a rose", "rose"])
     assert data.classes == ["navy", "rose"]
     (tmp_path / "d.json").write_text(json.dumps({"Red": ["warm"], "blue": []}))
-    expect(tokens_of(own, descriptions=str(tmp_path / "d.json"))[1], ["blue"], ["red, which has warm"])
+    data, tokens = tokens_of(own, descriptions=str(tmp_path / "d.json"))
+    expect(tokens, ["blue"], ["red, which has warm"])
+    np.testing.assert_array_equal(data.descriptions, tokenize(["warm"]))
+    assert data.class_of_description.tolist() == [1] and data.undescribed.tolist() == [0]
+    (tmp_path / "many").mkdir()
+    with pytest.raises(evaluation_tasks.UnusableSet, match=r"descriptions are missing: .*many/set\.json"):
+        tokens_of(own, descriptions=str(tmp_path / "many"))
+    (tmp_path / "many/set.json").write_text(json.dumps({"red": ["warm"], "blue": ["cold", "far"]}))
+    data, tokens = tokens_of(own, descriptions=str(tmp_path / "many"), templates=("a {c},",))
+    expect(tokens, ["a blue, which has cold", "a blue, which has far"], ["a red, which has warm"])
+    assert data.class_of_description.tolist() == [0, 0, 1]
+    (tmp_path / "d.json").write_text(json.dumps({"red": [], "blue": [" "]}))
+    with pytest.raises(ValueError, match=r"set: no class in .*d\.json has a description"):
+        tokens_of(own, descriptions=str(tmp_path / "d.json"))
     (tmp_path / "n.json").write_text('["b", "r"]')
     expect(tokens_of(own, names=str(tmp_path / "n.json"), templates=("{c}",))[1], ["b"], ["r"])
     with pytest.raises(ValueError, match="set: 1 names for 2 classes"):
         tokens_of(own, names=("navy",))
+
+
+def test_pictures_are_preprocessed_as_the_model_says(own):
+    """Pixels, what is done to them inside jit, and the keys under which their features are kept."""
+    model, entry, data = own
+    other = model.clone(preprocessing=Preprocessing("squash", "imagenet"))
+    ours, theirs = (evaluation_tasks.TASKS["classification"](one, entry, data, {}) for one in (model, other))
+    (ours,), (theirs,) = list(ours), list(theirs)
+    image = data.pictures[0].decode()
+    np.testing.assert_array_equal(theirs._data.images[0], squash(image, model.image_size))
+    assert not set(ours._data.images.keys) & set(theirs._data.images.keys)
+    white = np.full((8, *model.image_size, 3), 255, np.uint8)
+    found = [np.asarray(next(evaluator._encoder.images({}, white))[1].pooled[0]) for evaluator in (ours, theirs)]
+    np.testing.assert_allclose(found[0], (1 - MEAN_STD["openai"][0]) / MEAN_STD["openai"][1], rtol=1e-5)
+    np.testing.assert_allclose(found[1], (1 - MEAN_STD["imagenet"][0]) / MEAN_STD["imagenet"][1], rtol=1e-5)
 
 
 def test_a_set_is_evaluated_from_its_files(tmp_path, own):

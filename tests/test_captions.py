@@ -163,6 +163,41 @@ def test_first_caption_only():
     assert {part for parts in parts_drawn(9, first=4) for part in parts} == {0, 1, 2, 3}
 
 
+WEB, LONG = "web text. Its 2nd sentence", ["A longer one", "Of an MLLM.", "In three"]
+COIN = CaptionOptions(fields=("web", "long"), splitting="whole", count=1, max_merged=1)
+
+
+@pytest.mark.parametrize("reference_windows", [True, False])
+@pytest.mark.parametrize("join_fields", [True, False])
+def test_a_fair_coin_between_two_whole_texts(reference_windows, join_fields):
+    """GRAIN's caption: the web's or the MLLM's, each in half of the draws, and the other one where one is missing."""
+    options = dataclasses.replace(COIN, reference_windows=reference_windows, join_fields=join_fields)
+    long = LONG if join_fields else ". ".join(LONG)
+    whole = "A longer one. Of an MLLM. In three" if join_fields else long
+    record, rng = {"web": WEB, "long": long}, random.Random(0)
+    drawn = collections.Counter(captions.draw(record, rng, options)[0] for _ in range(10_000))
+    assert set(drawn) == {WEB, whole} and abs(drawn[WEB] - 5000) < 4 * 50
+    for fields, only in (
+        ({"web": WEB}, WEB),
+        ({"long": long, "web": None}, whole),
+        ({"long": long, "web": " "}, whole),
+    ):
+        assert {captions.draw(fields, rng, options)[0] for _ in range(20)} == {only}
+    with pytest.raises(CaptionError, match="no captions"):
+        captions.draw({"web": "", "long": []}, rng, options)
+
+
+def test_a_field_of_sentences_is_one_text_where_they_are_joined():
+    record = {"web": WEB, "long": LONG}
+    assert captions.texts(record, COIN) == [WEB, *LONG]  # not a coin: each sentence is drawn
+    assert captions.texts(record, dataclasses.replace(COIN, join_fields=True, splitting="every_stop")) == [
+        "web text. Its 2nd sentence", "A longer one. Of an MLLM. In three"
+    ]  # fmt: skip
+    record["long"] = ["One", 2]
+    with pytest.raises(CaptionError, match=r"long\[1\] must be a string"):
+        captions.texts(record, COIN)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

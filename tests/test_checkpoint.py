@@ -121,7 +121,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path):
     assert_right(checkpoint.Checkpoints(tmp_path), 2)
 
 
-@pytest.mark.usefixtures("on_one_device")
+@pytest.mark.usefixtures("on_one_device", "shared_programs")
 def test_a_run_stops_where_a_save_has_failed(tmp_path, monkeypatch):
     """In the steps behind the save, not at the end of the run."""
     save = checkpoint.Checkpoints.save

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from colour_model import ColourModel, canvas, texts
+from colour_model import ColourModel, RegionModel, canvas, texts
 from conftest import load_golden, nhwc
 
 from flair_jax.data.benchmarks.base import Item
-from flair_jax.evaluators import Choice, ChoiceSet
+from flair_jax.evaluators import Choice, ChoiceSet, WholeImages
 from flair_jax.evaluators.choice import average, chances, right_answers, text_answers, text_chance
+from flair_jax.evaluators.features import BrokenImages
 from flair_jax.report import flat
 
 
@@ -246,6 +247,62 @@ def test_a_model_without_pooling_has_one_mode():
     assert results["choice/colours/global/accuracy"] == 0.75
     with pytest.raises(ValueError, match="expected one or more of"):
         Choice(Plain(8), colours(), preprocess=lambda x: x, modes=["flair"])
+
+
+class Broken(list):
+    """Images of which the one that is None cannot be read."""
+
+    shape = 2, 16, 24, 3
+
+    def __getitem__(self, index):
+        if (image := super().__getitem__(index)) is None:
+            raise OSError("no such image")
+        return image
+
+
+def boxed(wholes, owners=(0, 0, 1, 1)):
+    """Four black images, boxes of two whole ones."""
+    boxes = np.array([[0, 0, 1 / 3, 0.5], [0.2, 0.45, 1, 1], [0.7, 0.1, 0.9, 0.4], [0, 0, 0, 0]], np.float32)
+    items = [Item((0,), (0, 2)), Item((1,), (2, 0)), Item((2,), (1, 0)), Item((3,), (1, 0))]
+    whole = WholeImages(wholes, np.array(owners), boxes)
+    return colours(items, images=[canvas(16, 24)] * 4, whole=whole)
+
+
+@pytest.mark.parametrize(("image_batch", "text_batch", "devices"), [(1, 3, 1), (64, 512, 8)])
+def test_the_region_that_fits_a_box_answers_for_it(image_batch, text_batch, devices):
+    """Patches of 8 pixels are the regions. The last box has no area: its scores are a tie."""
+    wholes = [canvas(16, 24, red=(0, 0, 8, 8), blue=(8, 8, 8, 8)), canvas(16, 24, green=(0, 16, 8, 8))]
+    options = dict(image_batch=image_batch, text_batch=text_batch, mesh=mesh(devices), preprocess=lambda x: x)
+    run = Choice(RegionModel(8), boxed(wholes), **options)
+    scores, _ = run.scores({})
+    assert list(scores) == ["global", "regions"] and not scores["global"].any()
+    np.testing.assert_array_equal(scores["regions"], [1, 0, 0, 1, 0, 1, 0, 0])  # pairs by image, then by text
+    assert flat(run.run({})) == {
+        "choice/colours/global/accuracy": 0,
+        "choice/colours/regions/accuracy": 0.75,
+        "choice/colours/chance/accuracy": 0.5,
+    }
+    assert run.notes == [
+        "A tie is wrong.",
+        "Mode regions: no region overlaps 1 of 4 boxes, whose scores are a tie.",
+    ]
+    # Of a whole image that cannot be read, its boxes are named.
+    run = Choice(RegionModel(8), boxed(Broken([wholes[0], None]), (1, 0, 1, 0)), modes=["regions"], **options)
+    with pytest.raises(BrokenImages) as error:
+        run.scores({})
+    assert error.value.reasons == {0: "no such image", 2: "no such image"}
+
+
+def test_modes_of_regions_need_regions_and_whole_images():
+    wholes = [canvas(16, 24)] * 2
+    for model, data in ((RegionModel(8), colours()), (ColourModel(8), boxed(wholes))):
+        assert "regions" not in Choice(model, data, preprocess=lambda x: x)._modes
+        with pytest.raises(ValueError, match="expected one or more of"):
+            Choice(model, data, preprocess=lambda x: x, modes=["regions"])
+    with pytest.raises(ValueError, match="there are 2 whole images; one beyond them is named"):
+        boxed(wholes, (0, 1, 2, 0))
+    with pytest.raises(ValueError, match=r"whole images of \(3,\) images, boxes \(4, 4\); expected \(4,\)"):
+        boxed(wholes, (0, 1, 1))
 
 
 def test_wrong_options_are_refused():

@@ -1,5 +1,6 @@
 """Zero-shot classification: metrics against scikit-learn, torchmetrics and CLIP_benchmark, scores against the model."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -7,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from colour_model import ColourModel, canvas, texts
+from colour_model import ColourModel, RegionModel, canvas, texts
 from conftest import load_golden, nhwc
 from optional import Optional, torch, torchmetrics
+from test_grain import golden_model, golden_params
 
 from flair_jax.evaluators import Classification, ClassificationSet, classification
 from flair_jax.evaluators.classification import (
@@ -168,6 +170,36 @@ def test_chance_of_average_precision_is_the_mean_over_all_orders():
     assert classification_chance(np.ones((1, 1), bool), 1)["average_precision"] == 1
 
 
+def test_images_that_do_not_count_for_a_class_change_nothing():
+    """COLA's rule: each class has the average precision of its hard images, and those without one are left out."""
+    rng = np.random.default_rng(5)
+    scores, labels = rng.normal(size=(60, 5)).astype(np.float32), rng.random((60, 5)) < 0.3
+    counted = rng.random((60, 5)) < 0.5
+    counted[:, 3], labels[:, 4] = False, False  # no hard image; no image
+    metrics = classification_metrics(scores, labels, counted=counted)
+    columns = [(labels[counted[:, c], c], scores[counted[:, c], c]) for c in range(3)]
+    expected = np.mean([sklearn.average_precision_score(*column) for column in columns])
+    assert metrics["average_precision"] == pytest.approx(expected)
+    theirs = [
+        torchmetrics.functional.classification.binary_average_precision(
+            torch.from_numpy(s), torch.from_numpy(t.astype(int))
+        )
+        for t, s in columns
+    ]
+    assert metrics["average_precision"] == pytest.approx(np.mean([one.item() for one in theirs]), abs=1e-6)
+    assert metrics["average_precision"] != pytest.approx(classification_metrics(scores, labels)["average_precision"])
+    other = classification_metrics(
+        np.where(counted, scores, 9 * rng.normal(size=scores.shape)), labels, counted=counted
+    )
+    assert other == metrics
+    chance = classification_chance(labels, 5, counted)
+    each = [classification_chance(t[:, None], 1) for t, _ in columns]
+    assert chance["average_precision"] == pytest.approx(np.mean([one["average_precision"] for one in each]))
+    everything = np.ones_like(counted)
+    assert classification_metrics(scores, labels, counted=everything) == classification_metrics(scores, labels)
+    assert classification_chance(labels, 5, everything) == pytest.approx(classification_chance(labels, 5))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_broken_scores_are_an_error_and_not_a_rank(value):
     scores = np.zeros((4, 3), np.float32)
@@ -301,7 +333,7 @@ def test_classes_with_the_same_prompts_tie_to_the_bit():
     for scores in run.scores({}).values():
         assert (scores[:, 0] == scores[:, 1]).all()
     assert {name: value for name, value in flat(run.run({})).items() if "acc1" in name} == {
-        f"classification/colours/{mode}/acc1": 0 for mode in classification.MODES
+        f"classification/colours/{mode}/acc1": 0 for mode in ("flair_before", "flair_after", "global")
     }
     first = evaluator(data, ties="first")
     assert flat(first.run({}))["classification/colours/global/acc1"] == 0.25
@@ -330,6 +362,11 @@ def test_several_labels_and_the_main_metric():
     (title, bars), (_, examples) = run.figures({})
     assert title == "average precision by class (flair_after)"
     assert bars.mode == examples.mode == "RGB" and examples.width > 500
+    # Blue counts for three images, two of them blue, and red for one, which is red: one order of three has 7/12.
+    counted = np.array([[1, 0, 1], [1, 1, 1], [1, 0, 1], [0, 0, 1]], bool)
+    run = evaluator(dataclasses.replace(data, counted=counted), modes=("flair_after",))
+    assert [result.value for result in run.run({})] == [1, 1, pytest.approx(((1 + 5 / 6 + 7 / 12) / 3 + 1) / 2), 1]
+    assert len(list(run.figures({}))) == 2
 
 
 def test_a_model_without_pooling_has_one_mode():
@@ -340,6 +377,79 @@ def test_a_model_without_pooling_has_one_mode():
     assert results["classification/colours/global/acc1"] == 0.75 and len(results) == 4
     with pytest.raises(ValueError, match=r"\('flair_after',\); expected one or more of \('global',\)"):
         evaluator(model=Plain(4), modes=("flair_after",))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_regions_are_compared_with_the_descriptions(devices):
+    """Six patches an image. Class "warm" is described as red or green; "blue" is not, and compared by its prompts."""
+    described = colour_set(descriptions=texts(1, 0), class_of_description=np.array([1, 1]))
+    options = dict(model=RegionModel(4), image_batch=3, text_batch=1, mesh=mesh(devices))
+    run = evaluator(described, alpha=0.0, **options)
+    scores = run.scores({})
+    assert list(scores) == ["global", "regions"]
+    np.testing.assert_allclose(scores["regions"], np.array([[0, 6], [2, 4], [4, 2], [4, 0]]) / 6, atol=1e-6)
+    mixed = evaluator(described, modes=("regions",), alpha=0.25, **options).scores({})
+    assert list(mixed) == ["regions"]
+    np.testing.assert_allclose(mixed["regions"], 0.25 * scores["global"] + 0.75 * scores["regions"], atol=1e-6)
+    assert run.notes == [
+        "Among equal scores the true class comes last.",
+        "1 of 2 classes have no description, and are compared by their names in the templates alone: blue.",
+        "Mode regions: 0 * global + 1 * the score of the regions.",
+    ]
+    assert flat(run.run({}))["classification/colours/regions/acc1"] == 0.75
+
+    with pytest.raises(ValueError, match=r"of \('global',\); regions need a model with a query decoder, and descr"):
+        evaluator(modes=("regions",), model=RegionModel(4))
+    with pytest.raises(ValueError, match=r"alpha is 1\.5; expected a share"):
+        evaluator(described, model=RegionModel(4), alpha=1.5)
+    assert list(evaluator(described).scores({})) == ["flair_before", "flair_after", "global"]
+
+
+def test_a_model_without_decoder_has_no_scores_of_regions(tiny_model, tiny_params):
+    with pytest.raises(ValueError, match=r"need a query decoder, and config\.model\.decoder is None"):
+        tiny_model.apply({"params": tiny_params}, None, None, method="region_score")
+
+
+def test_means_of_prompts_may_keep_their_length():
+    """The prompts red and green at right angles have a mean of length 0.5^0.5, those of blue one of length 1."""
+    plain, kept = (evaluator(renormalize=renormalize, mesh=mesh(1)) for renormalize in (True, False))
+    length, scores = np.array([1, 0.5**0.5]), plain.scores({})
+    for mode, table in kept.scores({}).items():
+        expected = scores[mode] if mode == "flair_after" else length * scores[mode]
+        np.testing.assert_allclose(table, expected, atol=1e-6)
+    assert kept.notes == [*plain.notes, "Means of a class's prompt vectors keep their length."]
+
+
+def rows_of(tokens, counts):
+    """Padded (C, M, T) of which each class has so many -> (P, T) and their classes."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return np.concatenate([own[:count] for own, count in zip(tokens, counts, strict=True)]), owner
+
+
+@pytest.mark.golden
+@pytest.mark.filterwarnings("ignore:left out, for GRAIN's losses")
+@pytest.mark.parametrize("described", [True, False])
+def test_zero_shot_scores_and_accuracies_are_those_of_grain(described):
+    """`evaluate.py`, and `our_eval.py` with its alphas; its logits have no scale."""
+    golden, case = load_golden("grain/zeroshot.safetensors"), f"use_desc_{described}"
+    prompts = rows_of(golden[f"in.prompt_tokens.{case}"], golden[f"in.prompt_count.{case}"])
+    descriptions = rows_of(golden["in.desc_tokens"], golden["in.desc_count"])
+    images, labels = nhwc(golden["in.images"]), golden["in.targets"]
+    names = [str(number) for number in range(len(golden["in.desc_count"]))]
+    data = ClassificationSet("toys", names, images, labels, *prompts, None, *descriptions)
+    scale = np.exp(golden_params()["logit_scale"])
+    prefix = f"our_eval.logits.{case}.alpha_"
+    cases = {float(name.removeprefix(prefix)): array for name, array in golden.items() if name.startswith(prefix)}
+    assert {0.0, 1.0} < cases.keys()
+    for alpha, expected in cases.items():
+        run = evaluator(data, golden_model(), alpha=alpha, renormalize=False, mesh=mesh(1))
+        scores = run.scores(golden_params())
+        np.testing.assert_allclose(scores["regions"] / scale, expected, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(scores["global"] / scale, golden[f"evaluate.logits.{case}"], rtol=0, atol=2e-5)
+        metrics = {mode: classification_metrics(table, labels) for mode, table in scores.items()}
+        assert 100 * metrics["regions"]["acc1"] == pytest.approx(golden[f"our_eval.acc1.{case}.alpha_{alpha}"])
+        for name in ("acc1", "acc5"):
+            assert 100 * metrics["global"][name] == pytest.approx(golden[f"evaluate.{name}.{case}"])
 
 
 def test_pooling_for_too_many_pairs_is_left_out_unless_asked_for(monkeypatch, caplog):
@@ -373,6 +483,10 @@ def test_broken_weights_and_half_precision_scores_are_refused():
         ({"class_of_prompt": np.array([0, 1, 2])}, "texts belong to numbers from 0 to 2"),
         ({"labels": np.zeros((4, 2), bool)}, "no image has a class"),
         ({"images": [], "labels": np.zeros(0, int)}, "at least one image"),
+        ({"descriptions": texts(0), "class_of_description": np.array([2])}, "texts belong to numbers from 2 to 2"),
+        ({"descriptions": texts(0)[:, :1], "class_of_description": np.array([0])}, r"descriptions \(1, 1\), prompts"),
+        ({"counted": np.ones((4, 2), bool)}, r"counted bool \(4, 2\); expected bool, as the labels"),
+        ({"labels": np.eye(4, 2) > 0, "counted": np.eye(4, 2, 1) > 0}, "no image has a class"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes, message):

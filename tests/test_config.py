@@ -125,6 +125,22 @@ def test_a_config_equals_itself_after_json():
     configuration.check_resume(again, config)
 
 
+def test_a_checkpoint_from_before_a_key_has_the_key_s_default():
+    """As older versions did what is now the default; what was left out on purpose, such as the pooling, has none."""
+    now = configuration.read("flair_cc3m")
+    older = {**now, "model": {key: value for key, value in now["model"].items() if key != "preprocess"}}
+    configuration.check_resume(older, now)
+    other = configuration.read("flair_cc3m", ["--config.model.preprocess.resize=squash"])
+    with pytest.raises(ValueError, match=r"config\.model\.preprocess\.resize is 'squash', was 'crop'"):
+        configuration.check_resume(older, other)
+    with pytest.raises(ValueError, match=r"config\.model\.pooling\.heads is 8, was None"):
+        configuration.check_resume({**now, "model": {**now["model"], "pooling": None}}, now)
+    with pytest.raises(ValueError, match=r"config\.objectives\.sigmoid\.weight is 0\.5, was None"):
+        configuration.check_resume(
+            {**now, "objectives": {"text_conditioned": now["objectives"]["text_conditioned"]}}, now
+        )
+
+
 @pytest.mark.parametrize(
     "argument",
     [

@@ -15,12 +15,13 @@ from jax.sharding import AbstractMesh, AxisType
 from processes import one_device
 
 from flair_jax import config as configuration
-from flair_jax import plan, sharding, step
-from flair_jax.configs import fsc_clip_recipe
-from flair_jax.data.transforms import captions
+from flair_jax import evaluate, plan, sharding, step
+from flair_jax.configs import fsc_clip_recipe, grain_recipe
+from flair_jax.data.benchmarks import table
+from flair_jax.data.transforms import base, captions
 
 ROOT = pathlib.Path(__file__).parents[1]
-TOOLS = {"__init__", "variants", "flair_recipe", "fsc_clip_recipe", "eval_all"}
+TOOLS = {"__init__", "variants", "flair_recipe", "fsc_clip_recipe", "grain_recipe", "eval_all"}
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in TOOLS)
 # spec/flair.md section 1: GPUs, images a GPU, K, samples, steps an epoch, decay, epsilon. The length of PixelProse is
 # COSMOS's; all that is not in a script is CC12M's.
@@ -59,7 +60,14 @@ def test_the_recipes_are_all_there():
     assert set(PUBLISHED) == set(plan.RECIPES) == {name for name in EXPERIMENTS if name.startswith("flair_")}
 
 
-@pytest.mark.parametrize("name", [*EXPERIMENTS, *(f"fsc_clip_laioncoco:{run}" for run in ("negclip", "vit_l14_lora"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *EXPERIMENTS,
+        *(f"fsc_clip_laioncoco:{run}" for run in ("negclip", "vit_l14_lora")),
+        "grain_cc3m:clip",
+    ],
+)
 def test_every_config_builds_and_its_step_has_a_type(name):
     """At the real sizes and, of a recipe, for the reference's number of devices; nothing is computed or compiled."""
     config = configuration.load(name).unlock()
@@ -188,6 +196,68 @@ def test_the_step_of_a_recipe_compiles_and_fsdp_shrinks_parameters_and_moments(t
     batch = batch_bytes(name)
     assert STATE / 8 < figures["argument_bytes"] - batch < 1.03 * STATE / 8
     assert figures["output_bytes_in_place"] == figures["argument_bytes"] - batch  # nothing is held twice
+
+
+def test_the_step_of_grain_compiles_for_many_devices():
+    """One layer of each tower at the real widths; descriptions in groups that lie on two devices each, and FSDP."""
+    config = configuration.load("grain_cc3m").unlock()
+    for part in (config.model.vision, config.model.text, config.model.decoder):
+        part.depth = 1
+    config.steps, config.epochs, config.mesh.fsdp, config.batch_size = 10, None, 4, 512
+    config = config.to_dict()
+    configuration.check(config)
+    memory = plan.compile_step(config, jax.devices()).memory_analysis()
+    batch = plan.abstract_batch(config, sharding.create_mesh(**config["mesh"]))
+    del batch[base.DESCRIPTION_IDS]  # masking of duplicates is off
+    state = memory.argument_size_in_bytes - bytes_of_a_device(batch)
+    whole = 3 * 4 * plan.parameters(config)
+    assert whole / 4 < state < 1.05 * whole / 4
+    assert memory.alias_size_in_bytes == state  # nothing is held twice
+
+
+def test_the_runs_of_grain_are_the_reference_s():
+    """spec/grain.md 4.1: objectives, groups, captions, learning rates, decay; ImageNet zero-shot after each epoch."""
+    for name in grain_recipe.RUNS:
+        config = configuration.load(f"grain_cc3m:{name}").to_dict()
+        configuration.check(config)
+        grain, losses, adamw = name == "grain", config["objectives"], config["optimizer"]
+        assert losses.keys() == {"softmax", *(("boxes", "region_descriptions") if grain else ())}
+        regions = config["data"]["regions"]["count"]
+        assert (config["batch_size"], config["epochs"], regions) == (2048, 35.0, 5 if grain else None)
+        assert {losses[key]["group_size"] for key in losses.keys() - {"softmax"}} <= {128}
+        assert {losses[key]["weight"] for key in losses} == {1.0}
+        rates = adamw["first_learning_rate"], adamw["learning_rate"], adamw["last_learning_rate"]
+        assert (rates, adamw["b1"], adamw["b2"], adamw["eps"]) == ((1e-6, 1e-3, 1e-5), 0.9, 0.98, 1e-8)
+        assert (adamw["warmup_steps"], adamw["weight_decay"]) == (1401, 0.5 if name == "laclip" else 0.1)
+        fields = config["data"]["captions"]["fields"]
+        assert fields == (("raw_caption",) if name == "clip" else ("raw_caption", "longSV_captions"))
+        listed = evaluate.sections(config)
+        assert all(evaluate.is_off(*section) for section in listed.values())
+        config["data_root"] = "/data"
+        due = [at for at in (1, 1401, 1402, 2804) if "imagenet" in evaluate.due(config, at)]
+        assert due == [1402, 2804] and "zero_shot" not in evaluate.due(config, 1402)
+        sets = {
+            entry.name
+            for part in ("imagenet", "zero_shot")
+            for entry in table.select(config["evaluators"][part]["sets"])
+        }
+        assert len(sets) == 12 and {"imagenet", "cub", "food101"} < sets
+        assert not evaluate.is_off(*evaluate.sections(config)["imagenet"])
+
+
+def test_the_files_for_zero_shot_are_flags():
+    flags = [
+        "--config.evaluators.zero_shot.classification.descriptions=FOLDER",
+        "--config.evaluators.zero_shot.classification.templates=('a photo of a {c},', 'a sketch of a {c},')",
+        "--config.evaluators.zero_shot.classification.modes=('global', 'regions')",
+    ]
+    options = configuration.read("grain_cc3m", flags)["evaluators"]["zero_shot"]["classification"]
+    assert options == {
+        "descriptions": "FOLDER",
+        "templates": ("a photo of a {c},", "a sketch of a {c},"),
+        "modes": ("global", "regions"),
+        "renormalize": False,
+    }
 
 
 def _flat(config, prefix=""):

@@ -10,6 +10,7 @@ from test_train import tiny
 
 from flair_jax import checkpoint, evaluate, optimizer, pretrained, train
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 DECAY = 0.3  # warm-up: 0.1, 0.18, 0.25, then this
 
 

@@ -12,6 +12,7 @@ from test_faults import document, picture
 from flair_jax import config as configuration
 from flair_jax import evaluate, evaluation_tasks, report
 from flair_jax.data.benchmarks import shards
+from flair_jax.data.transforms.images import Preprocessing
 from flair_jax.report import Result
 
 RESULTS = [
@@ -118,6 +119,18 @@ def test_what_is_wrong_is_said_before_a_run(section, error, words):
         evaluate.check(config_of(val=section))
 
 
+def test_files_for_classes_are_looked_for_before_a_run(tmp_path):
+    def check(**options):
+        section = {"kind": "benchmarks", "sets": ("imagenet",), "classification": options}
+        evaluate.check({**config_of(zero_shot=section), "data_root": str(tmp_path)})
+
+    check(descriptions=None, names=("a", "b"))
+    check(descriptions=str(tmp_path))
+    for key in ("descriptions", "names"):
+        with pytest.raises(FileNotFoundError, match=rf"evaluators\.zero_shot\.classification\.{key}: no/such\.json"):
+            check(**{key: "no/such.json"})
+
+
 def test_captions_are_where_the_training_data_has_them():
     """PixelProse has one field, `caption`; an evaluator of its own may name others."""
     config = configuration.read("flair_pixelprose", ["--config.data.index_dir=/index"])
@@ -129,7 +142,7 @@ def test_captions_are_where_the_training_data_has_them():
 
 
 class Sizes:
-    image_size, context_length = (32, 48), 16
+    image_size, context_length, preprocessing = (32, 48), 16, Preprocessing()
 
 
 @pytest.fixture
@@ -156,7 +169,7 @@ def test_shards_with_captions_under_another_key(pixelprose, monkeypatch, caplog)
     assert benchmark.name == "val" and options == {"topk": 7}
     assert data.image_of_text.tolist() == [0, 0, 1, 1, 2, 2]
     assert data.texts == ["n 0", "Another", "n 1", "Another", "n 2", "Another"]
-    pixels = evaluation_tasks.Pixels(data.pictures, Sizes.image_size)
+    pixels = evaluation_tasks.Pixels(data.pictures, Sizes.image_size, Sizes.preprocessing.fit)
     assert [pixels[number].shape for number in range(3)] == [(32, 48, 3)] * 3
     assert len(set(pixels.keys)) == 3
     assert evaluate.run(config_of(val={**section, "fields": ("raw_caption",)}), Sizes, None) == []

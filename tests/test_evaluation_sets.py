@@ -9,7 +9,9 @@ from word_model import WordModel
 
 from flair_jax import config as configuration
 from flair_jax import evaluate, evaluation_sets, evaluation_tasks
+from flair_jax.configs import fsc_clip_recipe
 from flair_jax.data.benchmarks import base, table
+from flair_jax.data.transforms import images
 from flair_jax.evaluators.features import BrokenImages
 from flair_jax.report import Result
 
@@ -21,7 +23,7 @@ class Loads:
 
     def __init__(self, model, benchmark, data, options):
         self.name, self.data = benchmark.name, data
-        self.pixels = evaluation_tasks.Pixels(data.pictures, (8, 8))
+        self.pixels = evaluation_tasks.Pixels(data.pictures, (8, 8), images.evaluation_crop)
 
     def run(self, params):
         broken = {}
@@ -147,6 +149,33 @@ def test_each_evaluator_has_a_cadence():
     ]
 
 
+@pytest.mark.parametrize("recipe", fsc_clip_recipe.RUNS)
+def test_fine_tuning_asks_sugarcrepe_after_each_epoch_once_it_knows_where_it_is(recipe, tmp_path, monkeypatch, caplog):
+    """FSC-CLIP does so (spec/fsc_clip.md 5); by default the recipe needs no set, and says so."""
+    name = f"fsc_clip_{recipe}"
+    arguments = [f"--config.evaluators.val.shards={tmp_path}"]
+    (tmp_path / "a.tar").write_bytes(b"")
+    off = configuration.read(name)
+    evaluate.check(off)
+    assert "evaluators.sugarcrepe: not evaluated, since config.data_root is not set" in caplog.text
+    assert "evaluators.val: not evaluated, since config.evaluators.val.shards is not set" in caplog.text
+    assert evaluate.run(off, None, None, tmp_path) == []
+    with pytest.raises(ValueError, match=r"set config\.data_root or config\.evaluators\.val\.shards"):
+        evaluate.evaluate(off, tmp_path)
+    on = configuration.read(name, [f"--config.data_root={tmp_path}", *arguments])
+    evaluate.check(on)
+    assert [step for step in range(1, 1954) if evaluate.due(on, step) == ["sugarcrepe"]] == [391, 782, 1173, 1564]
+    asked = []
+
+    def benchmarks(model, name, *, root, sets):
+        asked.append((name, root, sets))
+        return iter(())
+
+    monkeypatch.setitem(evaluate.KINDS, "benchmarks", (benchmarks, None))
+    assert evaluate.run(on, None, None, names=["sugarcrepe"]) == []
+    assert asked == [("sugarcrepe", str(tmp_path), ("sugarcrepe",))]
+
+
 def test_options_of_public_sets_are_checked():
     config = configuration.read("eval_all", ["--config.data_root=/data", "--config.evaluators.public.sets=coco_*"])
     ((kind, options),) = evaluate.sections(config).values()
@@ -156,8 +185,8 @@ def test_options_of_public_sets_are_checked():
         evaluate.sections(config)
     with pytest.raises(FileNotFoundError, match=r"config\.data_root is '/no/such'"):
         evaluate.check(configuration.read("eval_all", ["--config.data_root=/no/such"]))
-    with pytest.raises(FileNotFoundError, match=r"config\.data_root is None"):
-        evaluate.check(configuration.read("eval_all"))
+    with pytest.raises(ValueError, match=r"nothing to evaluate: set config\.data_root$"):
+        evaluate.evaluate(configuration.read("eval_all"), "/no/such/weights")
     with pytest.raises(ValueError, match="no evaluation set is called 'coko'"):
         arguments = ["--config.data_root=/", "--config.evaluators.public.sets=coko"]
         evaluate.check(configuration.read("eval_all", arguments))

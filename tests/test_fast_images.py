@@ -46,19 +46,20 @@ def psnr(found: np.ndarray, expected: np.ndarray) -> float:
 # The three ways from a file to training pixels
 
 
-def reference(data: bytes, rng: random.Random, size=SIZE, upright=False, **options) -> np.ndarray:
-    return images.random_resized_crop(images.to_rgb(images.decode(data, upright)), size, rng, **options)
+def reference(data: bytes, rng: random.Random, size=SIZE, upright=False, flip=False, **options) -> np.ndarray:
+    image = images.to_rgb(images.decode(data, upright))
+    return images.random_resized_crop(image, size, rng, images.AugmentationOptions(**options), flip)
 
 
-def fast(data: bytes, rng: random.Random, size=SIZE, **options) -> np.ndarray:
-    return fast_images.random_resized_crop(data, size, rng, **options)
+def fast(data: bytes, rng: random.Random, size=SIZE, upright=False, flip=False, **options) -> np.ndarray:
+    return fast_images.random_resized_crop(data, size, rng, images.AugmentationOptions(**options), upright, flip)
 
 
 _jitted_resize = jax.jit(crop_and_resize, static_argnames="size")
 
 
-def device(data: bytes, rng: random.Random, size=SIZE, **options) -> np.ndarray:
-    canvas, box = fast_images.canvas(data, size, rng, **options)
+def device(data: bytes, rng: random.Random, size=SIZE, upright=False, flip=False, **options) -> np.ndarray:
+    canvas, box = fast_images.canvas(data, size, rng, images.AugmentationOptions(**options), upright, flip)
     return np.asarray(_jitted_resize(canvas[None], box[None], size=size))[0]
 
 
@@ -89,6 +90,24 @@ def test_height_and_width(path):
     data = encoded(picture(150, 90))
     found = path(data, random.Random(1), size=(48, 64))
     assert found.shape == (48, 64, 3) and psnr(found, reference(data, random.Random(1), size=(48, 64))) > 45
+
+
+@PATHS
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_squashed_and_mirrored(path, form):
+    """No crop is drawn, and the mirrored picture is the picture mirrored."""
+    image = picture(150, 90)
+    data = encoded(image, form)
+    found = path(data, random.Random(1), size=(48, 64), squash=True)
+    decoded = images.to_rgb(images.decode(data))
+    assert psnr(found, np.asarray(images.resize(decoded, 64, 48))) > 45
+    if path is reference:
+        np.testing.assert_array_equal(found, images.squash(decoded, (48, 64)))
+    np.testing.assert_array_equal(found, path(data, random.Random(2), size=(48, 64), squash=True))
+    mirrored = path(data, random.Random(1), size=(48, 64), squash=True, flip=True)
+    assert psnr(mirrored[:, ::-1], found) > 45
+    part = path(data, random.Random(3), scale=(0.3, 0.5), flip=True)
+    assert psnr(part[:, ::-1], path(data, random.Random(3), scale=(0.3, 0.5))) > 45
 
 
 @FAST_PATHS
@@ -176,7 +195,7 @@ def test_side_of_the_canvas(size, side):
 def test_canvas_holds_the_part():
     image = picture(90, 70)
     for seed in range(5):
-        canvas, box = fast_images.canvas(encoded(image, "PNG"), SIZE, random.Random(seed))
+        canvas, box = fast_images.canvas(encoded(image, "PNG"), SIZE, random.Random(seed), images.AugmentationOptions())
         assert canvas.shape == (96, 96, 3) and canvas.dtype == np.uint8 and box.dtype == np.float32
         left, top, right, bottom = images.random_box(90, 70, random.Random(seed), (0.9, 1.0), (3 / 4, 4 / 3))
         assert box.tolist() == [0, 0, bottom - top, right - left]
@@ -186,14 +205,14 @@ def test_canvas_holds_the_part():
 
 def test_box_of_a_picture_that_was_decoded_smaller():
     data = encoded(picture(180, 170))
-    _, box = fast_images.canvas(data, SIZE, random.Random(0))
+    _, box = fast_images.canvas(data, SIZE, random.Random(0), images.AugmentationOptions())
     left, top, right, bottom = images.random_box(180, 170, random.Random(0), (0.9, 1.0), (3 / 4, 4 / 3))
     assert box.tolist() == [top / 2 % 1, left / 2 % 1, (bottom - top) / 2, (right - left) / 2]
 
 
 def test_part_larger_than_the_canvas_is_resized_before():
     data = encoded(picture(150, 100))
-    canvas, box = fast_images.canvas(data, SIZE, random.Random(0))
+    canvas, box = fast_images.canvas(data, SIZE, random.Random(0), images.AugmentationOptions())
     assert box.tolist() == [0, 0, SIZE, SIZE]
     np.testing.assert_array_equal(canvas[:SIZE, :SIZE], fast(data, random.Random(0)))
     np.testing.assert_array_equal(device(data, random.Random(0)), fast(data, random.Random(0)))

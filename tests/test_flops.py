@@ -46,9 +46,13 @@ def test_patches_that_are_left_out_do_not_count():
     assert dropped == flops.train_step({**B16, "vision": {**vision, "image_size": 112}}, FLAIR, 8, lengths)
 
 
-def test_xla_counts_the_same_for_the_forward_pass():
+@pytest.mark.parametrize("model", [variants.flair, variants.grain])
+def test_xla_counts_the_same_for_the_forward_pass(model):
     """Within a few percent: XLA also counts softmax, normalisation and activations. Two blocks show it as twelve do."""
-    section = {**B16, "vision": {**B16["vision"], "depth": 2}, "text": {**B16["text"], "depth": 1}}
+    section = model("B/16").to_dict()
+    section = {**section, "vision": {**section["vision"], "depth": 2}, "text": {**section["text"], "depth": 1}}
+    if section["decoder"] is not None:
+        section["decoder"]["depth"] = 2
     model = models.create(section)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), jnp.zeros((1, 1), int)))
     encode = jax.jit(lambda params, images: model.apply(params, images, method="encode_image"))

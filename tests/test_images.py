@@ -6,6 +6,7 @@ import struct
 import warnings
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_golden(name):
     size = GOLDEN[f"{name}_output"].shape[-1]
     pixels = images.evaluation_crop(Image.fromarray(GOLDEN[f"{name}_input"]), size)
     assert pixels.dtype == np.uint8 and pixels.shape == (size, size, 3)
-    normalised = images.normalize(pixels)
+    normalised = images.Preprocessing()(pixels)
     assert normalised.dtype == np.float32
     np.testing.assert_array_equal(np.moveaxis(normalised, -1, 0), GOLDEN[f"{name}_output"])
 
@@ -58,7 +59,7 @@ def test_golden_holds_an_image_with_transparency():
     name = next(name for name in NAMES if "rgba" in name)
     image, expected = Image.fromarray(GOLDEN[f"{name}_input"]), GOLDEN[f"{name}_output"]
     assert image.mode == "RGBA"
-    converted_first = images.normalize(images.evaluation_crop(images.to_rgb(image), expected.shape[-1]))
+    converted_first = images.Preprocessing()(images.evaluation_crop(images.to_rgb(image), expected.shape[-1]))
     assert np.abs(np.moveaxis(converted_first, -1, 0) - expected).max() > 0.1
 
 
@@ -116,12 +117,12 @@ def test_random_crop_is_cropped_first_and_resized_then():
 def test_pixels_outside_the_crop_are_ignored():
     image = Image.new("RGB", (40, 40))
     image.paste((255, 255, 255), (0, 0, 20, 40))
-    bounds = dict(scale=(0.1, 0.2), ratio=(1, 1))
-    boxes = {seed: images.random_box(40, 40, random.Random(seed), **bounds) for seed in range(1000)}
+    options = images.AugmentationOptions(scale=(0.1, 0.2), ratio=(1, 1))
+    boxes = {seed: options.draw_box(40, 40, random.Random(seed)) for seed in range(1000)}
     at_the_edge = [seed for seed, (left, *_) in boxes.items() if left == 20]
     assert at_the_edge
     for seed in at_the_edge:
-        assert images.random_resized_crop(image, 16, random.Random(seed), **bounds).max() == 0
+        assert images.random_resized_crop(image, 16, random.Random(seed), options).max() == 0
 
 
 # Mean and standard deviation of left, top, width, height over 200,000 draws of RandomResizedCrop.get_params,
@@ -179,14 +180,44 @@ def test_pixels_do_not_depend_on_the_version_of_pillow(mode, checksum):
 # Normalisation
 
 
-def test_normalize_numpy_and_jax():
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("openai", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ],
+)
+def test_normalize_numpy_and_jax(name, mean, std):
+    normalize = images.Preprocessing(mean_std=name)
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
-    expected = (pixels.astype(np.float64) / 255 - images.MEAN) / images.STD
-    assert images.normalize(pixels).dtype == np.float32
-    np.testing.assert_allclose(images.normalize(pixels), expected, atol=1e-6)
-    on_device = images.normalize(jnp.asarray(pixels))
+    expected = (pixels.astype(np.float64) / 255 - mean) / std
+    assert normalize(pixels).dtype == np.float32
+    np.testing.assert_allclose(normalize(pixels), expected, atol=1e-6)
+    on_device = jax.jit(normalize)(jnp.asarray(pixels))
     assert isinstance(on_device, jnp.ndarray) and on_device.dtype == jnp.float32
     np.testing.assert_allclose(on_device, expected, atol=1e-6)
+    np.testing.assert_array_equal(normalize(expected.astype(np.float32)), expected.astype(np.float32))  # done already
+
+
+@pytest.mark.parametrize("source", [(90, 70), (70, 90), (24, 36)])
+def test_squash_is_torchvision_s_resize_to_both_sides(source):
+    """Which hands both sides to Pillow; the proportions are the model's and nothing is cut off."""
+    image = picture(*source)
+    found = images.Preprocessing(resize="squash").fit(image, (24, 36))
+    np.testing.assert_array_equal(found, np.asarray(images.resize(image, 36, 24)))
+    np.testing.assert_allclose(
+        found.astype(int), np.asarray(image.resize((36, 24), Image.Resampling.BICUBIC)).astype(int), atol=1
+    )
+    halves = Image.new("RGB", source, "red")
+    halves.paste((0, 0, 255), (source[0] // 2, 0, *source))
+    columns = images.squash(halves, 24)[:, :, 0]
+    assert (columns[:, :10] > 200).all() and (columns[:, 14:] < 55).all()
+
+
+@pytest.mark.parametrize("option", ["resize", "mean_std"])
+def test_an_unknown_preprocessing_is_refused_by_name(option):
+    with pytest.raises(ValueError, match=rf"config\.model\.preprocess\.{option} is 'other'; expected one of"):
+        images.Preprocessing(**{option: "other"})
 
 
 # Modes

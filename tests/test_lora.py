@@ -7,6 +7,7 @@ few arrays, and say so by an array `cut`; losses along the training are there fo
 import functools
 import json
 import math
+import re
 import shutil
 
 import golden_files
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import load_golden, nhwc
+from conftest import fresh_params, load_golden, nhwc
+from optional import torch
 from test_train import checkpoint_of
 from test_train import tiny as tiny_run
 
@@ -23,8 +25,9 @@ import flair_jax
 from flair_jax import config as configuration
 from flair_jax import lora, metrics, models, optimizer, pretrained, sharding, state, train
 from flair_jax.configs import variants
-from flair_jax.convert import flax_files, lora_files, names
-from flair_jax.convert.tables import flatten
+from flair_jax.convert import __main__ as command
+from flair_jax.convert import flax_files, lora_files, names, torch_files
+from flair_jax.convert.tables import ConversionError, flatten
 from flair_jax.data.transforms import packing
 from flair_jax.models.layers import normalize
 from flair_jax.models.text import Text
@@ -291,6 +294,85 @@ def test_eight_steps_of_lora_and_wise_ft():
     compare_outputs(run.model, lora.merge_jit(params, half, run.options), source, part(golden, "wise_ft_0.5/eval/"))
 
 
+def released_weights(golden, source, where):
+    """The state dict that the reference saves of a model with pairs: weights and pairs."""
+    return part(source, "param/") | part(golden, where)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_released_checkpoint_with_pairs_computes_what_the_reference_computes(tmp_path, suffix):
+    golden, source, params, run = adapted()
+    weights, path = released_weights(golden, source, "random/param/"), tmp_path / f"epoch_5{suffix}"
+    if suffix == ".pt":  # as a training checkpoint of several processes
+        state_dict = {f"module.{name}": torch.from_numpy(array) for name, array in weights.items()}
+        torch.save({"epoch": 5, "name": "lora", "state_dict": state_dict, "optimizer": {"lr": 1.0}}, path)
+    else:
+        torch_files.write(path, weights)
+    with pytest.warns(UserWarning, match=r"pairs of LoRA of rank \d+ are added to their weights"):
+        merged, found = pretrained.read(path, section_of(source, QUICK), "quick")
+    assert found["gelu"] == "quick"
+    compare_outputs(run.model, merged, source, part(golden, "random/eval/"))
+    tree = lora_files.to_flax(part(golden, "random/param/"))
+    expected = flatten(jax.device_get(lora.merge_jit(params, tree, run.options)))
+    assert flatten(merged).keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(flatten(merged)[name], array, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.golden
+@pytest.mark.filterwarnings("default")
+def test_a_released_checkpoint_with_pairs_starts_a_run_converts_and_goes_part_of_the_way(tmp_path, capsys):
+    golden, source, params, _ = adapted()
+    path, section = tmp_path / "released.safetensors", section_of(source, QUICK)
+    torch_files.write(path, released_weights(golden, source, "traj/final/" if "cut" not in golden else "init/"))
+    merged = flatten(flair_jax.load(path, section, gelu="quick").params)
+    started = train.initial_weights({"init_from": str(path), "init_partial": False, "model": section}, None)
+    converted, model = tmp_path / "converted.safetensors", tmp_path / "model.json"
+    model.write_text(json.dumps(section))
+    assert command.main(["check", str(path), "--model-config", str(model)]) == 0
+    assert re.search(r"LoRA +\d+ pairs, added to their weights\n", capsys.readouterr().out)
+    assert command.main(["to-flax", str(path), str(converted), "--model-config", str(model)]) == 0
+    assert "pairs of LoRA of rank 4 are added" in capsys.readouterr().err
+    for name, array in merged.items():
+        np.testing.assert_array_equal(flatten(started)[name], array)
+        np.testing.assert_array_equal(flatten(flair_jax.load(converted).params)[name], array)
+    # WiSE-FT multiplies both matrices, as of a run: a quarter of the change of a weight, and none of the rest.
+    half = flatten(flair_jax.load(path, section, gelu="quick", wise_ft=0.5).params)
+    for name, array in flatten(params).items():
+        np.testing.assert_allclose(half[name], array + (merged[name] - array) / 4, atol=1e-6, err_msg=name)
+
+
+BLOCK = "transformer.resblocks.0"
+ONE = np.ones((1, 1), np.float32)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({f"{BLOCK}.mlp.c_fc.lora_B": None}, r"1 pairs .*\n  transformer.*c_fc.weight .* has A float32 .*expected"),
+        ({f"{BLOCK}.mlp.c_fc.weight": None}, r"c_fc\.weight is not in the file and has A float32 "),
+        ({f"{BLOCK}.mlp.c_fc.lora_A": ONE}, r"c_fc\.weight .*A float32 \(1, 1\), B .*expected \{'A': \(1, "),
+        ({f"{BLOCK}.attn.in_proj_weight_lora_B": ONE.astype(np.int32)}, r"in_proj_weight .*B int32 \(1, 1\)"),
+        ({"visual.conv1.lora_A": ONE}, r"conv1\.weight .*expected \{'A': \(8, 24\)"),
+        ({"token_embedding.lora_A": ONE}, r"unknown +token_embedding\.lora_A: found shape \(1, 1\)"),
+        ({f"{BLOCK}.mlp.c_fc.lora_A.default.weight": ONE}, r"unknown +transformer.*lora_A\.default\.weight"),
+        ({f"{BLOCK}.mlp.c_fc.lora_A": "shorter", f"{BLOCK}.mlp.c_fc.lora_B": "shorter"}, r"pair of rank 1; expected"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*LoRA")
+def test_pairs_of_a_file_that_do_not_fit_are_named(tmp_path, changes, message):
+    golden, source, *_ = adapted()
+    weights, path = released_weights(golden, source, "init/"), tmp_path / "released.safetensors"
+    for name, change in changes.items():
+        if isinstance(change, str):
+            changes = changes | {name: weights[name][:1] if name.endswith("A") else weights[name][:, :1]}
+    torch_files.write(path, {name: array for name, array in (weights | changes).items() if array is not None})
+    with pytest.raises(ConversionError, match=message):
+        flair_jax.load(path, section_of(source, QUICK), gelu="quick")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In the training loop
 
@@ -365,11 +447,11 @@ BEFORE = "before.safetensors"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, shared_programs):
     """A folder with the weights of a FLAIR and a short run of LoRA on them, and the config of the run."""
     folder = tmp_path_factory.mktemp("lora")
     config = {**tiny_run(steps=4), "lora": {"rank": 2}, "init_from": str(folder / BEFORE), "ema_decay": 0.9}
-    params = jax.device_get(state.init_params(models.create(config["model"]), 1))
+    params = fresh_params(models.create(config["model"]), 1)
     flax_files.write(folder / BEFORE, params, config["model"])
     train.train(config, folder / "lora")
     return folder, config
@@ -399,8 +481,7 @@ def test_a_killed_run_goes_on_exactly_without_the_weights_it_started_from(run, t
     step, arrays, _ = checkpoint_of(saved)
     assert step == 4
     jax.tree.map(np.testing.assert_array_equal, arrays, checkpoint_of(folder / "lora")[1])
-    for name, array in weights_of(saved).items():
-        np.testing.assert_array_equal(array, weights_of(folder / "lora")[name])
+    jax.tree.map(np.testing.assert_array_equal, weights_of(saved), weights_of(folder / "lora"))
 
 
 def test_pairs_alone_merged_and_part_of_the_way(run, tmp_path):

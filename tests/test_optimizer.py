@@ -11,6 +11,7 @@ from conftest import TINY, load_golden, losses, nhwc
 from flair_jax import models, optimizer
 from flair_jax.configs import base
 from flair_jax.convert import names
+from flair_jax.data.transforms.images import Preprocessing
 from flair_jax.models.text import Text
 from flair_jax.objectives import text_conditioned
 from flair_jax.state import TrainState
@@ -46,6 +47,34 @@ def run(params, clip_norm):
         state, numbers = step(state, {"images": nhwc(images), "texts": texts, "draws": draws})
         trace.append(jax.device_get(numbers))
     return state, {name: [float(numbers[name]) for numbers in trace] for name in trace[0]}
+
+
+class Seen(Exception):
+    """What a step gave to its model."""
+
+
+class Looks:
+    """A model that goes no further than its images."""
+
+    dtype, preprocessing = np.float32, Preprocessing(mean_std="imagenet")
+
+    def apply(self, variables, images, *args, **options):
+        raise Seen(images)
+
+
+def test_pixels_are_normalised_as_the_model_says():
+    """Of uint8 pixels; floats are taken as they are."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    expected = (pixels / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    state = TrainState(step=np.int32(0), params={"kernel": np.zeros(2, np.float32)}, opt_state=None)
+    optimize = optimizer.create(learning_rate=0.0, warmup_steps=1, total_steps=2, weight_decay=0.0)
+    texts = {"tokens": np.zeros((2, 3), np.int32), "ends": np.array([2, 5], np.int32)}
+    for images in (pixels, expected.astype(np.float32)):
+        with pytest.raises(Seen) as seen:
+            train_step(
+                state, {"images": images, "texts": texts}, model=Looks(), losses=losses(), optimizer=optimize, seed=0
+            )
+        np.testing.assert_allclose(seen.value.args[0], expected, atol=1e-5)
 
 
 @pytest.mark.golden

@@ -13,7 +13,8 @@ def take(dataset, count, start=0):
     return list(epochs), list(numbers)
 
 
-@pytest.mark.parametrize("small", [0, order.SMALL])
+# Grain's permutation walks through 2**16 numbers to find a few: as in use, tables are for those of less than 60.
+@pytest.mark.parametrize("small", [60, order.SMALL])
 @pytest.mark.parametrize("window", [None, 1, 7, 16, 50, 333, 400, 2000])
 @pytest.mark.parametrize("count", [1, 2, 333, 400])
 def test_every_epoch_holds_every_sample_once(monkeypatch, count, window, small):

@@ -41,7 +41,11 @@ def test_the_batch_is_as_the_pipeline_makes_it(tiny, tmp_path):
     assert jax.tree.map(kind, planned) == jax.tree.map(kind, real)
     assert planned["images"].shape == real["images"].shape
     assert planned["texts"]["ends"].shape == real["texts"]["ends"].shape
-    tiny = {**tiny, "data": {**tiny["data"], "packing": {**tiny["data"]["packing"], "row_length": None}}}
+    packing, regions = ({**tiny["data"][name]} for name in ("packing", "regions"))
+    tiny = {
+        **tiny,
+        "data": {**tiny["data"], "packing": packing | {"row_length": None}, "regions": regions | {"count": 3}},
+    }
     with train.open_stream(tiny, model, tmp_path, None) as stream:
         real = next(stream)
     planned = plan.abstract_batch(tiny, sharding.create_mesh())

@@ -8,10 +8,10 @@ from colour_model import ColourModel, canvas, texts
 from conftest import load_golden, nhwc
 from PIL import Image
 
-from flair_jax.data.transforms.images import evaluation_crop
+from flair_jax.data.transforms.images import Preprocessing
 from flair_jax.evaluators import Pointing, PointingSet
 from flair_jax.evaluators.features import patch_grid
-from flair_jax.evaluators.pointing import boxes_after_crop, patches_in_boxes, spread, texts_by_image
+from flair_jax.evaluators.pointing import patches_in_boxes, spread, texts_by_image
 from flair_jax.report import flat
 
 IMAGES = nhwc(load_golden("tiny_inputs.npz")["images"])
@@ -40,23 +40,27 @@ def test_texts_by_image():
     assert texts_by_image(4, np.array([2, 0, 2, 0, 0, 3])).tolist() == [[1, 3, 4], [-1] * 3, [0, 2, -1], [5, -1, -1]]
 
 
+@pytest.mark.parametrize("resize", ["crop", "squash"])
 @pytest.mark.parametrize("image_size", [(64, 64), (97, 61), (40, 130), (333, 500), (500, 333)])
-def test_boxes_lie_where_the_crop_puts_them(image_size):
-    """A white rectangle in a black image is cropped as an image and as a box."""
+def test_boxes_lie_where_the_model_s_resize_puts_them(image_size, resize):
+    """A white rectangle in a black image is resized and cropped as an image and as a box."""
+    preprocessing = Preprocessing(resize=resize)
     width, height = image_size
     size = 24, 32
     box = np.array([width * 0.35, height * 0.3, width * 0.7, height * 0.6]).round()
     image = Image.new("RGB", image_size)
     image.paste((255, 255, 255), tuple(int(side) for side in box))
-    seen = np.argwhere(evaluation_crop(image, size)[..., 0] > 127)
-    [moved] = boxes_after_crop(box[None], image_size, size)
+    seen = np.argwhere(preprocessing.fit(image, size)[..., 0] > 127)
+    [moved] = preprocessing.fit_boxes(box[None], image_size, size)
     expected = [*seen.min(0)[::-1], *(seen.max(0)[::-1] + 1)]
     np.testing.assert_allclose(moved, expected, atol=1)
 
 
 def test_boxes_outside_of_the_crop_are_left_out():
     boxes = np.array([[0, 0, 20, 50], [10, 10, 60, 20], [180, 0, 200, 50.0]])  # the crop has columns 50 to 150
-    assert boxes_after_crop(boxes, (200, 100), (50, 50)).tolist() == [[0, 5, 5, 10]]
+    assert Preprocessing().fit_boxes(boxes, (200, 100), (50, 50)).tolist() == [[0, 5, 5, 10]]
+    squashed = Preprocessing(resize="squash").fit_boxes(boxes, (200, 100), (50, 50))
+    assert squashed.tolist() == [[0, 0, 5, 25], [2.5, 5, 15, 10], [45, 0, 50, 25]]
 
 
 def colour_set(**changes):

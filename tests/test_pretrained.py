@@ -10,6 +10,8 @@ from PIL import Image
 import flair_jax
 from flair_jax import models, pretrained, state
 from flair_jax.convert import flax_files, torch_files
+from flair_jax.convert.tables import ConversionError
+from flair_jax.data.transforms import images
 
 INPUTS, OUTPUTS = load_golden("tiny_inputs.npz"), load_golden("tiny_outputs.npz")
 IMAGES, TOKENS = nhwc(INPUTS["images"]), INPUTS["tokens"]
@@ -167,3 +169,21 @@ def test_a_model_of_images_that_are_not_square(tmp_path):
         assert again.config["vision"]["image_size"] == (32, 48)
         np.testing.assert_array_equal(again.encode_image(images).local, first.encode_image(images).local)
         assert again.get_logits(images, TOKENS).shape == (2, 12)
+
+
+def test_a_model_brings_its_own_preprocessing(model, tmp_path):
+    """Pictures become its input in its own way, from Python and in an evaluation, and the way is saved with it."""
+    section = {**TINY, "preprocess": {"resize": "squash", "mean_std": "imagenet"}}
+    flax_files.write(tmp_path / "squash.safetensors", jax.device_get(model.params), section)
+    squash = flair_jax.load(tmp_path / "squash.safetensors")
+    picture = Image.linear_gradient("L").resize((100, 80)).convert("RGB")
+    pixels = images.squash(picture, 64)
+    expected = (pixels / 255.0 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    np.testing.assert_allclose(squash.preprocess(picture)[0], expected, atol=1e-5)
+    as_pixels, as_floats = (squash.encode_image(x) for x in (pixels[None], expected[None].astype(np.float32)))
+    np.testing.assert_allclose(as_pixels.pooled, as_floats.pooled, atol=1e-4)
+    crop = flair_jax.load(tmp_path / "squash.safetensors").model.clone(preprocessing=images.Preprocessing())
+    assert np.abs(models.create(TINY).preprocessing(pixels) - expected).max() > 0.01  # an older section: CLIP's way
+    assert crop.preprocessing == model.model.preprocessing != squash.model.preprocessing
+    with pytest.raises(ConversionError, match=r"model\.preprocess\.resize is 'crop', the file says 'squash'"):
+        flair_jax.load(tmp_path / "squash.safetensors", config={**section, "preprocess": {"resize": "crop"}})

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from flair_jax.data import scenes
+from flair_jax.data.transforms import regions
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
@@ -244,6 +245,13 @@ def test_shards_hold_the_scenes(tmp_path):
     assert fields["key"] == "000010003" and (fields["width"], fields["height"]) == (48, 48)
     assert fields["url"] == "scenes:train/9/13"
     assert [tuple(o["box"]) for o in fields["scene"]["objects"]] == [o.box for o in scene.objects]
+    found = regions.parse(fields)
+    assert len(found) == len(scene.objects) == len(see(scene, 48))
+    for number, (region, o) in enumerate(zip(found, see(scene, 48), strict=True), start=1):
+        rows, columns = np.nonzero(scene.masks["object"] == number)
+        seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        np.testing.assert_allclose(np.array(region.box) * 48, seen, atol=1)  # a thin tip fills less than half a pixel
+        assert re.fullmatch(f"{A}{o['size']} {o['colour']} {o['shape']}", region.description) and region.score is None
     picture = np.asarray(Image.open(io.BytesIO(content["000010003.jpg"])))
     assert np.abs(picture.astype(float) - scene.image).mean() < 4  # JPEG, noise
     masks = np.asarray(Image.open(io.BytesIO(content["000010003.masks.png"])))

@@ -21,6 +21,7 @@ from flair_jax.configs import scenes as scenes_config
 from flair_jax.data import scenes
 from flair_jax.lock import WorkdirInUse, WorkdirLock
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 ROOT = pathlib.Path(__file__).parents[1]
 SIZE = 40
 MODEL = dict(
@@ -133,40 +134,42 @@ def test_a_run_killed_and_resumed_equals_an_unbroken_one_bit_for_bit(tmp_path):
     assert "checkpoints/30" in str(sorted((broken / "checkpoints").iterdir()))
 
 
-def test_devices_and_sharding_do_not_change_a_run(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, shared_programs):
+    """The losses of a run on eight devices."""
+    return losses_of(tiny(), tmp_path_factory.mktemp("plain"))
+
+
+def losses_of(config, workdir):
+    """The losses of a run, a step each. Nothing is saved but the end."""
+    train.train({**config, "save_every": 1000}, workdir)
+    losses = [line["loss"] for line in metrics.read_json_lines(workdir)]
+    assert len(losses) == 6
+    return losses
+
+
+def test_devices_and_sharding_do_not_change_a_run(plain, tmp_path, monkeypatch):
     """One device, eight, and eight with the parameters split four ways."""
     create_mesh = train.sharding.create_mesh
-    train.train(tiny(mesh__data=8), tmp_path / "data")
-    train.train(tiny(mesh__data=2, mesh__fsdp=4), tmp_path / "fsdp")
+    fsdp = losses_of(tiny(mesh__data=2, mesh__fsdp=4), tmp_path / "fsdp")
     monkeypatch.setattr(train.sharding, "create_mesh", lambda data, fsdp: create_mesh(1, 1, jax.devices()[:1]))
-    train.train(tiny(), tmp_path / "one")
-    one, data, fsdp = (
-        [line["loss"] for line in metrics.read_json_lines(tmp_path / name)] for name in ("one", "data", "fsdp")
-    )
-    assert len(one) == 6
-    np.testing.assert_allclose(data, one, rtol=2e-5)
+    one = losses_of(tiny(), tmp_path / "one")
+    np.testing.assert_allclose(plain, one, rtol=2e-5)
     np.testing.assert_allclose(fsdp, one, rtol=2e-5)
 
 
-def test_packed_captions_and_crops_on_the_device_do_not_change_a_run(tmp_path):
+def test_packed_captions_and_crops_on_the_device_do_not_change_a_run(plain, tmp_path):
     """Rows of several captions, of several numbers, on eight devices; pixels to within a grey level."""
-    train.train(tiny(), tmp_path / "plain")
-    train.train(tiny(data__packing__row_length=20, data__packing__quantile=0.01), tmp_path / "packed")
-    train.train(tiny(data__pixels="device"), tmp_path / "device")
-    lines = {name: metrics.read_json_lines(tmp_path / name) for name in ("plain", "packed", "device")}
-    plain, packed, device = ([line["loss"] for line in lines[name]] for name in lines)
-    assert len(plain) == 6 and lines["packed"][-1]["truncated"] == 0
+    packed = losses_of(tiny(data__packing__row_length=20, data__packing__quantile=0.01), tmp_path / "packed")
+    assert metrics.read_json_lines(tmp_path / "packed")[-1]["truncated"] == 0
     np.testing.assert_allclose(packed, plain, rtol=2e-5)
-    np.testing.assert_allclose(device, plain, rtol=1e-3)
+    np.testing.assert_allclose(losses_of(tiny(data__pixels="device"), tmp_path / "device"), plain, rtol=1e-3)
 
 
-def test_micro_batches_do_not_change_a_run(tmp_path):
+def test_micro_batches_do_not_change_a_run(plain, tmp_path):
     """On eight devices with two images each; the packed rows of a device are made even."""
-    train.train(tiny(), tmp_path / "whole")
-    train.train(tiny(model__micro_batches=2, data__packing__row_length=20), tmp_path / "parts")
-    whole, parts = ([line["loss"] for line in metrics.read_json_lines(tmp_path / name)] for name in ("whole", "parts"))
-    assert len(whole) == 6
-    np.testing.assert_allclose(parts, whole, rtol=2e-5)
+    parts = losses_of(tiny(model__micro_batches=2, data__packing__row_length=20), tmp_path)
+    np.testing.assert_allclose(parts, plain, rtol=2e-5)
 
 
 def test_a_large_parameter_is_split_over_fsdp():

@@ -184,14 +184,18 @@ class Classification(Data):
       labels: int (I,), the class of each image; or bool (I, C), several classes each.
       classes: C classes, each with its name or names (synonyms); the first one stands in reports.
       templates: prompts in which `{c}` stands for the name of a class.
+      counted: of several classes, bool (I, C), which images count for a class; None: all of them.
     """
 
     labels: np.ndarray
     classes: Sequence[tuple[str, ...]]
     templates: Sequence[str]
+    counted: np.ndarray | None = None
 
     def keep(self, present: np.ndarray) -> Self:
-        return dataclasses.replace(self, pictures=self._renumbered(present)[0], labels=self.labels[present])
+        counted = None if self.counted is None else self.counted[present]
+        pictures = self._renumbered(present)[0]
+        return dataclasses.replace(self, pictures=pictures, labels=self.labels[present], counted=counted)
 
     def counts(self) -> dict[str, int]:
         return super().counts() | {"classes": len(self.classes)}

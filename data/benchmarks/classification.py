@@ -32,6 +32,7 @@ from flair_jax.data.benchmarks.base import (
     inside,
     read_text,
 )
+from flair_jax.data.benchmarks.json_files import field, read_json_lines
 from flair_jax.data.benchmarks.shards import RecordPicture
 from flair_jax.data.sources import array_record
 from flair_jax.data.sources.base import ShardError
@@ -67,6 +68,7 @@ _RESISC = "resisc45/NWPU-RESISC45|NWPU-RESISC45|resisc45"
 _COUNTRY = "country211/test|country211/country211/test"
 _SST2 = "rendered-sst2/test|renderedsst2/rendered-sst2/test"
 _GTSRB = "gtsrb|GTSRB"
+_MEMES = "hateful_memes/data|hateful_memes"
 _COCO = "coco/annotations/instances_val2017.json|coco/instances_val2017.json"
 
 
@@ -97,6 +99,9 @@ class RawPicture(Picture):
 def _in(folders: str, *names: str) -> str:
     """Any of the names in any of the folders."""
     return "|".join(f"{folder}/{name}" for folder in folders.split("|") for name in names)
+
+
+_MEMES_ROWS = _in(_MEMES, "dev_seen.jsonl", "dev.jsonl")  # the same rows in both phases of the challenge
 
 
 def _data(
@@ -467,6 +472,18 @@ def _read_places365(root: pathlib.Path) -> Classification:
     return _data(find_folder(path.parent, "val_256|val_large"), path, rows, classes, prompts.templates("sun397"))
 
 
+def _read_hateful_memes(root: pathlib.Path) -> Classification:
+    """The 500 memes of the challenge's development set, as ELEVATER and CLIP's paper take them; the test set had no
+    labels. The text of a meme is part of its image.
+    """
+    path = find(root, _MEMES_ROWS)
+    rows = []
+    for number, row in enumerate(read_json_lines(path), 1):
+        where = f"{path} record {number}"
+        rows.append((field(row, "img", str, where), field(row, "label", int, where)))
+    return _data(path.parent, path, rows, [("meme",), ("hatespeech meme",)], ("a {c}.",))
+
+
 def _read_gtsrb(root: pathlib.Path) -> Classification:
     path = find(root, _in(_GTSRB, "GT-final_test.csv"))
     try:
@@ -771,6 +788,12 @@ BENCHMARKS = (
             File(_in(_GTSRB, "Final_Test/Images", "GTSRB/Final_Test/Images")),
         ),
         *("https://benchmark.ini.rub.de/gtsrb_news.html", "CC0"),
+    ),
+    _entry(
+        *("hateful_memes", "Hateful Memes, development set", _read_hateful_memes, 500, 2),
+        (File(_MEMES_ROWS, 500, lambda path: len(read_json_lines(path))), File(_in(_MEMES, "img"))),
+        *("https://hatefulmemeschallenge.com", "Hateful Memes licence of Meta, research only"),
+        metric="roc_auc",
     ),
     _entry(
         *("coco_objects", "COCO val2017, categories of objects", _read_coco, 5_000, 80),

@@ -1,6 +1,9 @@
-"""Two images and two texts: Winoground, EqBen, COLA and COCO-Counterfactuals; SPEC's choices in both directions."""
+"""Two images and two texts: Winoground, EqBen, COLA and COCO-Counterfactuals; COLA's single objects; SPEC's choices in
+both directions.
+"""
 
 import dataclasses
+import functools
 import io
 import pathlib
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from flair_jax.data.benchmarks.base import (
     AnnotationError,
     Benchmark,
     Choice,
+    Classification,
     File,
     Picture,
     Published,
@@ -97,11 +101,80 @@ def _four(row: list[str], where: str) -> list[str]:
     return row
 
 
+COLA_PARTS = ("GQA", "CLEVR", "PACO")
+# Where the images of the parts are beside `COLA_IMAGES`.
+COLA_PART_IMAGES = {
+    "GQA": (),
+    "CLEVR": ("clevr/images/val", "clevr/CLEVR_v1.0/images/val", "CLEVR_v1.0/images/val"),
+    "PACO": tuple(f"coco/{folder}{split}" for folder in ("images/", "") for split in ("val2017", "train2017")),
+}
+
+
+def _cola_single(part: str) -> str:
+    return "|".join(f"cola/{folder}COLA_singleobjects_benchmark_{part}.json" for folder in ("data/", ""))
+
+
+def read_cola_single(root: pathlib.Path, part: str) -> Classification:
+    """COLA's single objects with attributes ("square white plate"): which of all of them are in an image?
+
+    The names of the classes, and rows [image, its objects, 0 or 1 for each class, 0 or 1 for each class], as an object
+    of `labels` and `data` or a list of both; some rows leave out the objects. The second vector says for which classes
+    the image is hard, with something square, white or a plate in it: for them alone it counts, as in the paper.
+    """
+    file = find(root, _cola_single(part))
+    content = read_json(file)
+    if isinstance(content, list) and len(content) == 2:
+        content = dict(zip(("labels", "data"), content, strict=True))
+    names = texts_of(field(content, "labels", list, str(file)), f"{file}: 'labels'")
+    pictures, vectors = [], []
+    for number, row in enumerate(field(content, "data", list, str(file))):
+        where = f"{file}: 'data'[{number}]"
+        if len(typed(row, list, where)) not in (3, 4):
+            raise AnnotationError(f"{where} has {len(row)} entries; expected image, objects, classes, hard classes")
+        name = typed(row[0], str, where).rpartition("/")[2]  # the folders are those of the authors' machine
+        if part == "GQA":
+            pictures.append(compositional.visual_genome(root, name, file, *COLA_IMAGES))
+        else:
+            folders = [*COLA_PART_IMAGES[part], *COLA_IMAGES]
+            pictures.append(compositional.locate(root, folders, name, file))
+        vectors.append([_flags(vector, len(names), where) for vector in row[-2:]])
+    if len(set(pictures)) < len(pictures) or not pictures:
+        raise AnnotationError(f"{file}: {len(pictures)} images, of which {len(set(pictures))} differ")
+    labels, counted = np.array(vectors).transpose(1, 0, 2)
+    return Classification(pictures, labels, [(name,) for name in names], ("{c}",), counted)
+
+
+def _flags(vector: Any, classes: int, where: str) -> np.ndarray:
+    if not isinstance(vector, list) or len(vector) != classes or not all(flag in (0, 1) for flag in vector):
+        raise AnnotationError(f"{where}: {str(vector)[:40]}; expected 0 or 1 for each of {classes} classes")
+    return np.array(vector, bool)
+
+
+def _cola_single_entry(part: str, licence: str, classes: int | None) -> Benchmark:
+    folders = (*COLA_IMAGES, *COLA_PART_IMAGES[part])
+    return Benchmark(
+        name=f"cola_single_{part.lower()}",
+        task="classification",
+        title=f"COLA (single objects, {part})",
+        files=(File(_cola_single(part), None, _count_cola_single), File("|".join(folders))),
+        read=functools.partial(read_cola_single, part=part),
+        classes=classes,
+        licence=f"MIT; images: {licence}",
+        source="https://github.com/arijitray1993/COLA",
+    )
+
+
+def _count_cola_single(path: pathlib.Path) -> int:
+    content = read_json(path)
+    return len(content["data"] if isinstance(content, dict) else content[1])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # EqBen
 
 EQBEN = "eqben/private_info_global.json|eqben/ann/private_info_global.json|eqben/annotation.json"
-EQBEN_IMAGES = ("eqben/images", "eqben/image", "eqben")
+EQBEN += "|eqben/eqben_subset_10percent_final.json"  # a tenth of it, with images of its own
+EQBEN_IMAGES = ("eqben/images", "eqben/image", "eqben/image_subset", "eqben")
 # Folder of a subset's images -> group and size.
 EQBEN_PARTS = {
     "eqbenyoucook2": ("eqbenyoucook2", 45_849),
@@ -224,7 +297,7 @@ BENCHMARKS = (
         name="eqben",
         task="choice",
         title="EqBen",
-        files=(File(EQBEN), File("|".join(EQBEN_IMAGES[:2]))),
+        files=(File(EQBEN), File("|".join(EQBEN_IMAGES[:-1]))),
         read=read_eqben,
         items=sum(size for _, size in EQBEN_PARTS.values()),
         licence="see the source; images: of their own sources",
@@ -241,6 +314,9 @@ BENCHMARKS = (
         licence="MIT; images: Visual Genome",
         source="https://github.com/arijitray1993/COLA",
     ),
+    _cola_single_entry("GQA", "Visual Genome", 320),
+    _cola_single_entry("CLEVR", "CC-BY-4.0", None),
+    _cola_single_entry("PACO", "COCO", None),
     Benchmark(
         name="coco_counterfactuals",
         task="choice",

@@ -128,7 +128,7 @@ def read_entities(root: pathlib.Path, split: str) -> Pointing:
     for key in read_text(listed).split():
         picture = inside(folder, f"{key}.jpg", listed)
         boxes_file = annotations / f"{key}.xml"
-        size, boxes = _entity_boxes(boxes_file)
+        size, boxes = entity_boxes(boxes_file)
         found = {}
         for entity, _, phrase in PHRASE.findall(read_text(sentences / f"{key}.txt")):
             if entity in boxes:
@@ -138,7 +138,7 @@ def read_entities(root: pathlib.Path, split: str) -> Pointing:
     return builder.build(listed)
 
 
-def _entity_boxes(file: pathlib.Path) -> tuple[tuple[int, int], dict[str, list[Box]]]:
+def entity_boxes(file: pathlib.Path) -> tuple[tuple[int, int], dict[str, list[Box]]]:
     """Width and height of the image, and the boxes of each entity, right and bottom outside.
 
     Raises:

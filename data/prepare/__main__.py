@@ -1,22 +1,28 @@
 """Command line: `python -m flair_jax.data.prepare RELEASE …`; data/README.md has the commands of every release.
 
-`python -m flair_jax.data.prepare annotate …` annotates the captions of finished shards for hard negatives.
+`python -m flair_jax.data.prepare annotate …` annotates the captions of finished shards for hard negatives, and
+`python -m flair_jax.data.prepare annotate regions …` finds described boxes in their pictures.
 """
 
 import argparse
 import codecs
+import dataclasses
 import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 
-from flair_jax.data.prepare import annotate, atomic, inputs, job, releases, report, rows, runner, shards
+from flair_jax.data.prepare import annotate, atomic, boxes, detect, inputs, job, releases, report, rows, runner, shards
 from flair_jax.data.sources.base import ShardError
 from flair_jax.data.sources.open import expand, open_source
 from flair_jax.data.transforms.captions import SPLITTINGS
 
-ANNOTATE = "annotate"
+ANNOTATE, ANNOTATE_REGIONS = "annotate", "annotate regions"
 PARTNERS = {"cc3m": "json", "captioned": "txt"}  # releases whose captions are in the tars, and where
+# Options of a release that name more files of captions or boxes.
+BOX_FILES = {"coco": ("regions",), "grain": ("mllm_captions", "boxes")}
+WHOLE = ("pixelprose", "captioned", "negclip", "grain", "visual_genome", "grit")  # releases whose captions stay whole
 
 
 def main(arguments: list[str]) -> None:
@@ -24,28 +30,36 @@ def main(arguments: list[str]) -> None:
     if "--" in arguments:
         separator = arguments.index("--")
         own, flags = arguments[:separator], arguments[separator + 1 :]
+    if own[:2] == ANNOTATE_REGIONS.split():
+        own = [ANNOTATE_REGIONS, *own[2:]]
     options = _parser().parse_args(own)
     if options.runner != runner.LOCAL and options.workers is not None:
         raise atomic.PrepareError("--workers is for the local runner; configure others by Beam's own flags after `--`")
     if options.runner == runner.LOCAL and flags:
         raise atomic.PrepareError(f"flags for Beam ({' '.join(flags)}) need a --runner that they are for")
-    workers = options.workers or os.cpu_count() or 1
+    cores = 1 if options.release == ANNOTATE_REGIONS else os.cpu_count()  # PyTorch uses all of them by itself
+    workers = options.workers or cores or 1
     run = runner.Options(options.runner, workers, flags)
-    if options.release == ANNOTATE:
-        found = open_source(expand(options.shards), options.index_dir).shards  # the files of a TFDS data set, too
-        how = options.fields, options.splitting, options.wordnet, options.index_dir
-        work = annotate.Annotate(tuple(dict.fromkeys(found)), options.output, *how)
-        print(annotate.summary(annotate.annotate(work, run), work))
+    if options.release in (ANNOTATE, ANNOTATE_REGIONS):
+        work = _annotation(options)
+        print(work.summary(annotate.annotate(work, run)))
         return
     info = job.prepare(_job(options), run)
     print(report.table(info))
     print(f"\ntrain with --config.data.shards='{os.path.join(os.path.abspath(options.output), info['pattern'])}'")
 
 
+def _annotation(options: argparse.Namespace) -> annotate.Annotate | detect.Detect:
+    found = open_source(expand(options.shards), options.index_dir).shards  # the files of a TFDS data set, too
+    kind = annotate.Annotate if options.release == ANNOTATE else detect.Detect
+    names = {field.name for field in dataclasses.fields(kind)} - {"shards"}
+    return kind(tuple(dict.fromkeys(found)), **{name: getattr(options, name) for name in names})
+
+
 def _job(options: argparse.Namespace) -> job.Job:
     work = options.work or os.path.join(options.output, ".prepare")
-    captions = getattr(options, "captions", None)  # those of PARTNERS have none
-    captions = tuple(expand(captions)) if captions else ()
+    names = ("captions", *BOX_FILES.get(options.release, ()))
+    captions = tuple(file for name in names for file in _files(getattr(options, name, None)))  # PARTNERS have none
     if releases.RELEASES[options.release].images == "folder":
         images = inputs.list_folder(options.images, pathlib.Path(work) / "listing")
     else:
@@ -67,12 +81,22 @@ def _job(options: argparse.Namespace) -> job.Job:
     )
 
 
+def _files(patterns: list[str] | None) -> list[str]:
+    return expand(patterns) if patterns else []
+
+
 def _reader(options: argparse.Namespace) -> dict:
     """Arguments of the release's reader of captions."""
     if options.release == "pixelprose":
         return {"original": options.original_caption}
     if options.release == "negclip":
         return {}
+    if options.release == "grain":
+        return {"mllm": _files(options.mllm_captions), "boxes": _files(options.boxes)}
+    if options.release == "visual_genome":
+        return {"image_data": options.image_data}
+    if options.release == "grit":
+        return {"phrases": options.phrases}
     if options.release == "captioned":
         names = ("partner", "encoding", "caption_key", "text_folder")
         return {name: getattr(options, name) for name in names}
@@ -84,6 +108,7 @@ def _reader(options: argparse.Namespace) -> dict:
     if options.release == "flickr30k":
         names = options.images_list and rows.read_lines(options.images_list, rows.Text(options.encoding))
         reader |= {"part": options.part, "names": names and sorted(name.removesuffix(".jpg") for name in names)}
+        reader |= {"entities": options.entities}
     return reader
 
 
@@ -111,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
             what = "; without it the captions are taken from the tars' json" if own else ""
             add("--captions", nargs="+", required=not own, metavar="FILES", help="caption files" + what)
         add("--encoding", type=encoding, default="utf-8", help="of caption files and txt; json in tars is always UTF-8")
-        if name in ("dreamlip", "pixelprose", "folder", "negclip"):
+        if name in ("dreamlip", "pixelprose", "folder", "negclip", "grain", "grit"):
             add(
                 "--delimiter",
                 type=delimiter,
@@ -140,7 +165,20 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="FILE",
                 help="the images to keep, one a line; needed for .token files",
             )
-        if name not in ("pixelprose", "captioned", "negclip"):  # whose captions stay whole
+            what = "folder of Flickr30k Entities, with Annotations and Sentences, for regions"
+            add("--entities", type=path, metavar="FOLDER", help=what)
+        if name == "coco":
+            what = "instances_*.json or panoptic_*.json, for regions described by their category"
+            add("--regions", nargs="+", default=[], metavar="FILES", help=what)
+        if name == "grain":
+            add("--mllm-captions", nargs="+", default=[], metavar="FILES", help="captions_cc12m_pooled.json")
+            add("--boxes", nargs="+", default=[], metavar="FILES", help="bboxes_cc12m_pooled.json")
+        if name == "visual_genome":
+            add("--image-data", required=True, type=path, metavar="FILE", help="image_data.json, which has the sizes")
+        if name == "grit":
+            what = "which phrases are the descriptions; default: the longer ones"
+            add("--phrases", choices=boxes.PHRASES, default=boxes.PHRASES[0], help=what)
+        if name not in WHOLE:
             add("--splitting", choices=tuple(SPLITTINGS), default="every_stop", help="rule that splits captions")
         add("--output", required=True, type=path, metavar="FOLDER", help="for the shards")
         add("--prefix", type=file_name, help="of the shards' names; default: the release")
@@ -172,7 +210,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_runner(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workers", type=positive_number, help="processes of the local runner; default: one a core")
+    command.add_argument(
+        "--workers", type=positive_number, help="processes of the local runner; default: one a core, for regions one"
+    )
     command.add_argument("--runner", default=runner.LOCAL, help="a runner of Apache Beam; its flags follow after `--`")
 
 
@@ -180,15 +220,33 @@ def _add_annotate(commands) -> None:
     what = (
         "parse the captions of shards, for hard negatives; needs spaCy and WordNet: pip install 'flair_jax[negatives]'"
     )
-    command = commands.add_parser(ANNOTATE, help=what, description=what)
+    add = _add_annotation(commands, ANNOTATE, what, ["caption"], "whole")
+    add("--wordnet", type=path, metavar="FOLDER", help="of WordNet 3.0's files; default: where it is installed")
+    what = "find boxes for descriptions in shards by OWLv2; needs PyTorch: pip install 'flair_jax[regions]'"
+    add = _add_annotation(commands, ANNOTATE_REGIONS, what, list(detect.FIELDS), "sentences")
+    what = "what describes a region: the texts themselves, or the noun phrases in them, for which spaCy is needed"
+    add("--phrases", choices=(detect.SENTENCES, detect.NOUN_PHRASES), default=detect.SENTENCES, help=what)
+    what = f"descriptions of an image, the first ones; default: {detect.COUNT}"
+    add("--count", type=positive_number, default=detect.COUNT, metavar="N", help=what)
+    add("--model", default=detect.MODEL, metavar="NAME", help=f"or folder of an OWLv2; default: {detect.MODEL}")
+    what = f"smallest score of a box; default: {detect.THRESHOLD}"
+    add("--threshold", type=float, default=detect.THRESHOLD, metavar="SCORE", help=what)
+    add("--batch", type=positive_number, default=8, metavar="IMAGES", help="that the detector sees at once")
+    add("--device", metavar="NAME", help="PyTorch's, such as cuda:0; default: an accelerator where there is one")
+
+
+def _add_annotation(commands, name: str, what: str, fields: list[str], splitting: str) -> Callable:
+    command = commands.add_parser(name, help=what, description=what)
     add = command.add_argument
     add("--shards", nargs="+", required=True, metavar="SHARDS", help="as in --config.data.shards")
-    add("--fields", nargs="+", default=["caption"], help="as in --config.data.captions.fields")
-    add("--splitting", choices=tuple(SPLITTINGS), default="whole", help="as in --config.data.captions.splitting")
-    add("--output", type=path, metavar="FOLDER", help="for the annotations; default: beside the shards")
-    add("--wordnet", type=path, metavar="FOLDER", help="of WordNet 3.0's files; default: where it is installed")
+    what = f"as in --config.data.captions.fields; default: {' '.join(fields)}"
+    add("--fields", nargs="+", default=fields, help=what)
+    what = f"as in --config.data.captions.splitting; default: {splitting}"
+    add("--splitting", choices=tuple(SPLITTINGS), default=splitting, help=what)
+    add("--output", type=path, metavar="FOLDER", help="for the files; default: beside the shards")
     add("--index-dir", type=path, metavar="FOLDER", help="where indexes of shards are kept; default: beside them")
     _add_runner(command)
+    return add
 
 
 def path(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Annotates the captions of shards for hard negatives, once: `SHARD.annotations`, which training reads.
+"""Annotates shards once, in a file beside each: captions for hard negatives, `SHARD.annotations`; regions in `detect`.
 
 Each shard is one piece of work on Apache Beam. A file that is there, for the same shard and made in the same way, is
 kept; so an interrupted run goes on where it was, and of a growing set only the new shards are read.
@@ -12,23 +12,48 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 from flair_jax.data.prepare import atomic, parses, report, runner
 from flair_jax.data.prepare.atomic import InputError, PrepareError
 from flair_jax.data.sources import files
 from flair_jax.data.sources.base import RecordError, ShardError
 from flair_jax.data.sources.open import open_source
-from flair_jax.data.transforms import annotations, captions
+from flair_jax.data.transforms import annotations, captions, side_files
 from flair_jax.data.transforms.base import SampleError, parse
 from flair_jax.data.transforms.negatives import Annotation
 
 PROGRESS_EVERY = 64  # captions
 
 
+class Job(Protocol):
+    """What `annotate` does to each of some shards.
+
+    Attributes:
+      shards: paths of the shards.
+      output: folder of the side files; None: beside the shards.
+      index_dir: see `open_source`.
+      kind: of the side files.
+      title: of the progress bar.
+    """
+
+    shards: Sequence[str]
+    output: str | None
+    index_dir: str | None
+    kind: side_files.Kind
+    title: str
+
+    def about(self, shard: str) -> dict[str, Any]:
+        """What the side file of a shard depends on; one that says the same is kept."""
+
+    def write(self, target: pathlib.Path, shard: str, about: dict, tally: report.Tally, advance: Callable) -> None:
+        """Writes the side file of a shard, counts, and calls `advance` with the samples that are done."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Annotate:
-    """What to annotate, and how.
+    """The captions to annotate for hard negatives, and how; a `Job`.
 
     Attributes:
       shards: paths of the shards.
@@ -45,8 +70,10 @@ class Annotate:
     wordnet: str | None = None
     index_dir: str | None = None
 
-    def about(self, shard: str) -> dict:
-        """What the file of a shard's annotations depends on, for `annotations.write`."""
+    kind = annotations.KIND
+    title = "annotations"
+
+    def about(self, shard: str) -> dict[str, Any]:
         source = open_source([shard], self.index_dir)
         parser, words = _annotators(self.wordnet)
         return {
@@ -57,6 +84,20 @@ class Annotate:
             "versions": f"{parser.version}; {words.version}",
         }
 
+    def write(self, target: pathlib.Path, shard: str, about: dict, tally: report.Tally, advance: Callable) -> None:
+        annotations.write(target, _annotations(self, shard, tally, advance), about)
+
+    def summary(self, tally: report.Tally) -> str:
+        """The closing lines."""
+        lines = [f"{tally.read:,} captions of {len(self.shards)} shards annotated in this run", *report.reasons(tally)]
+        fields = "".join(f"{json.dumps(field)}, " for field in self.fields).strip()
+        lines.append(
+            f"\ntrain with --config.data.captions.fields='({fields})' --config.data.captions.splitting={self.splitting}"
+        )
+        if self.output is not None:
+            lines.append(f"  --config.data.negatives.annotations={os.path.abspath(self.output)}")
+        return "\n".join(lines)
+
 
 @functools.cache
 def _annotators(wordnet: str | None) -> tuple[parses.Parser, parses.WordNet]:
@@ -64,20 +105,20 @@ def _annotators(wordnet: str | None) -> tuple[parses.Parser, parses.WordNet]:
     return parses.Parser(), parses.WordNet(wordnet)
 
 
-def annotate(job: Annotate, options: runner.Options) -> report.Tally:
-    """Does what remains to be done, and returns the counts of this run: of captions, and of records without one.
+def annotate(job: Job, options: runner.Options) -> report.Tally:
+    """Does what remains to be done, and returns the counts of this run.
 
     Raises:
-      PrepareError: spaCy or WordNet is not installed, or a file cannot be read or written.
+      PrepareError: what the job needs is not installed, or a file cannot be read or written.
     """
-    targets = {shard: annotations.path(shard, job.output) for shard in job.shards}
+    targets = {shard: side_files.path(shard, job.output, job.kind) for shard in job.shards}
     if len(set(targets.values())) < len(targets):
         raise InputError(f"several shards of one name would share a file in {job.output}: annotate each set on its own")
     for target in map(pathlib.Path, targets.values()):
         target.parent.mkdir(parents=True, exist_ok=True)
         for partial in target.parent.glob(f".{glob.escape(target.name)}.*{files.PARTIAL}"):  # of a killed run
             partial.unlink(missing_ok=True)
-    pending = {shard: about for shard in targets if (about := job.about(shard)) != _done(targets[shard])}
+    pending = {shard: about for shard in targets if (about := job.about(shard)) != _done(targets[shard], job.kind)}
     if not pending:
         return report.Tally()
     work = pathlib.Path(os.path.dirname(next(iter(targets.values()))), f".annotate-{_digest(job)}")
@@ -89,33 +130,32 @@ def annotate(job: Annotate, options: runner.Options) -> report.Tally:
             for number, (shard, about) in enumerate(pending.items())
         ]
         run = functools.partial(_annotate_shard, job, work)
-        runner.run(run, pieces, work, "annotations", " samples", options)
+        runner.run(run, pieces, work, job.title, " samples", options)
         return report.Tally.total(atomic.read_json(path) for path in sorted(work.glob("*.json")))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _digest(job: Annotate) -> str:
-    return hashlib.sha256(repr((list(job.shards), job.output)).encode()).hexdigest()[:8]
+def _digest(job: Job) -> str:
+    return hashlib.sha256(repr((job.title, list(job.shards), job.output)).encode()).hexdigest()[:8]
 
 
-def _done(target: str) -> dict | None:
+def _done(target: str, kind: side_files.Kind) -> dict | None:
     """What a finished file says of itself."""
     try:
-        about = annotations.read_about(target)
+        about = side_files.read_about(target, kind)
     except (OSError, ShardError):  # missing or damaged: it is made again
         return None
-    return {name: value for name, value in about.items() if name not in ("schema", "captions")}
+    return {name: value for name, value in about.items() if name not in ("schema", kind.counted)}
 
 
-def _annotate_shard(job: Annotate, work: pathlib.Path, piece: tuple) -> None:
+def _annotate_shard(job: Job, work: pathlib.Path, piece: tuple) -> None:
     number, shard, about = piece
-    name, target = f"{number:05d}", pathlib.Path(annotations.path(shard, job.output))
+    name, target = f"{number:05d}", pathlib.Path(side_files.path(shard, job.output, job.kind))
     tally = report.Tally()
     try:
         with atomic.replacing(target) as temporary:
-            advance = functools.partial(runner.advance, work, name)
-            annotations.write(temporary, _annotations(job, shard, tally, advance), about)
+            job.write(temporary, shard, about, tally, functools.partial(runner.advance, work, name))
     except ShardError as error:
         raise PrepareError(str(error)) from error
     atomic.write_json(work / f"{name}.json", tally.to_json())
@@ -144,15 +184,3 @@ def _captions(job: Annotate, shard: str, tally: report.Tally, advance) -> Iterat
                 seen.add(caption)
                 tally.read += 1
                 yield caption
-
-
-def summary(tally: report.Tally, job: Annotate) -> str:
-    """The closing lines."""
-    lines = [f"{tally.read:,} captions of {len(job.shards)} shards annotated in this run", *report.reasons(tally)]
-    fields = "".join(f"{json.dumps(field)}, " for field in job.fields).strip()
-    lines.append(
-        f"\ntrain with --config.data.captions.fields='({fields})' --config.data.captions.splitting={job.splitting}"
-    )
-    if job.output is not None:
-        lines.append(f"  --config.data.negatives.annotations={os.path.abspath(job.output)}")
-    return "\n".join(lines)

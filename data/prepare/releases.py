@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 
-from flair_jax.data.prepare import rows
+from flair_jax.data.prepare import boxes, rows
 from flair_jax.data.transforms.captions import CaptionError
 
 URL_FIELDS = ("url", "downloadurl")  # img2dataset's and pixparse's; YFCC's
@@ -95,6 +95,20 @@ RELEASES = {
     ),
     "negclip": Release("COCO's images with NegCLIP's captions and hard negatives", "folder", merged=True),
     "flickr30k": Release("Flickr30k's training images and their five captions each", "folder", merged=True),
+    "grain": Release("images with GRAIN's three files: web captions, an MLLM's captions, boxes", "folder", merged=True),
+    "visual_genome": Release("Visual Genome's images and their described regions", "folder"),
+    "grit": Release("GRIT's web images, whose captions' phrases have boxes, joined by URL", "tars"),
+}
+READERS = {
+    "dreamlip": rows.dreamlip,
+    "pixelprose": rows.pixelprose,
+    "folder": rows.table,
+    "coco": boxes.coco,
+    "negclip": rows.negclip,
+    "flickr30k": boxes.flickr30k,
+    "grain": boxes.grain,
+    "visual_genome": boxes.visual_genome,
+    "grit": boxes.grit,
 }
 
 
@@ -108,10 +122,17 @@ def url_of(text: bytes) -> str:
 
 
 def combined(captions: list[dict], merged: bool) -> dict:
-    """The captions of an image from those of its rows."""
+    """The captions and regions of an image from those of its rows."""
     if not merged or len(captions) == 1:
         return captions[0]
-    return {field: [sentence for row in captions for sentence in row[field]] for field in captions[0]}
+    found: dict = {}
+    for row in captions:
+        for field, value in row.items():
+            if field not in found:
+                found[field] = value
+            elif isinstance(value, list):  # of several texts the first one counts
+                found[field] = found[field] + value
+    return found
 
 
 def _object(text: bytes) -> Mapping:

@@ -11,7 +11,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from flair_jax.data.prepare.atomic import InputError
 from flair_jax.data.transforms.captions import FIELDS, CaptionError, field_sentences, split, written_list
@@ -33,10 +33,10 @@ NOT_WANTED = "not in the chosen part"
 
 
 class Row(NamedTuple):
-    """The captions of one image, by field, and what the image is found by."""
+    """The captions and regions of one image, by field, and what the image is found by."""
 
     key: str
-    captions: dict[str, list[str] | str]
+    captions: dict[str, list | str]
 
 
 class LeftOut(NamedTuple):
@@ -44,6 +44,7 @@ class LeftOut(NamedTuple):
 
     reason: str  # which is counted
     detail: str = ""  # of this row, for an example
+    part: bool = False  # whether it is a part of a row, the rest of which is used
 
 
 class Text(NamedTuple):
@@ -132,7 +133,7 @@ def _row(key, captions_of: Callable[..., dict], *arguments, detail: str = "") ->
 def dreamlip(path: str, progress: Progress, text: Text, splitting: str) -> Rows:
     """DreamLIP's CSV: the URL in "Image Path", and the seven caption columns; cells may hold newlines and lists."""
     needed = ("Image Path", *FIELDS)
-    for cells in _table(path, progress, text, needed):
+    for cells in read_table(path, progress, text, needed):
         if isinstance(cells, LeftOut):
             yield cells
         else:
@@ -144,7 +145,7 @@ def dreamlip(path: str, progress: Progress, text: Text, splitting: str) -> Rows:
 def pixelprose(path: str, progress: Progress, text: Text, original: bool = False) -> Rows:
     """PixelProse's parquet or CSV: the URL in "url", the description in "vlm_caption"."""
     needed = ("url", "vlm_caption", *(["original_caption"] if original else []))
-    for cells in _table(path, progress, text, needed):
+    for cells in read_table(path, progress, text, needed):
         if isinstance(cells, LeftOut):
             yield cells
         else:
@@ -159,18 +160,17 @@ def table(
     The file of an image may have several rows and several columns; all captions are gathered as `raw_caption`.
     """
     needed = (image_column, *caption_columns)
-    for cells in _table(path, progress, text, needed):
+    for cells in read_table(path, progress, text, needed):
         if isinstance(cells, LeftOut):
             yield cells
         else:
             captions = _each(cells.get(column) for column in caption_columns)
-            key = _relative(cells.get(image_column))
+            key = relative(cells.get(image_column))
             yield _row(key, raw_captions, captions, splitting, detail=_missing_keys(cells, needed))
 
 
-def coco(path: str, progress: Progress, text: Text, splitting: str) -> Rows:
-    """COCO's captions_*.json, which is read as a whole (train2017: 92 MB)."""
-    content = _json(path, text)
+def coco_captions(path: str, content: Mapping, splitting: str) -> Rows:
+    """The content of COCO's captions_*.json."""
     try:
         names = {image["id"]: image["file_name"] for image in content["images"]}
         pairs = [(names.get(item["image_id"]), item["caption"]) for item in content["annotations"]]
@@ -190,11 +190,11 @@ def negclip(path: str, progress: Progress, text: Text) -> Rows:
     column `neg_image`, the rows of similar images, is not read.
     """
     needed = ("filepath", "title", "neg_caption")
-    for cells in _table(path, progress, text, needed):
+    for cells in read_table(path, progress, text, needed):
         if isinstance(cells, LeftOut):
             yield cells
         else:
-            key = _relative(cells.get("filepath"))
+            key = relative(cells.get("filepath"))
             key = key.removeprefix("coco/") if isinstance(key, str) else key
             yield _row(key, negclip_captions, cells, detail=_missing_keys(cells, needed))
 
@@ -213,7 +213,7 @@ def flickr30k(
       splitting: of the captions.
     """
     if path.endswith(".json"):
-        content = _json(path, text)
+        content = read_json(path, text)
         try:
             items = [
                 (item["filename"], item["split"], [sentence["raw"] for sentence in item["sentences"]])
@@ -241,7 +241,7 @@ def flickr30k(
 
 def _tokens(path: str, text: Text, part: str) -> Iterator[tuple[str, str, list[str]]]:
     """Lines of `IMAGE.jpg#NUMBER<tab>caption`; the lines of one image follow each other."""
-    with _open_text(path, text, _lines) as file:
+    with open_text(path, text, lines) as file:
         for number, line in enumerate(file, 1):
             match = re.fullmatch(r"([^#\t]+)#\d+\t(.*?)[\r\n]*", line)
             if match:
@@ -252,25 +252,15 @@ def _tokens(path: str, text: Text, part: str) -> Iterator[tuple[str, str, list[s
 
 def read_lines(path: str, text: Text) -> list[str]:
     """The lines of a text file without empty ones. Raises InputError, and OSError if it cannot be read."""
-    with _open_text(path, text, _lines) as file:
+    with open_text(path, text, lines) as file:
         return [stripped for line in file if (stripped := line.strip())]
-
-
-READERS = {
-    "dreamlip": dreamlip,
-    "pixelprose": pixelprose,
-    "folder": table,
-    "coco": coco,
-    "negclip": negclip,
-    "flickr30k": flickr30k,
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # File formats
 
 
-def _table(path: str, progress: Progress, text: Text, needed: Sequence[str]) -> Iterator[Mapping | LeftOut]:
+def read_table(path: str, progress: Progress, text: Text, needed: Sequence[str]) -> Iterator[Mapping | LeftOut]:
     """The rows of a file by the names of their columns, or why a row is left out."""
     ending = path.lower().rpartition(".")[2]
     if ending == "parquet":
@@ -286,7 +276,7 @@ def _table(path: str, progress: Progress, text: Text, needed: Sequence[str]) -> 
 
 def _csv(path: str, progress: Progress, text: Text, needed: Sequence[str]) -> Iterator[Mapping | LeftOut]:
     csv.field_size_limit(MAX_CELL)
-    with _open_text(path, text, _csv_rows) as file:
+    with open_text(path, text, csv_rows) as file:
         reader = csv.reader(file, delimiter=text.delimiter)
         try:
             header = next(reader, [])
@@ -322,7 +312,7 @@ def _parquet(path: str, progress: Progress, needed: Sequence[str]) -> Iterator[M
 
 
 def _json_lines(path: str, progress: Progress, text: Text) -> Iterator[Mapping | LeftOut]:
-    with _open_text(path, text, _lines) as file:
+    with open_text(path, text, lines) as file:
         for number, line in enumerate(file):
             if number % 1024 == 0:
                 progress(file.buffer.tell())
@@ -336,7 +326,7 @@ def _json_lines(path: str, progress: Progress, text: Text) -> Iterator[Mapping |
 
 
 def _json_table(path: str, text: Text, needed: Sequence[str]) -> Iterator[Mapping | LeftOut]:
-    content = _json(path, text)
+    content = read_json(path, text)
     if isinstance(content, dict):
         image_column, caption_column, *_ = needed
         content = [{image_column: image, caption_column: value} for image, value in content.items()]
@@ -346,10 +336,11 @@ def _json_table(path: str, text: Text, needed: Sequence[str]) -> Iterator[Mappin
         yield value if isinstance(value, dict) else LeftOut(BAD_OBJECT)
 
 
-def _json(path: str, text: Text):
-    with _open_text(path, text, _lines) as file:
+def read_json(path: str, text: Text, hook: Callable[[dict], Any] | None = None) -> Any:
+    """A file as a whole; `hook` may make every object smaller. Raises InputError."""
+    with open_text(path, text, lines) as file:
         try:
-            return json.load(file)
+            return json.load(file, object_hook=hook)
         except UnicodeDecodeError:
             raise
         except (ValueError, RecursionError) as error:
@@ -357,7 +348,7 @@ def _json(path: str, text: Text):
 
 
 @contextlib.contextmanager
-def _open_text(path: str, text: Text, rows_of: Callable[[TextIO, Text], Iterator[tuple[str, str]]]) -> Iterator[TextIO]:
+def open_text(path: str, text: Text, rows_of: Callable[[TextIO, Text], Iterator[tuple[str, str]]]) -> Iterator[TextIO]:
     """A text file. `rows_of` names the parts of the file, for the message about a byte that is no text.
 
     Raises:
@@ -399,11 +390,11 @@ def _undecodable(path: str, encoding: str) -> tuple[int, bytes]:
                 return stop, b""
 
 
-def _lines(file: TextIO, text: Text) -> Iterator[tuple[str, str]]:
+def lines(file: TextIO, text: Text) -> Iterator[tuple[str, str]]:
     return ((f"line {number}", line) for number, line in enumerate(file, 1))
 
 
-def _csv_rows(file: TextIO, text: Text) -> Iterator[tuple[str, str]]:
+def csv_rows(file: TextIO, text: Text) -> Iterator[tuple[str, str]]:
     """Rows are counted as in the table of reasons: without the header."""
     rows = enumerate(filter(None, csv.reader(file, delimiter=text.delimiter)))
     return ((f"row {number}" if number else "header", "\n".join(cells)) for number, cells in rows)
@@ -440,6 +431,6 @@ def _each(values: Iterable) -> Iterator:
             yield value
 
 
-def _relative(name):
+def relative(name):
     """`./a/b.jpg` is `a/b.jpg`; anything else stays, and matches nothing if it is no path inside of the folder."""
     return name.strip().removeprefix("./") if isinstance(name, str) else name

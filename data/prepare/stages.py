@@ -15,11 +15,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flair_jax.data.prepare import atomic, inputs, pictures, releases, report, rows, runner, shards
+from flair_jax.data.prepare import atomic, boxes, inputs, pictures, releases, report, rows, runner, shards
 from flair_jax.data.prepare.store import Store, Writer
 from flair_jax.data.sources import files
 from flair_jax.data.transforms.captions import CaptionError
-from flair_jax.data.transforms.images import ImageError
+from flair_jax.data.transforms.images import ImageError, stored_size
+from flair_jax.data.transforms.regions import FIELD as REGIONS
 
 LOOKUP = 1024  # captions held in memory at a time
 NO_CAPTION = "no captions for this image in the caption files"
@@ -70,10 +71,10 @@ def index_captions(job: Job, piece: tuple[int, list]) -> None:
     folder, name, path = job.folder("captions"), f"{number:05d}", job.captions[number]
     tally = report.Tally()
     advance = functools.partial(runner.advance, folder, name)
-    read = rows.READERS[job.release](path, advance, job.text, **job.reader)
+    read = releases.READERS[job.release](path, advance, job.text, **job.reader)
     with atomic.replacing(folder / f"{name}.rows") as temporary, Writer(folder, name, temporary) as writer:
         for row in atomic.reading(path, read):
-            tally.read += 1
+            tally.read += not (isinstance(row, rows.LeftOut) and row.part)
             if isinstance(row, rows.LeftOut):
                 tally.skip(row.reason, f"{path}, row {tally.read}" + (f": {row.detail}" if row.detail else ""))
             else:
@@ -140,7 +141,7 @@ def _with_captions(job: Job, unit: int, state: list, members: list, tally: repor
             continue
         found = open_store(job.folder("captions")).find([key for _, key in keyed])
         for (member, key), captions in zip(keyed, found, strict=True):
-            if captions is None:
+            if captions is None or all(row.keys() == {REGIONS} for row in captions.captions):
                 tally.skip(NO_CAPTION, f"{source} {member.name}: {key}")
             else:
                 yield member, key, captions.number
@@ -284,6 +285,8 @@ def _samples(job: Job, shard: int, slices: list, written: list) -> Iterator[shar
             captions = _captions(job, unit, state, members, [key for _, key, _ in batch])
             for member, (_, key, found), fields in zip(members, batch, captions, strict=True):
                 data = job.inputs.image(unit, state, member)
+                if job.upright and REGIONS in fields:
+                    fields = boxes.turned(fields, stored_size(data)[2])
                 picture = pictures.fit(data, pictures.Picture(b"", *found), job.resize, job.quality, job.upright)
                 content = {
                     **fields,

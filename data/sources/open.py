@@ -28,6 +28,7 @@ ENDINGS = {
     TFRECORD: r"\.tfrecords?(-\d+-of-\d+)?",
 }
 ANNOTATIONS_ENDING = ".annotations"  # of files beside shards, see `data.transforms.annotations`
+REGIONS_ENDING = ".regions"  # of others, see `data.transforms.region_files`
 LIST_ENDING = ".txt"  # of a text file that lists shards
 TFDS_MARK = "dataset_info.json"  # is in each folder of a data set of TensorFlow Datasets
 
@@ -173,7 +174,7 @@ def _find(name: str) -> list[str]:
 
 
 def _matches(name: str) -> list[str]:
-    beside = (INDEX_ENDING, ANNOTATIONS_ENDING)  # which `x.tar*` matches too
+    beside = (INDEX_ENDING, ANNOTATIONS_ENDING, REGIONS_ENDING)  # which `x.tar*` matches too
     return [path for path in files.find(name) if not path.endswith(beside)]
 
 

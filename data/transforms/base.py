@@ -16,7 +16,8 @@ import numpy as np
 from flair_jax.data.sources.base import Record
 
 TEXTS, VALID = "texts/", "valid/"
-CAPTIONS, NEGATIVES = "captions", "negatives"  # slots that objectives know, as "texts/captions"
+CAPTIONS, NEGATIVES, DESCRIPTIONS = "captions", "negatives", "descriptions"  # slots that objectives know: TEXTS + slot
+BOXES, BOXES_VALID, DESCRIPTION_IDS = "regions/boxes", "regions/valid", "regions/description_ids"
 
 
 class SampleError(ValueError):
@@ -65,7 +66,8 @@ class Transform(Protocol):
         C tokenised texts; beside it there may be `valid/NAME`, bool (C,), which of them are meant. Slots that
         objectives know: `texts/captions`, and after it `texts/negatives`, hard negatives of its first text, one of each
         kind of `config.data.negatives.kinds` in their order; one that does not exist is any text, such as the caption
-        itself, and `valid/negatives` says so.
+        itself, and `valid/negatives` says so; then `texts/descriptions`, of regions of the image, see
+        `transforms.regions`.
     """
 
     names: tuple[str, ...]

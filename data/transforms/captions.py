@@ -42,8 +42,11 @@ class CaptionError(SampleError):
 class CaptionOptions:
     """How the captions of an image are drawn. The defaults are FLAIR's; the others are its ablations and our repairs.
 
-    Captions of one sentence: `max_merged=1`. A fixed number of sentences: `min_merged` and `max_merged` alike. One
-    caption an image: `count=1`. Always the first sentence of the first field: `first=1, max_merged=1`.
+    A fair coin between two whole texts, as GRAIN draws the web's caption or an MLLM's: the two `fields`, `count=1`,
+    `max_merged=1`, `splitting="whole"`, and `join_fields=True` where shards hold them as lists of sentences. An image
+    that lacks one of them has the other. Captions of one sentence: `max_merged=1`. A fixed number of sentences:
+    `min_merged` and `max_merged` alike. One caption an image: `count=1`. Always the first sentence of the first field:
+    `first=1, max_merged=1`.
 
     Raises:
       ValueError: a value that is none of the allowed ones.
@@ -51,6 +54,7 @@ class CaptionOptions:
 
     fields: Sequence[str] = FIELDS
     splitting: str = "every_stop"  # of fields that are one string: a key of SPLITTINGS
+    join_fields: bool = False  # each field is one text: its sentences are joined and drawn as one
     first: int | None = None  # only the first so many sentences are drawn from; None: all
     count: int = 8  # K, captions per image
     min_merged: int = 1  # sentences a caption, at least
@@ -74,8 +78,20 @@ class CaptionOptions:
 
 
 def draw(record: Mapping, rng: random.Random, options: CaptionOptions) -> list[str]:
-    """The captions of one record: `sample` of its `sentences`. Raises CaptionError as they do."""
-    return sample(sentences(record, options.fields, options.splitting), rng, options)
+    """The captions of one record: `sample` of its `texts`. Raises CaptionError as they do."""
+    return sample(texts(record, options), rng, options)
+
+
+def texts(record: Mapping, options: CaptionOptions) -> list[str]:
+    """All that captions of a record are drawn from: its sentences, or with `join_fields` each field as one text.
+
+    Raises CaptionError as `sentences` does.
+    """
+    found = sentences(record, options.fields, options.splitting)
+    if not options.join_fields:
+        return found
+    by_field = [field_sentences(record.get(field), options.splitting, field) for field in options.fields]
+    return [join([*(sentence.rstrip(". ") for sentence in field[:-1]), field[-1]]) for field in by_field if field]
 
 
 def split(text: str) -> list[str]:

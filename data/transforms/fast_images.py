@@ -17,6 +17,7 @@ import simplejpeg
 from PIL import Image
 
 from flair_jax.data.transforms import images
+from flair_jax.data.transforms.images import AugmentationOptions
 
 try:
     import cykooz_resizer
@@ -48,15 +49,15 @@ def random_resized_crop(
     data: bytes,
     size: int | tuple[int, int],
     rng: random.Random,
-    scale: tuple[float, float] = (0.9, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    options: AugmentationOptions,
     upright: bool = False,
+    flip: bool = False,
 ) -> np.ndarray:
     """As `images.random_resized_crop`, from the file.
 
     Args:
       data: the bytes of a file of one of `images.FORMATS`.
-      size, rng, scale, ratio: see there.
+      size, rng, options, flip: see there.
       upright: see `images.decode`; photographs that have to be turned are decoded by Pillow.
 
     Returns:
@@ -66,7 +67,7 @@ def random_resized_crop(
       images.ImageError: see `images.decode` and `images.to_rgb`.
     """
     size = images.pair(size)
-    return _resize(_random_part(data, size, rng, scale, ratio, upright), size)
+    return _resize(_random_part(data, size, rng, options, upright, flip), size)
 
 
 def canvas_side(size: int | tuple[int, int]) -> int:
@@ -78,9 +79,9 @@ def canvas(
     data: bytes,
     size: int | tuple[int, int],
     rng: random.Random,
-    scale: tuple[float, float] = (0.9, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    options: AugmentationOptions,
     upright: bool = False,
+    flip: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The random part of an image before its resize, in the upper left corner of a canvas of one size for all images.
 
@@ -96,7 +97,7 @@ def canvas(
     """
     size = images.pair(size)
     side = canvas_side(size)
-    part = _random_part(data, size, rng, scale, ratio, upright)
+    part = _random_part(data, size, rng, options, upright, flip)
     if max(part.pixels.shape) > side:
         part = Part(_resize(part, size), 0, 0, *size)
     pixels = np.zeros((side, side, 3), np.uint8)  # (C, C, 3)
@@ -109,15 +110,15 @@ def _random_part(
     data: bytes,
     size: tuple[int, int],
     rng: random.Random,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    options: AugmentationOptions,
     upright: bool,
+    flip: bool,
 ) -> Part:
     """A random box of an image, of its full or, where `size` does not need that, of a fraction of its resolution."""
     jpeg_size = None if upright and _is_turned(data) else _jpeg_size(data)
     pixels = _decode(data, upright) if jpeg_size is None else None
     height, width = jpeg_size or pixels.shape[:2]
-    left, top, right, bottom = images.random_box(width, height, rng, scale, ratio)
+    left, top, right, bottom = options.draw_box(width, height, rng)
     shrink = 1
     if jpeg_size is not None:
         density = min((bottom - top) / size[0], (right - left) / size[1])
@@ -130,7 +131,11 @@ def _random_part(
     left, top, right, bottom = left / shrink, top / shrink, right / shrink, bottom / shrink
     first_row, first_column = math.floor(top), math.floor(left)
     pixels = pixels[first_row : math.ceil(bottom), first_column : math.ceil(right)]
-    return Part(pixels, top - first_row, left - first_column, bottom - top, right - left)
+    part = Part(pixels, top - first_row, left - first_column, bottom - top, right - left)
+    if not flip:
+        return part
+    mirrored = np.ascontiguousarray(pixels[:, ::-1])
+    return part._replace(pixels=mirrored, left=mirrored.shape[1] - part.left - part.width)
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:

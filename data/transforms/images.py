@@ -1,4 +1,4 @@
-"""Images as FLAIR sees them: decoded by Pillow, cropped, resized with antialiased bicubic weights, normalised.
+"""Images as models see them: decoded by Pillow, cropped, resized with antialiased bicubic weights, normalised.
 
 Sizes are an int for a square or a pair (height, width). Pixels are uint8 RGB (H, W, 3). The arithmetic is to the bit
 that of torchvision's transforms of PIL images, which the reference uses.
@@ -9,7 +9,8 @@ import io
 import math
 import numbers
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -18,6 +19,10 @@ from flair_jax.data.transforms.base import SampleError
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of CLIP's training images, RGB in [0, 1]
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN_STD = {
+    "openai": (MEAN, STD),
+    "imagenet": (np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)),
+}
 
 # Largest picture that is decoded or made on the way to a crop: a quarter of a gibibyte as RGB, and where Pillow
 # itself starts to warn of a decompression bomb.
@@ -26,16 +31,53 @@ MAX_PIXELS = 89_478_485
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
+class View(NamedTuple):
+    """What a training crop shows of a picture.
+
+    orientation: EXIF's, 1 to 8, by which the picture was turned first; 1: not at all.
+    part: (x0, y0, x1, y1), the part of the turned picture, as shares of its width and height.
+    flip: whether the part was mirrored, left for right.
+    """
+
+    orientation: int
+    part: tuple[float, float, float, float]
+    flip: bool
+
+
+SIDED = {
+    "refuse": "they end the run",
+    "keep": "they are never mirrored",
+    "flip": "they are mirrored like the others, and their texts become wrong",
+}
+
+
 class ImageError(SampleError):
     """An image that cannot be used. The message says why, without naming the image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationOptions:
-    """Bounds of the random resized crop; the defaults are FLAIR's."""
+    """What training does to a picture at random; the defaults are FLAIR's.
 
-    scale: tuple[float, float] = (0.9, 1.0)  # share of the area
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    Raises:
+      ValueError: a value that is none of the allowed ones.
+    """
+
+    scale: tuple[float, float] = (0.9, 1.0)  # share of the area that a crop has
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # its width / height
+    squash: bool = False  # no crop is drawn: the whole picture is resized, its proportions are not kept
+    flip: float = 0.0  # share of the pictures that are mirrored, left for right
+    sided: str = "refuse"  # pictures with a text that says left or right: a key of SIDED
+
+    def __post_init__(self):
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"augmentation.flip is {self.flip}; expected a share of the pictures, from 0 to 1")
+        if self.sided not in SIDED:
+            raise ValueError(f"augmentation.sided is {self.sided!r}; expected one of {', '.join(SIDED)}")
+
+    def draw_box(self, width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) in pixels of a picture: of a random part, or of all of it."""
+        return (0, 0, width, height) if self.squash else random_box(width, height, rng, self.scale, self.ratio)
 
 
 def decode(data: bytes, upright: bool = False) -> Image.Image:
@@ -81,6 +123,23 @@ def orientation(image: Image.Image) -> int:
     except Exception:  # damaged tags raise a dozen types of exception, and say nothing of the pixels
         return 1
     return found if found in range(1, 9) else 1
+
+
+def stored_size(data: bytes) -> tuple[int, int, int]:
+    """Width, height and EXIF orientation of an image file, as it is stored, without decoding its pixels.
+
+    TIFF files are decoded, for Pillow turns them then; their orientation is 1.
+
+    Raises:
+      ImageError: see `decode`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.format != "TIFF":
+                return *image.size, orientation(image)
+    except Exception:  # of which the decoder says more
+        pass
+    return *decode(data).size, 1
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
@@ -132,22 +191,29 @@ def evaluation_crop(image: Image.Image, size: int | tuple[int, int]) -> np.ndarr
       ImageError: if the image is so long that the resized one has more than `MAX_PIXELS`.
     """
     height, width = pair(size)
-    if image.width * height <= image.height * width:  # the width decides the scale
-        covering = (width, width * image.height // image.width)
-    else:
-        covering = (height * image.width // image.height, height)
+    covering = _covering(image.width, image.height, (height, width))
     check_pixels(covering, f"the image of {image.width} x {image.height} pixels, resized for a crop,")
     image = resize(image, *covering)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return _pixels(image.crop((left, top, left + width, top + height)))
 
 
+def squash(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+    """The whole of an image, resized to `size`, whose proportions it takes; converted to RGB last.
+
+    Returns:
+      uint8 (H, W, 3).
+    """
+    height, width = pair(size)
+    return _pixels(resize(image, width, height))
+
+
 def random_resized_crop(
     image: Image.Image,
     size: int | tuple[int, int],
     rng: random.Random,
-    scale: tuple[float, float] = (0.9, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    options: AugmentationOptions = AugmentationOptions(),
+    flip: bool = False,
 ) -> np.ndarray:
     """A random part of an image, resized to `size`: the training augmentation.
 
@@ -157,33 +223,95 @@ def random_resized_crop(
       image: of any mode; it is converted to RGB last.
       size: of the result.
       rng: the source of all draws.
-      scale: range of the part's share of the image's area.
-      ratio: range of the part's width over its height, drawn uniformly in the logarithm.
+      options: how the part is drawn.
+      flip: whether the result is mirrored, left for right.
 
     Returns:
       uint8 (H, W, 3).
     """
-    height, width = pair(size)
-    part = image.crop(random_box(image.width, image.height, rng, scale, ratio))
-    return _pixels(resize(part, width, height))
+    part = squash(image.crop(options.draw_box(image.width, image.height, rng)), size)
+    return np.ascontiguousarray(part[:, ::-1]) if flip else part
 
 
-def normalize(pixels):
-    """Pixels as the vision tower takes them: in [0, 1], minus `MEAN`, over `STD`.
+RESIZES: dict[str, Callable[[Image.Image, int | tuple[int, int]], np.ndarray]] = {
+    "crop": evaluation_crop,
+    "squash": squash,
+}
 
-    Args:
-      pixels: uint8 (…, 3), a numpy or a jax array.
 
-    Returns:
-      float32 (…, 3), of the same kind of array.
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """The way from a picture to the input of a model, wherever nothing is drawn at random: `config.model.preprocess`.
+
+    Calling it normalises, inside jit too. The defaults are those of CLIP and FLAIR; GRAIN has "squash" and "imagenet".
+
+    Attributes:
+      resize: a key of `RESIZES`. "crop" takes the centre, "squash" the whole picture without its proportions.
+      mean_std: a key of `MEAN_STD`: the mean that is subtracted, and the deviation that is divided by.
+
+    Raises:
+      ValueError: there is no such key.
     """
-    return (pixels.astype(np.float32) / 255 - MEAN) / STD
+
+    resize: str = "crop"
+    mean_std: str = "openai"
+
+    def __post_init__(self):
+        for name, allowed in (("resize", RESIZES), ("mean_std", MEAN_STD)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"config.model.preprocess.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
+                )
+
+    @property
+    def fit(self) -> Callable[[Image.Image, int | tuple[int, int]], np.ndarray]:
+        """(image, size) -> uint8 (H, W, 3): `evaluation_crop` or `squash`."""
+        return RESIZES[self.resize]
+
+    def fit_boxes(self, boxes: np.ndarray, image_size: Sequence[int], size: tuple[int, int]) -> np.ndarray:
+        """Boxes where `fit` puts them: resized with the image, cut at the edges of the result.
+
+        Args:
+          boxes: float (M, 4), x0, y0, x1, y1 in pixels of the image.
+          image_size: width and height of the image. size: height and width of the result.
+
+        Returns:
+          float (K, 4) in pixels of the result, without the boxes of which nothing is left: less than a thousandth of a
+          pixel in one direction.
+        """
+        (width, height), (rows, columns) = (int(side) for side in image_size), size
+        resized = (columns, rows) if self.resize == "squash" else _covering(width, height, size)
+        offset = np.array([round((resized[0] - columns) / 2), round((resized[1] - rows) / 2)])
+        moved = np.reshape(boxes, (-1, 2, 2)) * (np.array(resized) / (width, height)) - offset
+        moved = moved.clip(0, [columns, rows]).reshape(-1, 4)
+        return moved[(moved[:, 2:] - moved[:, :2] > 1e-3).all(1)]
+
+    def __call__(self, pixels):
+        """Pixels as the vision tower takes them: in [0, 1], minus the mean, over the deviation.
+
+        Args:
+          pixels: (…, 3), a numpy or a jax array: uint8; or floats, which are taken as normalised and stay.
+
+        Returns:
+          float32 (…, 3), of the same kind of array.
+        """
+        if pixels.dtype != np.uint8:
+            return pixels
+        mean, std = MEAN_STD[self.mean_std]
+        return (pixels.astype(np.float32) / 255 - mean) / std
 
 
 def random_box(
     width: int, height: int, rng: random.Random, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a random part; if ten draws do not fit, the largest allowed in the centre."""
+    """(left, top, right, bottom) of a random part; if ten draws do not fit, the largest allowed in the centre.
+
+    Args:
+      width, height: of the image.
+      rng: the source of all draws.
+      scale: range of the part's share of the image's area.
+      ratio: range of the part's width over its height, drawn uniformly in the logarithm.
+    """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -211,6 +339,14 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
         return resize(image.convert(image.mode[:-1] + "a"), width, height).convert(image.mode)
     rows = image.resize((width, image.height), Image.Resampling.BICUBIC)
     return rows.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _covering(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of an image of the same proportions that just covers `size`, (height, width)."""
+    rows, columns = size
+    if width * rows <= height * columns:  # the width decides the scale
+        return columns, columns * height // width
+    return rows * width // height, rows
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

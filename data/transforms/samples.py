@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -10,11 +11,14 @@ import numpy as np
 from flair_jax.data.sources.base import RecordError, Source
 from flair_jax.data.transforms import captions, fast_images, images, tokenizer
 from flair_jax.data.transforms.base import CAPTIONS, TEXTS, VALID, Sample, SampleError, Transform
+from flair_jax.data.transforms.regions import Region
 
 Pixels = Literal["reference", "fast", "device"]
 
 RUN = 32  # samples that are loaded step by step; their encoded images are held meanwhile
 UNUSABLE = (RecordError, SampleError)
+# What is wrong of a mirrored picture.
+SIDED_WORDS = re.compile(r"\b(?:left|right)(?:most|wards?|hand(?:ed)?)?\b", re.IGNORECASE)
 
 
 class Skipped(NamedTuple):
@@ -58,6 +62,7 @@ class Crop:
     Attributes:
       size: of the crop, side in pixels or (height, width).
       options: how it is drawn.
+      flip: decides which pictures are mirrored; None: none are.
       pixels: "reference" crops and resizes as the reference does, bit for bit; "fast" in a third of the time, with
         nearly the same pixels; "device" leaves the crop to the step.
       upright: whether to turn photographs as their EXIF orientation says. The reference does not.
@@ -70,6 +75,7 @@ class Crop:
     options: images.AugmentationOptions
     pixels: Pixels = "reference"
     upright: bool = False
+    flip: "Flip | None" = None
 
     def __post_init__(self):
         if self.pixels not in get_args(Pixels):
@@ -80,15 +86,62 @@ class Crop:
         return ("images", "crop_boxes") if self.pixels == "device" else ("images",)
 
     def __call__(self, sample: Sample) -> dict[str, np.ndarray]:
-        data = sample.record.image
-        box = self.size, sample.rng("crop"), self.options.scale, self.options.ratio
+        data, draws = sample.record.image, (self.size, sample.rng("crop"), self.options)
+        flip = self.flip is not None and self.flip(sample)
         if self.pixels == "reference":
             image = images.to_rgb(images.decode(data, self.upright))
-            return {"images": images.random_resized_crop(image, *box)}
+            return {"images": images.random_resized_crop(image, *draws, flip)}
         if self.pixels == "fast":
-            return {"images": fast_images.random_resized_crop(data, *box, upright=self.upright)}
-        canvas, crop_box = fast_images.canvas(data, *box, upright=self.upright)
+            return {"images": fast_images.random_resized_crop(data, *draws, self.upright, flip)}
+        canvas, crop_box = fast_images.canvas(data, *draws, self.upright, flip)
         return {"images": canvas, "crop_boxes": crop_box}
+
+    def view(self, sample: Sample) -> images.View:
+        """What the arrays show of the picture: the same draws without its pixels."""
+        flip = self.flip is not None and self.flip(sample)
+        if self.options.squash and not self.upright:
+            return images.View(1, (0.0, 0.0, 1.0, 1.0), flip)
+        width, height, orientation = images.stored_size(sample.record.image)
+        orientation = orientation if self.upright else 1
+        if orientation > 4:  # these swap the axes
+            width, height = height, width
+        left, top, right, bottom = self.options.draw_box(width, height, sample.rng("crop"))
+        return images.View(orientation, (left / width, top / height, right / width, bottom / height), flip)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flip:
+    """Draws whether a picture is mirrored, left for right.
+
+    Attributes:
+      options: `flip` and `sided` of them.
+      captions: the transform that draws the captions.
+      regions: where a sample's regions are; None where their descriptions are not trained.
+
+    Raises of a call:
+      ValueError: a text of the sample says left or right, and nobody said what to do then.
+      SampleError: the sample has no captions.
+    """
+
+    options: images.AugmentationOptions
+    captions: Captions
+    regions: Callable[[Sample], list[Region]] | None = None
+
+    def __call__(self, sample: Sample) -> bool:
+        said = None if self.options.sided == "flip" else self._sided(sample)
+        if said is not None and self.options.sided == "refuse":
+            raise ValueError(
+                f"config.data.augmentation.flip is {self.options.flip}, and the text {said!r:.200} would be wrong of a "
+                f"mirrored picture (sample {sample.record.key}). Set config.data.augmentation.sided='keep' to leave "
+                "such pictures as they are, sided='flip' to mirror them all the same, or flip=0.0"
+            )
+        return said is None and sample.rng("flip").random() < self.options.flip
+
+    def _sided(self, sample: Sample) -> str | None:
+        """The first text that a draw may use and that says left or right, among captions and descriptions."""
+        texts = captions.texts(sample.fields, self.captions.options)
+        found = [] if self.regions is None else self.regions(sample)
+        return next(filter(SIDED_WORDS.search, (*texts, *(region.description for region in found))), None)
 
 
 @dataclasses.dataclass(frozen=True)

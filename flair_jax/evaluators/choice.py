@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,17 +18,35 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from PIL import Image
 
-from flair_jax.evaluators.features import Encoder, call, lookahead
+from flair_jax import boxes as geometry
+from flair_jax.evaluators.features import BrokenImages, Encoder, call, lookahead
 from flair_jax.evaluators.pointing import texts_by_image
+from flair_jax.models.dual_encoder import ImageFeatures
 from flair_jax.models.layers import normalize
 from flair_jax.report import Result
 
-MODES = ("flair", "global")
+MODES = {"flair": "score", "global": "global_score", "regions": "global_score"}  # and what each asks the model for
 TIES = ("wrong", "first")
 TEXTS_AT_ONCE = 32  # per image of a batch
 LISTED = 60  # parts of one level that a report lists, at most; more are averaged only
 LISTED_LEVELS = 2
 WORST = 8  # wrong decisions in a picture
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeImages:
+    """The whole images of a set whose I images are boxes of them.
+
+    Attributes:
+      images: arrays (H, W, 3) of one size, by index; loaded when asked for.
+      whole_of_image: int (I,), in which of them each image of the set lies.
+      boxes: float (I, 4), where: left, top, right, bottom as shares of the whole image's width and height. Without
+        area: the whole image does not show it.
+    """
+
+    images: Sequence[np.ndarray]
+    whole_of_image: np.ndarray
+    boxes: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +60,7 @@ class ChoiceSet:
       items: the questions, each with `images`, `texts`, `positives`, `group`, `place` and `joint` as
         `data.benchmarks.base.Item` describes them.
       texts: N strings, for pictures; may be empty.
+      whole: where the images are boxes of other ones, these; else None.
 
     Raises:
       ValueError: the parts do not fit together.
@@ -52,6 +71,7 @@ class ChoiceSet:
     tokens: np.ndarray
     items: Sequence[Any]
     texts: Sequence[str] = ()
+    whole: WholeImages | None = None
 
     def __post_init__(self):
         if not len(self.items):
@@ -74,6 +94,15 @@ class ChoiceSet:
             ):
                 if min(numbers) < 0 or max(numbers) >= count:
                     raise ValueError(f"{self.name}: item {number} names {kind}s {numbers}; there are {count}")
+        if (whole := self.whole) is not None:
+            count = len(self.images)
+            if whole.whole_of_image.shape != (count,) or whole.boxes.shape != (count, 4):
+                raise ValueError(
+                    f"{self.name}: whole images of {whole.whole_of_image.shape} images, boxes {whole.boxes.shape}; "
+                    f"expected ({count},) and ({count}, 4)"
+                )
+            if whole.whole_of_image.min() < 0 or whole.whole_of_image.max() >= len(whole.images):
+                raise ValueError(f"{self.name}: there are {len(whole.images)} whole images; one beyond them is named")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,12 +225,15 @@ class Choice:
     Modes:
       flair: `model.score`, text-conditioned.
       global: `model.global_score`, as CLIP, which all published numbers of such sets are.
+      regions: for sets with whole images, and models with a query decoder. The model sees the whole image, and the
+        region query whose box has the largest IoU with the item's box stands for the item's image in
+        `model.global_score`. If none overlaps it, all scores are 0, a tie.
 
     Args:
       model: a module with `encode_image`, `encode_text`, `score` and `global_score`.
       data: images, texts and items.
       preprocess: the set's images (B, H, W, 3) -> the model's input; runs inside jit.
-      modes: some of `MODES`, of which a model without text-conditioned pooling has "global" alone; None: all.
+      modes: some of `MODES`; "flair" needs text-conditioned pooling. None: all that there are.
       levels: see `average`.
       ties: see `right_answers`.
       text_to_text: whether items with several right texts are also asked without the image, `text_to_text_accuracy`:
@@ -227,7 +259,8 @@ class Choice:
         text_batch: int = 512,
         mesh: Mesh | None = None,
     ):
-        available = MODES if model.has_pooling else ("global",)
+        there = {"flair": model.has_pooling, "global": True, "regions": model.has_regions and data.whole is not None}
+        available = tuple(mode for mode in MODES if there[mode])
         modes = available if modes is None else modes
         if not modes or set(modes) - set(available):
             raise ValueError(f"choice modes are {tuple(modes)}; expected one or more of {available}")
@@ -236,8 +269,8 @@ class Choice:
         self._data, self._modes, self._levels, self._ties = data, tuple(modes), levels, ties
         self._text_to_text = text_to_text
         self._encoder = Encoder(model, preprocess, image_batch=image_batch, text_batch=text_batch, mesh=mesh)
-        methods = {"flair": "score", "global": "global_score"}
-        self._score = {mode: _own_scores(model, methods[mode], self._encoder.whole) for mode in self._modes}
+        self._score = {mode: _own_scores(model, MODES[mode], self._encoder.whole) for mode in self._modes}
+        self._without_region = 0
         self._results: list[Result] = []
         self._scores: dict[str, np.ndarray] = {}
 
@@ -252,7 +285,13 @@ class Choice:
     @property
     def notes(self) -> list[str]:
         """What a reader of the results has to know."""
-        return ["A tie is wrong." if self._ties == "wrong" else "Of equal scores the first one listed wins."]
+        notes = ["A tie is wrong." if self._ties == "wrong" else "Of equal scores the first one listed wins."]
+        if self._without_region:
+            notes.append(
+                f"Mode regions: no region overlaps {self._without_region} of {len(self._data.images)} boxes, whose "
+                "scores are a tie."
+            )
+        return notes
 
     def scores(self, params: Any) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         """The score of each asked pair, float32 (P,), by mode; and the texts' unit vectors (N, D) if those are needed.
@@ -262,12 +301,32 @@ class Choice:
         """
         params = self._encoder.place(params)
         text = self._encoder.texts(params, self._data.tokens)
+        found = {}
+        if modes := [mode for mode in self._modes if mode != "regions"]:
+            images = self._encoder.images(params, self._data.images, local="flair" in modes)
+            found |= self._score_pairs(params, text, modes, images)
+        if "regions" in self._modes:
+            found |= self._score_pairs(params, text, ["regions"], self._regions(params))
+        for mode, values in found.items():
+            if not np.isfinite(values).all():
+                bad = self._pair_image[np.flatnonzero(~np.isfinite(values))[0]]
+                raise ValueError(
+                    f"choice/{self._data.name}: scores of image {bad} are not finite in mode {mode!r}: the weights or "
+                    "the image are broken"
+                )
+        vectors = np.asarray(normalize(text.pooled.astype(np.float32))) if self._text_to_text else None
+        return {mode: found[mode] for mode in self._modes}, vectors
+
+    def _score_pairs(
+        self, params: Any, text: Any, modes: Sequence[str], encoded: Iterable[tuple[np.ndarray, ImageFeatures]]
+    ) -> dict[str, np.ndarray]:
+        """The score of each asked pair by mode, from batches of images as `Encoder.images` gives them."""
         counts = np.bincount(self._pair_image, minlength=len(self._data.images))
         starts = np.cumsum(counts) - counts
         columns = min(TEXTS_AT_ONCE, int(counts.max()))
 
         def batches():
-            for images, image in self._encoder.images(params, self._data.images, local="flair" in self._modes):
+            for images, image in encoded:
                 rows = jax.tree.leaves(image)[0].shape[0]
                 owner = np.repeat(np.arange(len(images)), counts[images])
                 table = texts_by_image(len(images), owner)  # (n, M), numbers among the batch's pairs
@@ -279,22 +338,49 @@ class Choice:
                     texts = np.zeros((rows, columns), np.int32)  # padding: any text
                     texts[: len(images), : part.shape[1]] = self._pair_text[pairs[part]]
                     texts = self._encoder.split(texts)
-                    results = {mode: score(params, image, text, texts) for mode, score in self._score.items()}
+                    results = {mode: self._score[mode](params, image, text, texts) for mode in modes}
                     yield pairs[part[part >= 0]], part >= 0, results
 
-        found = {mode: np.empty(len(self._pair_text), np.float32) for mode in self._modes}
+        found = {mode: np.empty(len(self._pair_text), np.float32) for mode in modes}
         for pairs, valid, results in lookahead(batches()):
             for mode, values in results.items():
                 found[mode][pairs] = np.asarray(values)[: valid.shape[0], : valid.shape[1]][valid]
-        for mode, values in found.items():
-            if not np.isfinite(values).all():
-                bad = self._pair_image[np.flatnonzero(~np.isfinite(values))[0]]
-                raise ValueError(
-                    f"choice/{self._data.name}: scores of image {bad} are not finite in mode {mode!r}: the weights or "
-                    "the image are broken"
-                )
-        vectors = np.asarray(normalize(text.pooled.astype(np.float32))) if self._text_to_text else None
-        return found, vectors
+        return found
+
+    def _regions(self, params: Any) -> Iterator[tuple[np.ndarray, ImageFeatures]]:
+        """As `Encoder.images` for the set's images, with the features of the regions that stand for them.
+
+        Raises:
+          BrokenImages: whole images could not be loaded; it names the set's images in them.
+        """
+        encoder, whole = self._encoder, self._data.whole
+        count = len(self._data.images)
+        vectors, overlaps = None, np.zeros(count, np.float32)
+        try:
+            for numbers, features in lookahead(encoder.images(params, whole.images, local=False)):
+                features = encoder.take([features], np.arange(features.pooled.shape[0]))  # whole on this host
+                regions, found = np.asarray(features.regions), np.asarray(features.boxes)
+                vectors = np.zeros((count, regions.shape[-1]), regions.dtype) if vectors is None else vectors
+                row_of = np.full(len(whole.images), -1)
+                row_of[numbers] = np.arange(len(numbers))
+                mine = np.flatnonzero(row_of[whole.whole_of_image] >= 0)
+                rows = row_of[whole.whole_of_image[mine]]
+                corners = geometry.corners(found[rows])  # (n, Q, 4)
+                iou = np.asarray(geometry.overlap(whole.boxes[mine, None], corners, epsilon=0.0)[0])
+                overlaps[mine] = iou.max(axis=1)
+                vectors[mine] = regions[rows, iou.argmax(axis=1)]
+        except BrokenImages as broken:
+            of_whole = enumerate(whole.whole_of_image.tolist())
+            raise BrokenImages({i: broken.reasons[one] for i, one in of_whole if one in broken.reasons}) from broken
+        vectors[overlaps == 0] = 0
+        self._without_region = int((overlaps == 0).sum())
+        rows = encoder.text_rows(count)
+        for start in range(0, count, rows):
+            numbers = np.arange(start, min(start + rows, count))
+            padded = np.concatenate(
+                [vectors[numbers], np.zeros((rows - len(numbers), *vectors.shape[1:]), vectors.dtype)]
+            )
+            yield numbers, ImageFeatures(encoder.split(padded), local=None)
 
     def run(self, params: Any) -> Iterator[Result]:
         """Evaluates parameters, a nested dict.

@@ -1,12 +1,13 @@
 """Zero-shot classification: prompts stand for the classes, and an image gets the class that scores best.
 
 FLAIR's code for it was never released, nor whether it averages prompts before or after the pooling (`spec/flair.md`
-3.6): both are modes. The metrics are those of CLIP's and CLIP_benchmark's tables.
+3.6): both are modes. GRAIN's code compares regions of the image with descriptions of the classes, too (`spec/grain.md`
+5.2). The metrics are those of CLIP's and CLIP_benchmark's tables.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import flax.linen as nn
 import jax
@@ -19,7 +20,8 @@ from flair_jax.evaluators.features import Encoder, check_texts, lookahead
 from flair_jax.models.layers import normalize
 from flair_jax.report import Result
 
-MODES = {"flair_before": "score", "flair_after": "score", "global": "global_score"}  # and what each asks the model for
+# And what each asks the model for.
+MODES = {"flair_before": "score", "flair_after": "score", "global": "global_score", "regions": "region_score"}
 AFTER_PAIRS = 2**30  # more pairs of an image and a prompt than these are pooled only when asked for
 TIES = {"wrong": "the true class comes last", "first": "the class with the lower number comes first"}
 
@@ -35,6 +37,10 @@ class ClassificationSet:
       labels: int (I,), the class of each image; or bool (I, C), several classes each.
       tokens: int32 (P, T), padded prompts.
       class_of_prompt: int (P,), every class at least once.
+      counted: of several classes, bool (I, C), which images count for a class; None: all of them.
+      descriptions: int32 (M, T), padded texts that describe a class without its name, for the regions of an image; a
+        class may have none. None: no class is described.
+      class_of_description: int (M,); None as `descriptions` is.
 
     Raises:
       ValueError: the parts do not fit together.
@@ -46,6 +52,9 @@ class ClassificationSet:
     labels: np.ndarray
     tokens: np.ndarray
     class_of_prompt: np.ndarray
+    counted: np.ndarray | None = None
+    descriptions: np.ndarray | None = None
+    class_of_description: np.ndarray | None = None
 
     def __post_init__(self):
         images, classes, labels = len(self.images), len(self.classes), self.labels
@@ -60,11 +69,24 @@ class ClassificationSet:
             raise ValueError(
                 f"{self.name}: labels run from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}"
             )
-        if several and not labels.any():
+        counted = self.counted
+        if counted is not None and not (several and counted.shape == labels.shape and counted.dtype == bool):
+            raise ValueError(f"{self.name}: counted {counted.dtype} {counted.shape}; expected bool, as the labels")
+        if several and not present_classes(labels, classes, counted).any():
             raise ValueError(f"{self.name}: no image has a class")
         check_texts(self.name, self.tokens, self.class_of_prompt, classes)
         if missing := set(range(classes)) - set(self.class_of_prompt.tolist()):
             raise ValueError(f"{self.name}: no prompt for the classes {[self.classes[c] for c in sorted(missing)][:5]}")
+        if self.descriptions is not None:
+            check_texts(self.name, self.descriptions, self.class_of_description, classes)
+            if self.descriptions.shape[1] != self.tokens.shape[1]:
+                raise ValueError(f"{self.name}: descriptions {self.descriptions.shape}, prompts {self.tokens.shape}")
+
+    @property
+    def undescribed(self) -> np.ndarray:
+        """The classes without a description, int, in ascending order."""
+        described = [] if self.descriptions is None else self.class_of_description
+        return np.setdiff1d(np.arange(len(self.classes)), described)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,12 +142,14 @@ def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((rank[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def present_classes(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Which classes have an image, bool (C,)."""
-    return labels.any(0) if labels.ndim == 2 else np.bincount(labels, minlength=classes) > 0
+def present_classes(labels: np.ndarray, classes: int, counted: np.ndarray | None = None) -> np.ndarray:
+    """Which classes have an image that counts, bool (C,)."""
+    if labels.ndim == 2:
+        return (labels if counted is None else labels & counted).any(0)
+    return np.bincount(labels, minlength=classes) > 0
 
 
-def classification_chance(labels: np.ndarray, classes: int) -> dict[str, float]:
+def classification_chance(labels: np.ndarray, classes: int, counted: np.ndarray | None = None) -> dict[str, float]:
     """What a random guess is expected to get in each metric that the labels allow, whose names these are.
 
     One class per image: `acc1`, `acc5` (at least 5 classes), `mean_per_class`, `roc_auc` (2 classes, each with images).
@@ -135,11 +159,12 @@ def classification_chance(labels: np.ndarray, classes: int) -> dict[str, float]:
     number k is one. So the average precision is the mean over k of (1 + (k - 1) (n - 1) / (N - 1)) / k, which is above
     n / N where images are few.
     """
-    present = present_classes(labels, classes)
+    present = present_classes(labels, classes, counted)
     if labels.ndim == 2:
-        images, positives = len(labels), labels.sum(0)[present]
-        harmonic = np.mean(1 / np.arange(1, images + 1))
-        expected = harmonic + (positives - 1) / max(images - 1, 1) * (1 - harmonic)
+        counted = np.ones_like(labels) if counted is None else counted
+        images, positives = counted.sum(0)[present], (labels & counted).sum(0)[present]
+        harmonic = np.cumsum(1 / np.arange(1, len(labels) + 1))[images - 1] / images
+        expected = harmonic + (positives - 1) / np.maximum(images - 1, 1) * (1 - harmonic)
         return dict.fromkeys(("average_precision", "voc_11_point_map"), float(expected.mean()))
     chance = {"acc1": 1 / classes}
     if classes >= 5:
@@ -150,12 +175,14 @@ def classification_chance(labels: np.ndarray, classes: int) -> dict[str, float]:
     return chance
 
 
-def classification_metrics(scores: np.ndarray, labels: np.ndarray, ties: str = "wrong") -> dict[str, float]:
+def classification_metrics(
+    scores: np.ndarray, labels: np.ndarray, ties: str = "wrong", counted: np.ndarray | None = None
+) -> dict[str, float]:
     """The metrics of `classification_chance`, fractions, from scores (I, C).
 
     acc1, acc5: images whose class is among the first k of the ranking, see `ranks`.
     mean_per_class: mean over the classes of the share of their images with rank 1.
-    average_precision, voc_11_point_map: mean over the classes.
+    average_precision, voc_11_point_map: mean over the classes, of each among its `counted` images.
     roc_auc: of class 1, by the difference of the scores.
     Classes without an image are in no mean, but can be guessed.
 
@@ -165,12 +192,13 @@ def classification_metrics(scores: np.ndarray, labels: np.ndarray, ties: str = "
     if not np.isfinite(scores).all():
         image = np.flatnonzero(~np.isfinite(scores).all(1))[0]
         raise ValueError(f"scores of image {image} are not finite: the weights or the image are broken")
-    names = classification_chance(labels, scores.shape[1]).keys()
-    present = np.flatnonzero(present_classes(labels, scores.shape[1]))
+    names = classification_chance(labels, scores.shape[1], counted).keys()
+    present = np.flatnonzero(present_classes(labels, scores.shape[1], counted))
     if labels.ndim == 2:
+        columns = [_column(scores, labels, counted, c) for c in present]
         return {
-            "average_precision": float(np.mean([average_precision(scores[:, c], labels[:, c]) for c in present])),
-            "voc_11_point_map": float(np.mean([voc_11_point(scores[:, c], labels[:, c]) for c in present])),
+            "average_precision": float(np.mean([average_precision(*column) for column in columns])),
+            "voc_11_point_map": float(np.mean([voc_11_point(*column) for column in columns])),
         }
     rank = ranks(scores, labels, ties)
     images = np.bincount(labels, minlength=scores.shape[1])
@@ -183,8 +211,44 @@ def classification_metrics(scores: np.ndarray, labels: np.ndarray, ties: str = "
     return {name: metrics[name] for name in names}
 
 
+def _column(
+    scores: np.ndarray, labels: np.ndarray, counted: np.ndarray | None, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of a class, and which of them are of its images, for the images that count."""
+    rows = slice(None) if counted is None else counted[:, number]
+    return scores[rows, number], labels[rows, number]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluator
+
+
+class _TextsOfClasses(NamedTuple):
+    """Several texts of each class, each different text once.
+
+    `tokens`: (N, T), different texts. `number`: (P,), the class's texts among them, class by class. `starts`: (C,) of
+    each class in `number`. `count`: (C,), at least 1.
+    """
+
+    tokens: np.ndarray
+    number: np.ndarray
+    starts: np.ndarray
+    count: np.ndarray
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, owner: np.ndarray) -> Self:
+        """Texts (P, T) and the class of each, (P,); every class has one."""
+        different, number = np.unique(tokens, axis=0, return_inverse=True)
+        number, count = number.reshape(-1), np.bincount(owner)
+        return cls(different, number[np.lexsort((number, owner))], np.cumsum(count) - count, count)
+
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """Over the texts of each class: (…, P) -> float64 (…, C)."""
+        return np.add.reduceat(values, self.starts, axis=-1, dtype=np.float64) / self.count
+
+    def largest(self, values: np.ndarray) -> np.ndarray:
+        """Over the texts of each class: (…, P) -> (…, C)."""
+        return np.maximum.reduceat(values, self.starts, axis=-1)
 
 
 class Classification:
@@ -198,6 +262,9 @@ class Classification:
       flair_after: prompts are averaged after it. The image is pooled for each prompt and compared with it, and the
         class has the mean of its prompts' `model.score`.
       global: `model.global_score` of the vector of flair_before, as CLIP.
+      regions: alpha * global + (1 - alpha) * the regions' score: for each region query of the image the best
+        `model.region_score` among the class's descriptions, and of these the mean over all queries (GRAIN). A class
+        without descriptions is compared by its prompts.
     Means are taken in float64, and of equal prompts one is scored: classes with the same prompts tie to the bit.
 
     Images are encoded once for all modes, in batches. The device holds the features of two of them, all prompts' pooled
@@ -209,18 +276,22 @@ class Classification:
       notes: texts for the report, such as the rule for ties.
 
     Args:
-      model: a module with `encode_image`, `encode_text`, `score` and `global_score`.
+      model: a module with `encode_image`, `encode_text`, `score` and `global_score`; with `has_regions` `region_score`.
       data: what to classify.
       preprocess: the set's images (B, H, W, 3) -> the model's input; runs inside jit.
-      modes: some of `MODES`, of which a model without text-conditioned pooling has "global" alone; None: all, but
-        flair_after only up to `AFTER_PAIRS` pairs of an image and a prompt.
+      modes: some of `MODES`. The first two need text-conditioned pooling, "regions" a query decoder and a set with
+        descriptions. None: all that there are, but flair_after only up to `AFTER_PAIRS` pairs of an image and a prompt.
+      alpha: of mode "regions", from 0, regions alone, to 1, global alone.
+      renormalize: whether the mean of a class's prompt vectors is brought to unit length. False, as in GRAIN's code:
+        scores of flair_before and global, and global's part in regions, are multiplied by the length of the mean, which
+        is smaller the more the prompts of a class differ.
       metric: the main metric, one of those of `classification_chance`; None: the first of them.
       ties: see `ranks`.
       image_batch, text_batch: sizes of batches. Results depend on neither, nor on the devices.
       mesh: see `features.Encoder`.
 
     Raises:
-      ValueError: an unknown mode, metric or rule for ties.
+      ValueError: an unknown mode, metric or rule for ties, or an alpha that is no share.
     """
 
     def __init__(
@@ -230,6 +301,8 @@ class Classification:
         *,
         preprocess: Callable[[jax.Array], jax.Array],
         modes: Sequence[str] | None = None,
+        alpha: float = 0.5,
+        renormalize: bool = True,
         metric: str | None = None,
         ties: str = "wrong",
         image_batch: int = 64,
@@ -237,7 +310,9 @@ class Classification:
         mesh: Mesh | None = None,
     ):
         self._data, self.notes = data, []
-        available = tuple(MODES) if model.has_pooling else ("global",)
+        there = dict.fromkeys(MODES, model.has_pooling)
+        there |= {"global": True, "regions": model.has_regions and data.descriptions is not None}
+        available = tuple(mode for mode in MODES if there[mode])
         if modes is None:
             modes, pairs = available, len(data.images) * len(data.tokens)
             if "flair_after" in modes and pairs > AFTER_PAIRS:
@@ -247,10 +322,15 @@ class Classification:
                     "Named in modes it runs all the same."
                 )
         if not modes or set(modes) - set(available):
-            raise ValueError(f"classification modes are {tuple(modes)}; expected one or more of {available}")
+            needs = ""
+            if "regions" in modes:
+                needs = "; regions need a model with a query decoder, and descriptions of the classes"
+            raise ValueError(f"classification modes are {tuple(modes)}; expected one or more of {available}{needs}")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"classification/{data.name}: alpha is {alpha}; expected a share, 0 to 1")
         if ties not in TIES:
             raise ValueError(f"classification/{data.name}: ties {ties!r}; expected one of {TIES}")
-        self._chance = classification_chance(data.labels, len(data.classes))
+        self._chance = classification_chance(data.labels, len(data.classes), data.counted)
         first = next(iter(self._chance))
         metric = first if metric is None else metric
         two = data.labels.ndim == 1 and len(data.classes) == 2
@@ -259,12 +339,9 @@ class Classification:
             metric = first
         if metric not in self._chance:
             raise ValueError(f"classification/{data.name}: metric {metric!r}; its labels allow {tuple(self._chance)}")
-        self._tokens, prompt = np.unique(data.tokens, axis=0, return_inverse=True)
-        prompt = prompt.reshape(-1)
-        self._prompt = prompt[np.lexsort((prompt, data.class_of_prompt))]  # (P,) numbers in _tokens, class by class
-        self._count = np.bincount(data.class_of_prompt)  # (C,) prompts of each class
+        self._prompts = _TextsOfClasses.of(data.tokens, data.class_of_prompt)
         # Classes with the same prompts are scored once, so that they tie whatever the order in which devices add.
-        own = np.split(self._prompt, np.cumsum(self._count)[:-1])
+        own = np.split(self._prompts.number, self._prompts.starts[1:])
         known: dict[bytes, int] = {}
         self._number = np.array([known.setdefault(part.tobytes(), len(known)) for part in own])  # (C,)
         self._first = np.unique(self._number, return_index=True)[1]  # the classes that are scored
@@ -272,7 +349,13 @@ class Classification:
             self._note(f"Classes with the same prompts as another one, with which they tie: {', '.join(alike)}.")
         if data.labels.ndim == 1:
             self.notes.append(f"Among equal scores {TIES[ties]}.")
+        self._descriptions = None
+        if data.descriptions is not None:
+            self._describe(modes, alpha)
+        if not renormalize:
+            self.notes.append("Means of a class's prompt vectors keep their length.")
         self._modes, self._metric, self._ties = tuple(modes), metric, ties
+        self._alpha, self._renormalize = alpha, renormalize
         self._encoder = Encoder(model, preprocess, image_batch=image_batch, text_batch=text_batch, mesh=mesh)
         self._kept: dict[str, np.ndarray] = {}
 
@@ -280,41 +363,64 @@ class Classification:
         logging.warning("classification/%s: %s", self._data.name, text)
         self.notes.append(text)
 
+    def _describe(self, modes: Sequence[str], alpha: float) -> None:
+        """Gathers what regions are compared with, and notes which classes are not described."""
+        data, undescribed = self._data, self._data.undescribed
+        if len(undescribed):
+            names = ", ".join(data.classes[c] for c in undescribed[:5]) + (", …" if len(undescribed) > 5 else "")
+            self._note(
+                f"{len(undescribed)} of {len(data.classes)} classes have no description, and are compared by their "
+                f"names in the templates alone: {names}."
+            )
+        if "regions" in modes:
+            instead = np.isin(data.class_of_prompt, undescribed)
+            self._descriptions = _TextsOfClasses.of(
+                np.concatenate([data.descriptions, data.tokens[instead]]),
+                np.concatenate([data.class_of_description, data.class_of_prompt[instead]]),
+            )
+            self.notes.append(f"Mode regions: {alpha:g} * global + {1 - alpha:g} * the score of the regions.")
+
     def scores(self, params: Any) -> dict[str, np.ndarray]:
         """The score matrix of every mode, float32 (I, C)."""
         encoder, images = self._encoder, self._data.images
         params = encoder.place(params)
-        prompts = encoder.texts(params, self._tokens)
-        unit = np.asarray(normalize(np.asarray(prompts.pooled)))[self._prompt]  # (P, D)
-        vectors = np.asarray(normalize(self._class_means(unit.T).T))[self._first]
-        vectors = prompts.replace(pooled=jax.device_put(vectors, encoder.whole))
-        texts = {mode: self._blocks(prompts if mode == "flair_after" else vectors) for mode in self._modes}
-        local = self._modes != ("global",)
+        prompts = encoder.texts(params, self._prompts.tokens)
+        unit = np.asarray(normalize(np.asarray(prompts.pooled)))[self._prompts.number]  # (P, D)
+        means = self._prompts.means(unit.T).T  # (C, D)
+        vectors = prompts.replace(pooled=jax.device_put(np.asarray(normalize(means))[self._first], encoder.whole))
+        lengths = np.ones(len(means)) if self._renormalize else np.linalg.norm(means[self._first], axis=1)[self._number]
+        texts = dict.fromkeys(self._modes, vectors)
+        if "flair_after" in texts:
+            texts["flair_after"] = prompts
+        if "regions" in texts:
+            texts |= {"global": vectors, "regions": encoder.texts(params, self._descriptions.tokens)}
+        blocks_of = {mode: self._blocks(text) for mode, text in texts.items()}
+        local = any(mode.startswith("flair") for mode in texts)
 
         def batches():
             for numbers, image in encoder.images(params, images, local=local):
                 started = {
                     mode: [encoder.apply(MODES[mode], params, image, block) for block in blocks]
-                    for mode, blocks in texts.items()
+                    for mode, blocks in blocks_of.items()
                 }
                 yield numbers, started
 
-        tables = {mode: np.empty((len(images), len(self._count)), np.float32) for mode in self._modes}
+        tables = {mode: np.empty((len(images), len(means)), np.float32) for mode in texts}
         for numbers, started in lookahead(batches()):
             for mode, blocks in started.items():
-                found = np.concatenate([np.asarray(block) for block in blocks], axis=1)[: len(numbers)]
+                found = np.concatenate([np.asarray(block) for block in blocks], axis=-1)[: len(numbers)]
                 if found.dtype != np.float32:  # bfloat16 has about 3 digits: many of the best classes would be ties
                     raise TypeError(f"the model's {MODES[mode]} gives {found.dtype}; expected float32")
                 if mode == "flair_after":
-                    tables[mode][numbers] = self._class_means(found[:, self._prompt])
+                    tables[mode][numbers] = self._prompts.means(found[:, self._prompts.number])
+                elif mode == "regions":  # (n, Q, M)
+                    best = self._descriptions.largest(found[..., self._descriptions.number])
+                    tables[mode][numbers] = best.mean(axis=1, dtype=np.float64)
                 else:
-                    tables[mode][numbers] = found[:, self._number]
-        return tables
-
-    def _class_means(self, values: np.ndarray) -> np.ndarray:
-        """Means over the prompts of each class: (…, P) -> float64 (…, C)."""
-        starts = np.cumsum(self._count) - self._count
-        return np.add.reduceat(values, starts, axis=-1, dtype=np.float64) / self._count
+                    tables[mode][numbers] = lengths * found[:, self._number]
+        if "regions" in tables:
+            tables["regions"] = self._alpha * tables["global"] + (1 - self._alpha) * tables["regions"]
+        return {mode: tables[mode] for mode in self._modes}
 
     def _blocks(self, text: Any) -> list[Any]:
         """Features of texts in blocks of one size; the last one is padded with its last text."""
@@ -331,13 +437,13 @@ class Classification:
         """
         data = self._data
         for mode, scores in self.scores(params).items():
-            metrics = classification_metrics(scores, data.labels, self._ties)
+            metrics = classification_metrics(scores, data.labels, self._ties, data.counted)
             for metric in sorted(metrics, key=lambda metric: metric != self._metric):
                 yield Result("classification", data.name, metric, metrics[metric], mode)
             if mode == self._modes[0]:
-                self._kept = _summary(scores, data.labels)
+                self._kept = _summary(scores, data.labels, data.counted)
         yield Result("classification", data.name, "chance", self._chance[self._metric])
-        if missing := int((~present_classes(data.labels, len(data.classes))).sum()):
+        if missing := int((~present_classes(data.labels, len(data.classes), data.counted)).sum()):
             yield Result("classification", data.name, "classes_without_images", float(missing))
 
     def figures(self, params: Any) -> Iterator[tuple[str, Image.Image]]:
@@ -361,7 +467,7 @@ class Classification:
         )
 
 
-def _summary(scores: np.ndarray, labels: np.ndarray) -> Mapping[str, np.ndarray]:
+def _summary(scores: np.ndarray, labels: np.ndarray, counted: np.ndarray | None) -> Mapping[str, np.ndarray]:
     """What figures need of a score matrix: the three best classes of each image with their scores, (I, 3) each; by how
     much its best true class leads over all others, (I,); with several labels the average precision of each class, NaN
     where there is none, (C,).
@@ -374,6 +480,6 @@ def _summary(scores: np.ndarray, labels: np.ndarray) -> Mapping[str, np.ndarray]
     lead = np.where(truth, scores, -np.inf).max(1) - np.where(truth, -np.inf, scores).max(1)
     kept = {"best": best, "best_scores": np.take_along_axis(scores, best, axis=1), "margin": lead}
     if labels.ndim == 2:
-        classes = zip(scores.T, labels.T, strict=True)
-        kept["precision"] = np.array([average_precision(s, t) if t.any() else np.nan for s, t in classes])
+        columns = [_column(scores, labels, counted, c) for c in range(scores.shape[1])]
+        kept["precision"] = np.array([average_precision(s, t) if t.any() else np.nan for s, t in columns])
     return kept

@@ -324,7 +324,7 @@ class Encoder:
         self, kind: Any, keys: Sequence[str], numbers: np.ndarray, features: ImageFeatures, broken: Mapping[int, str]
     ) -> None:
         """Adds what this process's devices hold of a batch."""
-        arrays = {name: x for name, x in (("pooled", features.pooled), ("local", features.local)) if x is not None}
+        arrays = {name: x for name, x in vars(features).items() if x is not None}
         for shards in zip(*(x.addressable_shards for x in arrays.values()), strict=True):
             span = shards[0].index[0].indices(features.pooled.shape[0])
             sound = [row for row in range(*span) if row < len(numbers) and int(numbers[row]) not in broken]

@@ -65,29 +65,6 @@ class PointingSet:
             raise ValueError(f"{self.name}: an image has no object")
 
 
-def boxes_after_crop(boxes: np.ndarray, image_size: Sequence[int], size: tuple[int, int]) -> np.ndarray:
-    """Boxes where `images.evaluation_crop` puts them: resized with the image, cut at the crop's edges.
-
-    Args:
-      boxes: float (M, 4), x0, y0, x1, y1 in pixels of the image.
-      image_size: width and height of the image. size: height and width of the crop.
-
-    Returns:
-      float (K, 4) in pixels of the crop, without the boxes of which nothing is left: less than a thousandth of a pixel
-      in one direction.
-    """
-    (width, height), (rows, columns) = (int(side) for side in image_size), size
-    if width * rows <= height * columns:
-        covering = columns, columns * height // width
-    else:
-        covering = rows * width // height, rows
-    scale = np.array(covering) / (width, height)
-    offset = np.array([round((covering[0] - columns) / 2), round((covering[1] - rows) / 2)])
-    moved = np.reshape(boxes, (-1, 2, 2)) * scale - offset
-    moved = moved.clip(0, [columns, rows]).reshape(-1, 4)
-    return moved[(moved[:, 2:] - moved[:, :2] > 1e-3).all(1)]
-
-
 def patches_in_boxes(boxes: np.ndarray, grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     """Which patches have their centre in each box: (N, 4) pixels, (h, w) patches, (H, W) pixels -> bool (N, h * w)."""
     rows, columns = grid

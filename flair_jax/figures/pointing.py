@@ -9,9 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flair_jax import attention_maps
 from flair_jax.evaluators.features import patch_grid
+from flair_jax.figures import as_pixels, in_rows
 
 TILE = 224  # width of an image in pixels
-MARGIN, LINE, FONT_SIZE = 8, 16, 12
+LINE, FONT_SIZE = 16, 12
 COLUMNS = 4
 HIT, MISS, BOX = (0, 110, 40), (180, 0, 0), (0, 255, 0)
 PEAK = (255, 255, 0)
@@ -35,20 +36,11 @@ class Example:
 
 def sheet(examples: Sequence[Example]) -> Image.Image:
     """Examples in rows: boxes green, the peak a yellow circle, the phrase green for a hit and red for a miss."""
-    cells = [_cell(example) for example in examples]
-    rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
-    heights = [max(cell.height for cell in row) + MARGIN for row in rows]
-    page = Image.new("RGB", ((TILE + MARGIN) * max(map(len, rows)), sum(heights)), "white")
-    top = 0
-    for row, height in zip(rows, heights, strict=True):
-        for number, cell in enumerate(row):
-            page.paste(cell, (number * (TILE + MARGIN), top))
-        top += height
-    return page
+    return in_rows([_cell(example) for example in examples], COLUMNS)
 
 
 def _cell(example: Example) -> Image.Image:
-    image = example.image if example.image.dtype == np.uint8 else np.uint8(np.clip(example.image, 0, 1) * 255)
+    image = as_pixels(example.image)
     height, width = image.shape[:2]
     grid = patch_grid(height, width, len(example.heat))
     heat = (example.heat - min(0, example.heat.min())).reshape(grid)  # cosines may be negative

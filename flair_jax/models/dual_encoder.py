@@ -1,4 +1,6 @@
-"""Two towers, two projections and, if asked for, text-conditioned pooling: FLAIR, CLIP and SigLIP are its configs."""
+"""Two towers, two projections and, if asked for, text-conditioned pooling or a query decoder: FLAIR, CLIP, SigLIP and
+GRAIN are its configs.
+"""
 
 import itertools
 import math
@@ -12,8 +14,9 @@ import jax.numpy as jnp
 
 from flair_jax import cpu
 from flair_jax.data.transforms.base import CAPTIONS
-from flair_jax.data.transforms.images import pair
+from flair_jax.data.transforms.images import Preprocessing, pair
 from flair_jax.models import layers
+from flair_jax.models.decoder import Decoded, QueryDecoder
 from flair_jax.models.pooling import TextConditionedPooling
 from flair_jax.models.text import HiddenStates, Text, TextTower
 from flair_jax.models.vision import VisionTower
@@ -21,10 +24,18 @@ from flair_jax.models.vision import VisionTower
 
 @flax.struct.dataclass
 class ImageFeatures:
-    """Projected, not normalised. `pooled`: (B, D), the class token. `local`: (B, L, D), the patches row by row."""
+    """Projected, not normalised.
+
+    `pooled`: (B, D), the class token, or the image query of a decoder. `local`: (B, L, D), the patches row by row; None
+    where the model does not project them. Of a decoder, else None: `regions`, (B, Q, D); `boxes`, float32 (B, Q, 4),
+    centre x, centre y, width, height as shares of the picture; in training `layer_boxes`, (depth, B, Q, 4), too.
+    """
 
     pooled: jax.Array
-    local: jax.Array
+    local: jax.Array | None
+    regions: jax.Array | None = None
+    boxes: jax.Array | None = None
+    layer_boxes: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -115,20 +126,28 @@ class DualEncoder(nn.Module):
       embed_dim: D, width of the shared space. None, for a tower alone: features are not projected.
       vision_options, text_options: sizes, the arguments of the towers; None: there is no such tower.
       pooling_options: arguments of `TextConditionedPooling`; None: the model has none and compares pooled features.
+      decoder_options: arguments of `QueryDecoder`, whose image query then gives an image's pooled features; None: the
+        class token does.
+      project_image: whether class token and patches have a projection. Only a decoder's model can do without, and then
+        has no local features.
       init_logit_scale: starting value of the scale, as its logarithm.
       init_logit_bias: starting value of the bias; None: the model has none.
       compute: how it computes, see `layers.ComputeOptions`.
       micro_batches: parts in which a training step encodes its batch, see `accumulation.in_micro_batches`.
+      preprocessing: the way from pictures to `images`, for those who call the model.
     """
 
     embed_dim: int | None
     vision_options: Mapping[str, Any] | None
     text_options: Mapping[str, Any] | None
     pooling_options: Mapping[str, Any] | None = None
+    decoder_options: Mapping[str, Any] | None = None
+    project_image: bool = True
     init_logit_scale: float = math.log(1 / 0.07)
     init_logit_bias: float | None = None
     compute: layers.ComputeOptions = layers.ComputeOptions()
     micro_batches: int = 1
+    preprocessing: Preprocessing = Preprocessing()
 
     def setup(self):
         if self.vision_options is not None:
@@ -137,11 +156,15 @@ class DualEncoder(nn.Module):
             self.text = TextTower(**self.text_options, compute=self.compute)
         if self.pooling_options is not None:
             self.pooling = TextConditionedPooling(self.embed_dim, **self.pooling_options, compute=self.compute)
+        if self.decoder_options is not None:
+            self.decoder = QueryDecoder(self.embed_dim, **self.decoder_options, compute=self.compute)
+        if not self.project_image and (self.decoder_options is None or self.pooling_options is not None):
+            raise ValueError("model.project_image may be False only with model.decoder, and without model.pooling")
 
         def projection(name, width):
             return self.param(name, nn.initializers.normal(width**-0.5), (width, self.embed_dim))
 
-        if self.embed_dim is not None and self.vision_options is not None:
+        if self._projects_image:
             self.image_projection = projection("image_projection", self.vision_options["width"])
         if self.embed_dim is not None and self.text_options is not None:
             self.text_projection = projection("text_projection", self.text_options["width"])
@@ -157,11 +180,20 @@ class DualEncoder(nn.Module):
 
     def encode_image(self, images: jax.Array, *, rng: jax.Array | None = None, micro_batches: int = 1) -> ImageFeatures:
         """Normalised images (B, H, W, 3) -> features; `rng` and `micro_batches` are training's, see `VisionTower`."""
+        image, _ = self._image_features(images, rng, micro_batches)
+        return image
+
+    def _image_features(
+        self, images: jax.Array, rng: jax.Array | None = None, micro_batches: int = 1
+    ) -> tuple[ImageFeatures, Decoded | None]:
         self._needs("vision")
         x = self.vision(images, rng=rng, micro_batches=micro_batches)
-        if self.embed_dim is not None:
-            x = layers.project(x, self.image_projection.astype(self.dtype))  # (B, 1 + L, D)
-        return ImageFeatures(pooled=x[:, 0], local=x[:, 1:])
+        projected = layers.project(x, self.image_projection.astype(self.dtype)) if self._projects_image else x
+        local = projected[:, 1:] if self.project_image else None  # (B, L, D)
+        if self.decoder_options is None:
+            return ImageFeatures(projected[:, 0], local), None
+        decoded = self.decoder(x)
+        return ImageFeatures(decoded.image, local, decoded.regions, decoded.boxes[-1]), decoded
 
     def encode_text(self, text: Text, *, local: bool = True, micro_batches: int = 1) -> TextFeatures:
         """Captions, packed or padded -> features in the order of `text.ends`; without `local` in less time."""
@@ -193,7 +225,8 @@ class DualEncoder(nn.Module):
           rng: key of the patches to keep; None keeps all.
           local_text: whether an objective needs `text.local`.
         """
-        image = self.encode_image(images, rng=rng, micro_batches=self.micro_batches)
+        image, decoded = self._image_features(images, rng, self.micro_batches)
+        image = image if decoded is None else image.replace(layer_boxes=decoded.boxes)
         text = self.encode_text(text, local=local_text, micro_batches=self.micro_batches)
         bias = None if self.init_logit_bias is None else self.logit_bias
         pooling = None if self.pooling_options is None else self._pooling_features(image, text)
@@ -242,6 +275,17 @@ class DualEncoder(nn.Module):
         cosine = layers.normalize(image_features.pooled) @ layers.normalize(text_features.pooled).T
         return jnp.exp(self.logit_scale) * cosine
 
+    def region_score(self, image_features: ImageFeatures, text_features: TextFeatures) -> jax.Array:
+        """Scaled cosine of each region of an image with each text: (B, Q, N) float32.
+
+        Raises:
+          ValueError: the model has no decoder.
+        """
+        if self.decoder_options is None:
+            raise ValueError("scores of regions need a query decoder, and config.model.decoder is None")
+        regions, texts = (layers.normalize(x) for x in (image_features.regions, text_features.pooled))
+        return jnp.exp(self.logit_scale) * jnp.einsum("bqd,nd->bqn", regions, texts)
+
     def attention_maps(self, image_features: ImageFeatures, text_features: TextFeatures) -> tuple[jax.Array, jax.Array]:
         """Where each text looks: weights (B, N, H, L) and the zero key's mass (B, N, H); together they sum to 1.
 
@@ -251,6 +295,18 @@ class DualEncoder(nn.Module):
         self._needs_pooling("attention maps")
         weights = self.pooling.weights(text_features.pooled, image_features.local)
         return weights[..., :-1], weights[..., -1]
+
+    def query_attention(self, images: jax.Array) -> jax.Array:
+        """Where the decoder's queries look in normalised images (B, H, W, 3): float32 (depth, B, Q + 1, H, 1 + L).
+
+        By layer and head, the image query last, the class token first; the weights of a query sum to 1.
+
+        Raises:
+          ValueError: the model has no decoder.
+        """
+        if self.decoder_options is None:
+            raise ValueError("attention of queries needs a query decoder, and config.model.decoder is None")
+        return self._image_features(images)[1].attention
 
     def dense_features(self, image_features: ImageFeatures) -> jax.Array:
         """Patch tokens in the space that texts are compared in: (B, L, D) -> (B, L, D).
@@ -274,6 +330,20 @@ class DualEncoder(nn.Module):
     def has_pooling(self) -> bool:
         """Whether `score` is text-conditioned, and there are attention maps."""
         return self.pooling_options is not None
+
+    @property
+    def has_local(self) -> bool:
+        """Whether image features have projected patches."""
+        return self.project_image
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether image features have regions and boxes."""
+        return self.decoder_options is not None
+
+    @property
+    def _projects_image(self) -> bool:
+        return self.embed_dim is not None and self.vision_options is not None and self.project_image
 
     @property
     def dtype(self) -> Any:

@@ -1,30 +1,12 @@
 """Attention pooling of image tokens with a text as the query (FLAIR, section 3.2, equation 1)."""
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flair_jax.models import layers
-
-
-class InputProjection(nn.Module):
-    """One (D, 3D) matrix whose thirds project queries, keys and values, as in PyTorch's attention."""
-
-    width: int
-    dtype: Any
-
-    def setup(self):
-        bound = math.sqrt(6 / (4 * self.width))  # Xavier over the fused matrix
-        self.kernel = self.param("kernel", layers.uniform(bound), (self.width, 3 * self.width))
-        self.bias = self.param("bias", nn.initializers.zeros, (3 * self.width,))
-
-    def __call__(self, x: jax.Array, third: int) -> jax.Array:
-        columns = slice(third * self.width, (third + 1) * self.width)
-        kernel, bias = self.kernel[:, columns].astype(self.dtype), self.bias[columns].astype(self.dtype)
-        return layers.project(x.astype(self.dtype), kernel) + bias
 
 
 class TextConditionedPooling(nn.Module):
@@ -43,27 +25,22 @@ class TextConditionedPooling(nn.Module):
         self.ln_q = layers.LayerNorm(dtype=self.compute.dtype)
         self.ln_k = layers.LayerNorm(dtype=self.compute.dtype)
         self.ln_v = layers.LayerNorm(dtype=self.compute.dtype)
-        self.qkv = InputProjection(self.width, self.compute.dtype)
-        self.out = layers.Dense(self.width, kernel_init=layers.torch_linear(self.width), dtype=self.compute.dtype)
-
-    def split_heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
+        self.attention = layers.Attention(self.width, self.heads, layers.BlockInit.torch(self.width), self.compute)
+        nn.share_scope(self, self.attention)  # its parameters are the pooling's own
 
     def queries(self, text: jax.Array) -> jax.Array:
         """(..., D) -> (..., H, D/H)."""
-        return self.split_heads(self.qkv(self.ln_q(text), 0))
+        return self.attention.queries(self.ln_q(text))
 
     def keys_values(self, local: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(B, L, D) -> keys and values (B, L + 1, H, D/H), the zero row last."""
         zero_row = ((0, 0), (0, 1), (0, 0), (0, 0))
-        keys = self.split_heads(self.qkv(self.ln_k(local), 1))
-        values = self.split_heads(self.qkv(self.ln_v(local), 2))
+        keys, values = self.attention.keys_values(self.ln_k(local), self.ln_v(local))
         return jnp.pad(keys, zero_row), jnp.pad(values, zero_row)
 
     def attend(self, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         """(B, N, H, D/H) and the image's (B, L + 1, H, D/H) twice -> pooled (B, N, D)."""
-        x = layers.attend(queries, keys, values, attention=self.compute.attention)
-        return self.out(x.reshape(*x.shape[:-2], self.width))
+        return self.attention.output(layers.attend(queries, keys, values, attention=self.compute.attention))
 
     def __call__(self, text: jax.Array, local: jax.Array) -> jax.Array:
         """Every text with every image: (N, D), (B, L, D) -> (B, N, D)."""
@@ -79,4 +56,5 @@ class TextConditionedPooling(nn.Module):
 
     def values(self, local: jax.Array) -> jax.Array:
         """What each token alone would give when all attention rests on it: (B, L, D) -> (B, L, D)."""
-        return self.out(self.qkv(self.ln_v(local), 2))
+        values = self.ln_v(local)
+        return self.attention.output(self.attention.keys_values(values, values)[1])

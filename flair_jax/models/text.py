@@ -84,6 +84,7 @@ class TextTower(nn.Module):
       context_length: longest caption in tokens.
       vocab_size, width, depth, heads: sizes.
       compute: how it computes.
+      gelu: of this tower; None: the model's.
     """
 
     context_length: int
@@ -92,6 +93,7 @@ class TextTower(nn.Module):
     depth: int
     heads: int
     compute: layers.ComputeOptions = layers.ComputeOptions()
+    gelu: str | None = None
 
     def setup(self):
         # CLIP's rule (golden/flair/full/init_stats.json): residual branches shrink with the depth.
@@ -102,8 +104,9 @@ class TextTower(nn.Module):
         )
         self.token_embedding = self.param("token_embedding", normal(0.02), (self.vocab_size, self.width))
         self.position_embedding = self.param("position_embedding", normal(0.01), (self.context_length, self.width))
-        block = layers.block_class(self.compute.remat)
-        self.blocks = [block(self.heads, True, init, self.compute) for _ in range(self.depth)]
+        compute = self.compute if self.gelu is None else self.compute._replace(gelu=self.gelu)
+        block = layers.block_class(compute.remat)
+        self.blocks = [block(self.heads, True, init, compute) for _ in range(self.depth)]
         self.ln_final = layers.LayerNorm(dtype=self.compute.dtype)
 
     def __call__(self, text: Text, *, local: bool = True, micro_batches: int = 1) -> tuple[jax.Array, jax.Array | None]:

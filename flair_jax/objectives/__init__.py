@@ -3,7 +3,7 @@
 An objective is a pure function `loss(features, batch, rng, **options) -> (scalar, {name: scalar})` of the features of
 the global batch (`models.dual_encoder.Features`), the batch itself, a key and its own options. It never asks on how
 many devices it runs. Of an image's texts it takes the slots that it is about (`Features.of_slot`): the captions, or
-hard negatives of them too.
+hard negatives of them or descriptions of regions too.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,13 +12,15 @@ from typing import Any
 import jax
 
 from flair_jax.models.dual_encoder import Features
-from flair_jax.objectives import hard_negatives, sigmoid, softmax, text_conditioned
+from flair_jax.objectives import hard_negatives, regions, sigmoid, softmax, text_conditioned
 
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 OBJECTIVES: Mapping[str, Objective] = {
+    "boxes": regions.boxes,
     "global_hard_negatives": hard_negatives.global_loss,
     "local_hard_negatives": hard_negatives.local_loss,
     "negclip": hard_negatives.negclip,
+    "region_descriptions": regions.descriptions,
     "sigmoid": sigmoid.loss,
     "softmax": softmax.loss,
     "text_conditioned": text_conditioned.loss,

@@ -42,8 +42,8 @@ def loss(
 
     Args:
       features: of a model with text-conditioned pooling and a bias.
-      batch: optionally `draws`, int (B, N), to replace the draw: which caption of image m those at place i of their
-        block are scored against, if m is not at place i itself.
+      batch: optionally `draws`, int (B, N), to replace the draw: which caption of image m those with index i in
+        their block are scored against, if m does not have index i itself.
       rng: key of `draw_captions`.
       block_size: images a block, B; None: the batch is one block.
       chunk_size: images to work on at a time on a device, for bounded memory; None: all at once.
@@ -73,9 +73,9 @@ def loss(
         unit_texts, queries = texts  # (T, D), (T, H, D/H), all captions of the shard
         rng, draws = constants
         number = number + jnp.arange(len(keys))  # (C,)
-        place, others = number % block_size, first + jnp.arange(len(unit_texts) // captions)
-        drawn = draw_captions(rng, place, others, captions) if draws is None else draws[place][:, others]
-        column, counts = met_captions(place, first, drawn, block_size, captions)  # (C, M)
+        index, others = number % block_size, first + jnp.arange(len(unit_texts) // captions)
+        drawn = draw_captions(rng, index, others, captions) if draws is None else draws[index][:, others]
+        column, counts = met_captions(index, first, drawn, block_size, captions)  # (C, M)
         met_queries = queries.astype(jnp.float32)[column].astype(queries.dtype)  # so gradients are summed in float32
         pooled = attend(params, met_queries, keys, values)  # (C, M, D)
         cosine = jnp.einsum("cmd,cmd->cm", normalize(pooled), unit_texts[column])
@@ -105,14 +105,14 @@ def loss(
     }
 
 
-def draw_captions(rng: jax.Array, place: jax.Array, other: jax.Array, captions: int) -> jax.Array:
+def draw_captions(rng: jax.Array, index: jax.Array, other: jax.Array, captions: int) -> jax.Array:
     """Draws which caption of each other image an image is scored against.
 
     A draw is a function of its own two numbers, so that each device can make those that it needs, when it needs them.
 
     Args:
       rng: key of the training step.
-      place: int (N,), index of the image within its block.
+      index: int (N,), index of the image within its block.
       other: int (M,), number of the other image in the batch.
       captions: K, captions an image.
 
@@ -123,7 +123,7 @@ def draw_captions(rng: jax.Array, place: jax.Array, other: jax.Array, captions: 
     def draw(key, other):
         return jax.random.randint(jax.random.fold_in(key, other), (), 0, captions)
 
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, place)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, index)
     return jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(keys, other)
 
 
@@ -132,40 +132,40 @@ def draws_of_rows(rows: jax.Array, captions: int) -> jax.Array:
 
     Args:
       rows: int (N, B + K - 1), ascending; row i of rank s names the captions, of that rank's B * K, which every image
-        at place i meets: all of the rank's own image i and one of each other image.
+        with index i meets: all of the rank's own image i and one of each other image.
       captions: K.
 
     Returns:
       int32 (B, N), the `draws` of a batch, see `loss`.
     """
     block_size = rows.shape[1] + 1 - captions
-    place, other = jnp.arange(len(rows))[:, None] % block_size, jnp.arange(block_size)
-    drawn = jnp.take_along_axis(rows, other + (other > place) * (captions - 1), axis=1) % captions  # (N, B)
+    index, other = jnp.arange(len(rows))[:, None] % block_size, jnp.arange(block_size)
+    drawn = jnp.take_along_axis(rows, other + (other > index) * (captions - 1), axis=1) % captions  # (N, B)
     return drawn.reshape(-1, block_size, block_size).swapaxes(0, 1).reshape(block_size, -1).astype(jnp.int32)
 
 
 def met_captions(
-    place: jax.Array, first: jax.Array, drawn: jax.Array, block_size: int, captions: int
+    index: jax.Array, first: jax.Array, drawn: jax.Array, block_size: int, captions: int
 ) -> tuple[jax.Array, jax.Array]:
     """Caption columns scored against each image, within a shard of M images: one caption of each image, and all others
-    of the images at the same place of their block.
+    of the images with the same index in their block.
 
     Args:
-      place: int (N,), place of each image within its block.
+      index: int (N,), index of each image within its block.
       first: number of the shard's first image in the batch.
-      drawn: int (N, M), the caption of each image of the shard, unless it is at the same place.
+      drawn: int (N, M), the caption of each image of the shard, unless it has the same index.
       block_size: images a block.
       captions: K, captions an image.
 
     Returns:
       Captions (N, J), as columns of the shard's M * K, and whether each counts (N, J) or is padding: a shard that
-      cuts blocks does not have as many images at every place.
+      cuts blocks does not have as many images of every index.
     """
     images = drawn.shape[1]
-    same = (first + jnp.arange(images)) % block_size == place[:, None]
+    same = (first + jnp.arange(images)) % block_size == index[:, None]
     one = jnp.arange(images) * captions + jnp.where(same, 0, drawn)
-    twins = (place - first)[:, None] % block_size + jnp.arange(0, images, block_size)  # images at the same place
+    twins = (index - first)[:, None] % block_size + jnp.arange(0, images, block_size)  # images of the same index
     others = twins[..., None] * captions + jnp.arange(1, captions)
-    column = jnp.concatenate([one, others.reshape(len(place), -1)], axis=1)
+    column = jnp.concatenate([one, others.reshape(len(index), -1)], axis=1)
     counts = column < images * captions
     return jnp.where(counts, column, 0), counts

@@ -71,13 +71,32 @@ def from_descriptions(
 
     Args:
       classes: with their names.
-      descriptions: class -> descriptions. A class is found by any of its names; case and punctuation do not matter. Or
-        by its number, where there are as many descriptions as classes and most stand at the number of their class:
-        Menon and Vondrick's file for ImageNet calls a few classes by other names than CLIP.
+      descriptions: see `descriptions_of`.
       templates: texts that a relative clause can follow.
 
     Raises:
-      ValueError: a class is not described, or two descriptions are of the same name, or see `from_templates`.
+      ValueError: see `descriptions_of` and `from_templates`.
+    """
+    prompts = []
+    described = descriptions_of(classes, descriptions)
+    for own, starts in zip(described, from_templates(classes, templates), strict=True):
+        clauses = [relative_clause(text) for text in own]
+        sentences = [f"{start} {clause}" for clause in clauses for start in starts]
+        prompts.append(sentences or [start.rstrip(", ") for start in starts])
+    return prompts
+
+
+def descriptions_of(classes: Classes, descriptions: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """The descriptions of each class, in the order of the classes.
+
+    Args:
+      classes: with their names.
+      descriptions: class -> descriptions. A class is found by any of its names; case and punctuation do not matter. Or
+        by its number, where there are as many descriptions as classes and most stand at the number of their class:
+        Menon and Vondrick's file for ImageNet calls a few classes by other names than CLIP.
+
+    Raises:
+      ValueError: a class is not described, or two descriptions are of the same name.
     """
     described = {_canonical(name): list(texts) for name, texts in descriptions.items()}
     if len(described) < len(descriptions):
@@ -91,12 +110,7 @@ def from_descriptions(
             f"{len(missing)} of {len(classes)} classes are not described, among them {missing[:5]}; there are "
             f"{list(descriptions)[:5]} …. Name the classes as the descriptions do (option names)"
         )
-    prompts = []
-    for key, starts in zip(found, from_templates(classes, templates), strict=True):
-        clauses = [relative_clause(text) for text in described[key]]
-        sentences = [f"{start} {clause}" for clause in clauses for start in starts]
-        prompts.append(sentences or [start.rstrip(", ") for start in starts])
-    return prompts
+    return [described[key] for key in found]
 
 
 def relative_clause(description: str) -> str:

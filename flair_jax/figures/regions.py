@@ -1,0 +1,77 @@
+"""Pictures of regions: true boxes, and beside them those that a model predicts."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from flair_jax.figures import as_pixels, in_rows
+
+TILE = 280  # width of an image in pixels
+LINE, FONT_SIZE = 16, 12
+COLUMNS = 4
+# A colour for each box of an image, told apart by people who do not see colours as most do (Okabe and Ito).
+COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """An image with M boxes.
+
+    Attributes:
+      image: (H, W, 3), uint8, or float in [0, 1].
+      truth, found: (M, 4), left, top, right, bottom as shares of the image: what is there, and what is predicted.
+        Without a truth, None, all lines are whole.
+      fit: (M,), printed beside the name, such as the IoU of both; NaN where nothing is predicted.
+      names: M texts.
+    """
+
+    image: np.ndarray
+    truth: np.ndarray | None
+    found: np.ndarray
+    fit: np.ndarray
+    names: Sequence[str]
+
+
+def sheet(examples: Sequence[Example]) -> Image.Image:
+    """Examples in rows. True boxes are drawn with one line, predicted ones with a dashed line of the same colour; under
+    the picture stand their names and how well they fit.
+    """
+    return in_rows([_cell(example) for example in examples], COLUMNS)
+
+
+def _cell(example: Example) -> Image.Image:
+    pixels = as_pixels(example.image)
+    height = round(TILE * pixels.shape[0] / pixels.shape[1])
+    picture = Image.fromarray(pixels).resize((TILE, height))
+    cell = Image.new("RGB", (TILE, height + LINE * max(len(example.names), 1)), "white")
+    font, scale = ImageFont.load_default(FONT_SIZE), (TILE - 1, height - 1, TILE - 1, height - 1)
+    draw = ImageDraw.Draw(picture)
+    whole = example.found if example.truth is None else example.truth
+    for number, (one, found, fit) in enumerate(zip(whole, example.found, example.fit, strict=True)):
+        colour = COLOURS[number % len(COLOURS)]
+        draw.rectangle(tuple(np.clip(one, 0, 1) * scale), outline=colour, width=2)
+        if example.truth is not None and np.isfinite(fit):
+            _dashed(draw, np.clip(found, 0, 1) * scale, colour)
+    cell.paste(picture)
+    text = ImageDraw.Draw(cell)
+    for number, (name, fit) in enumerate(zip(example.names, example.fit, strict=True)):
+        top = height + LINE * number
+        text.rectangle((2, top + 4, 10, top + 12), fill=COLOURS[number % len(COLOURS)], outline="black")
+        longest = max(1, int((TILE - 60) / font.getlength("n")))
+        shown = name if len(name) <= longest else f"{name[: longest - 1]}…"
+        number_of_it = f"{fit:.2f}" if np.isfinite(fit) else "none"
+        text.text((16, top), f"{number_of_it}  {shown}", fill="black", font=font)
+    return cell
+
+
+def _dashed(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: tuple[int, int, int], dash: int = 6) -> None:
+    """A rectangle of dashes."""
+    left, top, right, bottom = box
+    for x in np.arange(left, right, 2 * dash):
+        for y in (top, bottom):
+            draw.line((x, y, min(x + dash, right), y), fill=colour, width=2)
+    for y in np.arange(top, bottom, 2 * dash):
+        for x in (left, right):
+            draw.line((x, y, x, min(y + dash, bottom)), fill=colour, width=2)

@@ -1,0 +1,76 @@
+"""The command that scores images and texts."""
+
+import numpy as np
+import pytest
+from conftest import fresh_params
+from PIL import Image
+
+from flair_jax import config as configuration
+from flair_jax import models, predict, pretrained
+from flair_jax.configs import scenes
+from flair_jax.convert import flax_files
+
+TEXTS = ["a large red circle, at the top left", "a blue square"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for name, size in (("wide.png", (60, 90)), ("high.jpg", (70, 50))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "text.png").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["flair", "grain", "clip"])
+def checkpoint(request, tmp_path_factory):
+    config = scenes.get_config(request.param)
+    config.model.vision.depth = config.model.text.depth = 1
+    if config.model.decoder is not None:
+        config.model.decoder.depth = 1
+    section = configuration.normalize(config.model.to_dict())
+    path = tmp_path_factory.mktemp("weights") / f"{request.param}.safetensors"
+    flax_files.write(path, fresh_params(models.create(section)), section)
+    return path
+
+
+def run(capsys, *arguments):
+    status = predict.main(list(map(str, arguments)))
+    return status, *capsys.readouterr()
+
+
+def test_table_and_picture(checkpoint, photos, tmp_path, capsys):
+    images = [photos / "wide.png", photos / "high.jpg"]
+    sheet = tmp_path / "sheet.png"
+    flags = [flag for image in images for flag in ("--image", image)]
+    flags += [flag for text in TEXTS for flag in ("--text", text)]
+    status, out, error = run(capsys, "--checkpoint", checkpoint, *flags, "--output", sheet)
+
+    model = pretrained.load(checkpoint)
+    pixels = model.preprocess([Image.open(image) for image in images])
+    logits = np.asarray(model.get_logits(pixels, model.tokenize(TEXTS)))
+    head, *rows = out.splitlines()[:5]
+    assert [row.split("  ")[0].strip() for row in rows] == ["wide.png"] * 2 + ["high.jpg"] * 2
+    assert all(text in row for row, text in zip(rows, 2 * TEXTS, strict=True))  # a text with a comma is one text
+    titles = head.split()[2:]
+    columns = dict(zip(titles, np.array([row.split()[-len(titles) :] for row in rows], float).T, strict=True))
+    if checkpoint.stem == "flair":
+        assert list(columns) == ["conditioned", "cosine", "probability"]
+        np.testing.assert_allclose(columns["probability"], 1 / (1 + np.exp(-logits.reshape(-1))), atol=1e-4)
+    else:
+        assert list(columns) == ["cosine", "probability"]
+        np.testing.assert_allclose(columns["probability"].reshape(2, 2).sum(axis=1), 1, atol=2e-4)
+        scale = np.exp(model.params["logit_scale"])
+        np.testing.assert_allclose(scale * columns["cosine"], logits.reshape(-1), atol=1e-3 * scale)
+    if checkpoint.stem == "clip":
+        assert status == 1 and "no picture of it" in error and not sheet.exists()
+    else:
+        assert status == 0 and len(np.unique(np.asarray(Image.open(sheet)))) > 10
+
+
+@pytest.mark.parametrize("checkpoint", ["clip"], indirect=True)
+@pytest.mark.parametrize(("image", "words"), [("text.png", "text.png: not an image"), ("missing.png", "No such file")])
+def test_what_is_no_picture(checkpoint, photos, image, words, capsys):
+    status, _, error = run(capsys, "--checkpoint", checkpoint, "--image", photos / image, "--text", "a dog")
+    assert status == 1 and words in error
