@@ -282,11 +282,11 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         by_side[run["side"]][run["start"], run["seed"]] = _scalars(run)
     present = [side for side in SIDES if len(by_side[side]) > 1]
     counts = ", ".join(f"`{side}` {len(by_side[side])} runs, {len(_starts(by_side[side]))} starts" for side in present)
-    lines = [f"{counts}; mean ± standard deviation over starts.", "", _row("", *present), _rule(len(present))]
+    lines = [f"{counts}; mean ± standard deviation over starts.", "", row("", *present), rule(len(present))]
     names = [*METRICS, *LOSSES]
     for name in names:
         cells = [_column(by_side[side], name) for side in present]
-        lines.append(_row(name, *(f"{np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for x in cells)))
+        lines.append(row(name, *(f"{np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for x in cells)))
     for first, second in itertools.pairwise(present):
         rows = list(_comparison(first, second, by_side, names))
         lines += ["", *rows] if rows else []
@@ -321,8 +321,8 @@ def _comparison(first: str, second: str, by_side: Mapping[str, Any], names: Sequ
     if paired and len(common) < 2:
         return
     title = f"{len(common)} pairs of the same start and seed" if paired else "Welch's test"
-    yield _row(f"`{second}` minus `{first}` ({title})", "difference", "95 % interval", "p", "seen with 9 in 10")
-    yield _rule(4)
+    yield row(f"`{second}` minus `{first}` ({title})", "difference", "95 % interval", "p", "seen with 9 in 10")
+    yield rule(4)
     for name in names:
         if paired:
             gaps = np.array([by_side[second][key][name] - by_side[first][key][name] for key in common])
@@ -336,7 +336,7 @@ def _comparison(first: str, second: str, by_side: Mapping[str, Any], names: Sequ
             difference = np.mean(a) - np.mean(b)
         low, high = result.confidence_interval(0.95)
         seen = error * (stats.t.ppf(0.975, result.df) + stats.t.ppf(0.9, result.df))
-        yield _row(name, f"{difference:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{result.pvalue:.2f}", f"{seen:.4f}")
+        yield row(name, f"{difference:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{result.pvalue:.2f}", f"{seen:.4f}")
 
 
 def _crossed(runs: Mapping[tuple[int, int], Mapping[str, float]]) -> list[str]:
@@ -346,8 +346,8 @@ def _crossed(runs: Mapping[tuple[int, int], Mapping[str, float]]) -> list[str]:
     if len(starts) < 2 or len(seeds) < 2:
         return []
     lines = [
-        _row(f"standard deviation by source ({len(starts)} starts x {len(seeds)} seeds)", "start", "seed", "the rest"),
-        _rule(3),
+        row(f"standard deviation by source ({len(starts)} starts x {len(seeds)} seeds)", "start", "seed", "the rest"),
+        rule(3),
     ]
     for name in [*METRICS, *LOSSES]:
         values = np.array([[runs[start, seed][name] for seed in seeds] for start in starts])  # (starts, seeds)
@@ -356,7 +356,7 @@ def _crossed(runs: Mapping[tuple[int, int], Mapping[str, float]]) -> list[str]:
         noise = (rest**2).sum() / ((len(starts) - 1) * (len(seeds) - 1))
         by_start = max(np.var(rows, ddof=1) - noise / len(seeds), 0.0)
         by_seed = max(np.var(columns, ddof=1) - noise / len(starts), 0.0)
-        lines.append(_row(name, *(f"{math.sqrt(x):.4f}" for x in (by_start, by_seed, noise))))
+        lines.append(row(name, *(f"{math.sqrt(x):.4f}" for x in (by_start, by_seed, noise))))
     return lines
 
 
@@ -365,27 +365,27 @@ def _original(by_side: Mapping[str, Any]) -> Iterator[str]:
     ours = {
         (f"{side} {start}", seed): run for side in ("own", "reference") for (start, seed), run in by_side[side].items()
     }
-    yield _row(
+    yield row(
         f"set {SETS[0]}: the original's `main.py`, 4 runs, beside {len(_starts(ours))} starts of ours",
         "original",
         "ours",
         "p of the means",
         "share of draws of 4 of ours with a mean as high",
     )
-    yield _rule(4)
+    yield rule(4)
     for name, theirs in ORIGINAL.items():
         found = _column(ours, f"{name}, set {SETS[0]}")
         result = stats.ttest_ind(theirs, found, equal_var=False)
         draws = np.random.default_rng(0).choice(found, (100_000, len(theirs))).mean(1)
         cells = (f"{np.mean(x):.4f} ± {np.std(x, ddof=1):.4f}" for x in (theirs, found))
-        yield _row(name, *cells, f"{result.pvalue:.2f}", f"{np.mean(draws >= np.mean(theirs)):.3f}")
+        yield row(name, *cells, f"{result.pvalue:.2f}", f"{np.mean(draws >= np.mean(theirs)):.3f}")
 
 
-def _row(*cells: str) -> str:
+def row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _rule(numbers: int) -> str:
+def rule(numbers: int) -> str:
     return "|---|" + "---:|" * numbers
 
 

@@ -42,6 +42,12 @@ SIZES = {"small": (0.16, 0.2), "large": (0.29, 0.325)}
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 COUNTS = (2, 3, 4)
 NUMBERS = ("zero", "one", "two", "three", "four")
+RELATIONS = {  # where one shape lies as seen from another -> how sentences say it
+    "left": ("left of", "to the left of"),
+    "right": ("right of", "to the right of"),
+    "above": ("above", "higher than"),
+    "below": ("below", "lower than"),
+}
 SPLITS = ("train", "evaluation")
 
 EVALUATION_SHARE = 8  # one scene in eight belongs to the evaluation split
@@ -193,18 +199,17 @@ def _at(place: str) -> str:
     return "in the centre" if place == "centre" else f"at the {place}"
 
 
+def relations(a: Shape, b: Shape) -> tuple[str, ...]:
+    """Which of RELATIONS hold of `a` as seen from `b`: their boxes do not even share a column (or a row) of pixels."""
+    first, second = a.box, b.box
+    holds = first[2] <= second[0], first[0] >= second[2], first[3] <= second[1], first[1] >= second[3]
+    return tuple(relation for relation, true in zip(RELATIONS, holds, strict=True) if true)
+
+
 def _relation_sentence(rng, a: Shape, b: Shape) -> str:
-    """Where `a` lies as seen from `b`; true when the boxes do not even share a column (or a row) of pixels."""
-    relations = []
-    if a.box[2] <= b.box[0]:
-        relations += ["left of", "to the left of"]
-    if a.box[0] >= b.box[2]:
-        relations += ["right of", "to the right of"]
-    if a.box[3] <= b.box[1]:
-        relations += ["above", "higher than"]
-    if a.box[1] >= b.box[3]:
-        relations += ["below", "lower than"]
-    return f"the {a.phrase} is {_choice(rng, relations)} the {b.phrase}"
+    """Where `a` lies as seen from `b`."""
+    wordings = [wording for relation in relations(a, b) for wording in RELATIONS[relation]]
+    return f"the {a.phrase} is {_choice(rng, wordings)} the {b.phrase}"
 
 
 def _count_sentences(rng, objects) -> list[str]:

@@ -16,13 +16,15 @@ from etils import epath
 
 from flair_jax import attention_maps, evaluation_sets, evaluation_tasks, models, pretrained, report, sharding
 from flair_jax import config as configuration
-from flair_jax.data import scenes
+from flair_jax.data import compositional_scenes, scenes
 from flair_jax.data.benchmarks import base, table
 from flair_jax.data.benchmarks import shards as shard_sets
 from flair_jax.data.sources.open import expand
 from flair_jax.data.transforms import captions
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators import (
+    Choice,
+    ChoiceSet,
     Pointing,
     PointingSet,
     Regions,
@@ -87,6 +89,19 @@ def scenes_examples(model: nn.Module, *, seed: int, size: int, **_) -> Examples:
     return list(few.images), texts, boxes
 
 
+def compositional_scenes_evaluators(
+    model: nn.Module, name: str, *, count: int, seed: int, size: int, **options
+) -> Iterator[Any]:
+    """Captions of `count` unseen scenes against altered ones, and retrieval with the same captions."""
+    unseen = compositional_scenes.compositional_set(count, seed, size)
+    tokens = Tokenizer(model.context_length)(unseen.texts)
+    questions = ChoiceSet(name, unseen.images, tokens, unseen.items, unseen.texts)
+    yield Choice(model, questions, preprocess=model.preprocessing)
+    captions = len(unseen.caption_images)
+    pairs = RetrievalSet(name, unseen.images, tokens[:captions], unseen.caption_images, texts=unseen.texts[:captions])
+    yield Retrieval(model, pairs, preprocess=model.preprocessing, **options)
+
+
 def shards_evaluators(
     model: nn.Module,
     name: str,
@@ -122,6 +137,7 @@ def no_examples(model: nn.Module, **_) -> Examples:
 # Kind -> its evaluators, and what its sheet of attention maps shows.
 KINDS = {
     "scenes": (scenes_evaluators, scenes_examples),
+    "compositional_scenes": (compositional_scenes_evaluators, no_examples),
     "shards": (shards_evaluators, no_examples),
     "benchmarks": (evaluation_sets.evaluators, no_examples),
 }
@@ -185,7 +201,7 @@ def check(config: Mapping[str, Any]) -> None:
       FileNotFoundError: naming the evaluator.
     """
     for name, (kind, options) in sections(config).items():
-        if kind == "scenes":
+        if kind in ("scenes", "compositional_scenes"):
             size = config["model"]["vision"]["image_size"]
             if size not in (options["size"], (options["size"], options["size"])):
                 raise ValueError(f"evaluators.{name}.size is {options['size']}; model.vision.image_size is {size}")

@@ -105,12 +105,13 @@ def test_a_picture_that_fails_is_reported_and_ends_nothing(fixed, tmp_path, capl
         (
             {"kind": "squares"},
             ValueError,
-            r"evaluators\.val\.kind is 'squares'; expected one of \['benchmarks', 'scenes'",
+            r"evaluators\.val\.kind is 'squares'; expected one of \['benchmarks', 'compositional_scenes', 'scenes'",
         ),
         ({}, ValueError, r"evaluators\.val\.kind is None"),
         ({"kind": "shards", "shards": "a", "feilds": "b"}, ValueError, r"has no \['feilds'\]; there are \['fields'"),
         ({"kind": "shards"}, ValueError, r"lacks \['shards'\]"),
         ({"kind": "scenes", "count": 8, "seed": 1, "size": 48}, ValueError, "size is 48; .*image_size is 112"),
+        ({"kind": "compositional_scenes", "count": 8, "seed": 1, "size": 48}, ValueError, "size is 48; .*size is 112"),
         ({"kind": "shards", "shards": "/no/such.tar"}, FileNotFoundError, r"evaluators\.val\.shards: .*such\.tar"),
     ],
 )
