@@ -47,4 +47,8 @@ def get_config(method: str = "all") -> ml_collections.ConfigDict:
         config.data.regions.count = 4
     config.data.augmentation.squash = True  # boxes go with the whole picture; all methods see the same
     config.model.preprocess.resize = "squash"
+    of_scenes = config.evaluators.scenes
+    config.evaluators.compositional = ml_collections.ConfigDict(
+        dict(kind="compositional_scenes", count=of_scenes.count, seed=of_scenes.seed, size=of_scenes.size)
+    )
     return config
