@@ -3,9 +3,9 @@
     python -m benchmarks.methods run DIR --config scenes_all --methods all flair fsc_clip grain --seeds 0 1 2
     python -m benchmarks.methods table DIR --config scenes_all --methods all flair fsc_clip grain
 
-Each run is `python -m flair_jax.main` in DIR/METHOD_SEED, with the flags after `--`, such as `--config.steps=2000`;
-one that has a report is not made again, and one that was stopped goes on. The table has the figures of the reports, mean
-and standard deviation over seeds, and of each method its parameters and its work per image.
+Each run is `python -m flair_jax.main` in DIR/METHOD_SEED, with the flags after `--`. One that has a report is not made
+again, and one that was stopped goes on. The table has the figures of the reports, mean and standard deviation over
+seeds, and of each method its parameters and its work per image.
 """
 
 import argparse
