@@ -54,7 +54,7 @@ def run(folder: pathlib.Path, config: str, methods: Sequence[str], seeds: Sequen
             subprocess.run([*command, f"--config.seed={seed}", *flags], check=True)
 
 
-def table(folder: pathlib.Path, config: str, methods: Sequence[str]) -> str:
+def table(folder: pathlib.Path, config: str, methods: Sequence[str], flags: Sequence[str]) -> str:
     """The figures of all runs that are there, in Markdown; percent, without rows that no method has."""
     reports = {method: _reports(folder, method) for method in methods}
     counts = " ".join(f"{method}: {len(found)} runs." for method, found in reports.items())
@@ -63,7 +63,7 @@ def table(folder: pathlib.Path, config: str, methods: Sequence[str]) -> str:
         cells = [_cell([_value(report, name) for report in found]) for found in reports.values()]
         if any(cells):
             lines.append(quality.row(title, *cells))
-    sections = [configuration.read(f"{config}:{method}") for method in methods]
+    sections = [configuration.read(f"{config}:{method}", flags) for method in methods]
     lines.append(quality.row("parameters, million", *(f"{plan.parameters(one) / 1e6:.2f}" for one in sections)))
     work = (plan.step_flops(one, TOKENS) / one["batch_size"] / 1e9 for one in sections)
     lines.append(quality.row("GFLOP per image and step", *(f"{one:.3f}" for one in work)))
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.command == "run":
         run(chosen.folder, chosen.config, chosen.methods, chosen.seeds, flags)
     else:
-        print(table(chosen.folder, chosen.config, chosen.methods))
+        print(table(chosen.folder, chosen.config, chosen.methods, flags))
 
 
 if __name__ == "__main__":
