@@ -31,6 +31,8 @@ METRICS = {  # row of the table -> name in a report
     "parts: text to image R@1, global": "retrieval/scenes_parts/global/text_to_image_R@1",
     "parts: text to image R@5, global": "retrieval/scenes_parts/global/text_to_image_R@5",
     "choice: altered captions, global": "choice/compositional/global/accuracy",
+    "which colours: mean AP by descriptions, best way": "classification/scenes_colour/{}/average_precision",
+    "which shapes: mean AP by descriptions, best way": "classification/scenes_shape/{}/average_precision",
     "pointing": "pointing/scenes/attention/accuracy",
     "colour mIoU, best way": "segmentation/scenes_colour/{}/miou",
     "shape mIoU, best way": "segmentation/scenes_shape/{}/miou",
@@ -40,7 +42,7 @@ METRICS = {  # row of the table -> name in a report
     "region to description R@1, in the set": "regions/scenes/description_set_R@1",
     "phrase to box": "regions/scenes/grounding",
 }
-WAYS = ("projected", "value", "attention")
+WAYS = ("projected", "value", "attention", "global", "regions")
 
 
 def run(folder: pathlib.Path, config: str, methods: Sequence[str], seeds: Sequence[int], flags: Sequence[str]) -> None:

@@ -87,4 +87,6 @@ def get_config(method: str = "flair") -> ml_collections.ConfigDict:
         config.data.packing.row_length = 28
     config.data.scenes = ml_collections.ConfigDict(dict(count=8000, seed=0, size=SIZE))  # drawn into RUN/scenes
     config.evaluators.scenes = ml_collections.ConfigDict(dict(kind="scenes", count=512, seed=1, size=SIZE))
+    if method in ("grain", "laclip"):
+        config.evaluators.scenes.classification = True
     return config

@@ -25,6 +25,8 @@ from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators import (
     Choice,
     ChoiceSet,
+    Classification,
+    ClassificationSet,
     Pointing,
     PointingSet,
     Regions,
@@ -50,10 +52,22 @@ Examples = tuple[Sequence[np.ndarray], Sequence[Sequence[str]], Sequence[Sequenc
 # Kinds of evaluators
 
 
-def scenes_evaluators(model: nn.Module, name: str, *, count: int, seed: int, size: int, **options) -> Iterator[Any]:
-    """Everything that the embedded data set can be asked: `count` unseen scenes, drawn in memory."""
+def scenes_evaluators(
+    model: nn.Module, name: str, *, count: int, seed: int, size: int, classification: bool = False, **options
+) -> Iterator[Any]:
+    """Everything that the embedded data set can be asked: `count` unseen scenes, drawn in memory.
+
+    With `classification` also which colours and shapes are in a scene, by descriptions such as "a large red circle".
+    """
     unseen = scenes.evaluation_set(count, seed, size)
     tokenize = Tokenizer(model.context_length)
+
+    def present(kind, masks, names, prompts):
+        owners = np.repeat(np.arange(len(names)), [len(texts) for texts in prompts])
+        tokens = tokenize([text for texts in prompts for text in texts])
+        labels = np.stack([(masks == 1 + number).any(axis=(1, 2)) for number in range(len(names))], axis=1)
+        data = ClassificationSet(f"{name}_{kind}", names, unseen.images, labels, tokens, owners, None, tokens, owners)
+        return Classification(model, data, preprocess=model.preprocessing)
 
     def segmentation(kind, masks, names, prompts):
         owners = np.repeat(np.arange(len(names)), [len(texts) for texts in prompts])
@@ -74,6 +88,9 @@ def scenes_evaluators(model: nn.Module, name: str, *, count: int, seed: int, siz
         yield Pointing(model, phrases, preprocess=model.preprocessing)
     if model.has_regions:
         yield Regions(model, phrases, preprocess=model.preprocessing)
+    if classification:
+        yield present("colour", unseen.colour_masks, unseen.colour_names, unseen.colour_prompts)
+        yield present("shape", unseen.shape_masks, unseen.shape_names, unseen.shape_prompts)
     if model.has_local:
         yield segmentation("colour", unseen.colour_masks, unseen.colour_names, unseen.colour_prompts)
         yield segmentation("shape", unseen.shape_masks, unseen.shape_names, unseen.shape_prompts)
