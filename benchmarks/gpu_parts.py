@@ -267,7 +267,8 @@ def objectives(mps: bool = True, chunk_size: int | None = None) -> dict[str, dic
 
 def step_of(model: Mapping[str, Any], losses: Mapping[str, Any], optimize: optimizer.Optimizer) -> Callable:
     """The training step as a function of state and batch."""
-    config = {"objectives": losses, "seed": 0, "ema_decay": None, "data": {"negatives": {"kinds": None}}}
+    slots = {"captions": {"count": CAPTIONS}, "negatives": {"kinds": None}, "regions": {"count": None}}
+    config = {"objectives": losses, "seed": 0, "ema_decay": None, "data": slots}
     return step.step_of(config, models.create(model), optimize)
 
 
