@@ -44,7 +44,13 @@ CAPTIONS, ROW_LENGTH = 8, 80  # K, and tokens in a row of packed captions
 OPTIMIZER = dict(learning_rate=5e-4, warmup_steps=2000, weight_decay=0.5, b1=0.9, b2=0.98, eps=1e-8)
 COMPUTE = dict(dtype="bfloat16", scan_blocks=False, remat="none", attention="xla", gelu="exact", micro_batches=1)
 LESS_MEMORY = dict(remat="dots", chunk_size=64)  # of model and objectives, where a batch does not fit
-HEADS = dict(pooling=dict(heads=8), init_logit_scale=math.log(1 / 0.07), init_logit_bias=-10.0)
+HEADS = dict(
+    pooling=dict(heads=8),
+    decoder=None,
+    init_logit_scale=math.log(1 / 0.07),
+    init_logit_bias=-10.0,
+    preprocess=dict(resize="crop", mean_std="openai"),
+)
 
 FLAIR = dict(
     name="flair",
