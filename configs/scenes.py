@@ -3,8 +3,8 @@
     python -m flair_jax.main --config configs/scenes.py --workdir RUN      # or `make demo`
 
 Hardware: 2 CPU cores, 7 to 10 minutes.
-Expected on 512 unseen scenes with seed 0: parts text→image R@1 0.28 (global 0.22) and R@5 0.80,
-pointing 0.86, colour mIoU 0.89, shape mIoU 0.18 (chance 0.11). Initial weights decide a good part of so short a run:
+Expected on 512 unseen scenes with seed 0: parts text→image R@1 0.28 (global 0.23) and R@5 0.80,
+pointing 0.86, colour mIoU 0.91, shape mIoU 0.19 (chance 0.11). Initial weights decide a good part of so short a run:
 docs/quality.md has the spread over seeds.
 
 It is the recipe of the paper at toy size. What small data want differently: a bias near the prior of a pair in a small
