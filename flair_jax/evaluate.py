@@ -63,17 +63,15 @@ def scenes_evaluators(
     tokenize = Tokenizer(model.context_length)
 
     def present(kind, masks, names, prompts):
-        owners = np.repeat(np.arange(len(names)), [len(texts) for texts in prompts])
-        tokens = tokenize([text for texts in prompts for text in texts])
+        texts = evaluation_tasks.texts_of_classes(prompts, tokenize)
         labels = np.stack([(masks == 1 + number).any(axis=(1, 2)) for number in range(len(names))], axis=1)
-        data = ClassificationSet(f"{name}_{kind}", names, unseen.images, labels, tokens, owners, None, tokens, owners)
+        data = ClassificationSet(f"{name}_{kind}", names, unseen.images, labels, *texts, None, *texts)
         return Classification(model, data, preprocess=model.preprocessing)
 
     def segmentation(kind, masks, names, prompts):
-        owners = np.repeat(np.arange(len(names)), [len(texts) for texts in prompts])
-        tokens = tokenize([text for texts in prompts for text in texts])
+        texts = evaluation_tasks.texts_of_classes(prompts, tokenize)
         labels = np.where(masks == 0, IGNORE, masks - 1).astype(np.uint8)
-        data = SegmentationSet(f"{name}_{kind}", names, unseen.images, labels, tokens, owners)
+        data = SegmentationSet(f"{name}_{kind}", names, unseen.images, labels, *texts)
         return Segmentation(model, data, preprocess=model.preprocessing)
 
     whole = RetrievalSet(name, unseen.images, tokenize(unseen.descriptions), np.arange(count))

@@ -164,16 +164,18 @@ def classification(
     if isinstance(options.get("modes"), str):
         options["modes"] = (options["modes"],)
     tokenize = Tokenizer(model.context_length)
-
-    def flat(texts):
-        owner = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
-        return tokenize([text for own in texts for text in own]), owner
-
     titles = [names[0] for names in classes]
     pixels = Pixels(data.pictures, model.image_size, model.preprocessing.fit)
-    alone = (None, None) if described is None else flat(described)
-    found = ClassificationSet(benchmark.name, titles, pixels, data.labels, *flat(texts), data.counted, *alone)
+    alone = (None, None) if described is None else texts_of_classes(described, tokenize)
+    own = texts_of_classes(texts, tokenize)
+    found = ClassificationSet(benchmark.name, titles, pixels, data.labels, *own, data.counted, *alone)
     yield Classification(model, found, preprocess=model.preprocessing, **options)
+
+
+def texts_of_classes(texts: Sequence[Sequence[str]], tokenize: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Texts of each class, one after the other: their tokens, int32 (P, T), and the class of each, int (P,)."""
+    owner = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
+    return tokenize([text for own in texts for text in own]), owner
 
 
 def _of_set(benchmark: base.Benchmark, path: str) -> pathlib.Path:

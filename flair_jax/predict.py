@@ -67,19 +67,19 @@ def table(model: pretrained.Pretrained, images: Sequence[Image.Image], texts: Se
 
 def sheet(model: pretrained.Pretrained, images: Sequence[Image.Image], texts: Sequence[str]) -> Image.Image | None:
     """Where each text looks in each image; None where the model cannot say."""
+    preprocess = model.model.preprocessing
+    fitted = np.stack([preprocess.fit(image, model.model.image_size) for image in images])  # uint8 (B, H, W, 3)
     if model.model.has_pooling:
-        fitted = [model.model.preprocessing.fit(image, model.model.image_size) for image in images]
-        tokens, preprocess = model.tokenize(texts), model.model.preprocessing
-        heat = attention_maps.heat_maps(model.model, model.params, np.stack(fitted), tokens, preprocess=preprocess)
+        tokens = model.tokenize(texts)
+        heat = attention_maps.heat_maps(model.model, model.params, fitted, tokens, preprocess=preprocess)
         return attention_maps.sheet(fitted, [list(texts)] * len(images), heat.maps, heat.zero_mass)
     if not model.model.has_regions:
         return None
-    features = model.encode_image(model.preprocess(images))
+    features = model.encode_image(fitted)
     text = np.asarray(normalize(model.encode_text(model.tokenize(texts)).pooled))
     cosines = np.asarray(normalize(features.regions)) @ text.T  # (B, Q, N)
     corners = np.asarray(boxes.corners(features.boxes))  # (B, Q, 4)
     nearest = cosines.argmax(axis=1)  # (B, N)
-    fitted = [model.model.preprocessing.fit(image, model.model.image_size) for image in images]
     examples = [
         regions.Example(pixels, None, corners[image][nearest[image]], cosines[image].max(axis=0), texts)
         for image, pixels in enumerate(fitted)

@@ -6,7 +6,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
@@ -32,28 +31,34 @@ class Targets:
       valid: bool (I, M).
       texts: for each image, for each of its boxes, the numbers of its texts among the different texts.
       of_image: for each image the numbers of its different texts.
+      of_phrase: for each phrase which of its image's boxes are its own.
     """
 
     corners: np.ndarray
     valid: np.ndarray
     texts: list[list[list[int]]]
     of_image: list[list[int]]
+    of_phrase: list[list[int]]
 
     @classmethod
     def of(cls, data: PointingSet, text: np.ndarray) -> "Targets":
         """Boxes that two phrases share are one target; `text` (N,) is the number of each phrase's text."""
         height, width = image_size(data.images)
         found: list[dict[tuple, list[int]]] = [{} for _ in range(len(data.images))]
+        of_phrase = []
         for number, image, own in zip(text, data.image_of_text, data.boxes, strict=True):
-            for box in np.reshape(own, (-1, 4)) / (width, height, width, height):
-                found[image].setdefault(tuple(np.float32(box).tolist()), []).append(int(number))
+            boxes = [tuple(np.float32(b).tolist()) for b in np.reshape(own, (-1, 4)) / (width, height, width, height)]
+            for box in boxes:
+                found[image].setdefault(box, []).append(int(number))
+            of_phrase.append([list(found[image]).index(box) for box in boxes])
         most = max(map(len, found))
         corners, valid = np.zeros((len(found), most, 4), np.float32), np.zeros((len(found), most), bool)
         for image, own in enumerate(found):
             corners[image, : len(own)] = np.reshape(list(own), (-1, 4))
             valid[image, : len(own)] = True
         texts = [[sorted(set(numbers)) for numbers in own.values()] for own in found]
-        return cls(corners, valid, texts, [sorted({n for numbers in own for n in numbers}) for own in texts])
+        of_image = [sorted({n for numbers in own for n in numbers}) for own in texts]
+        return cls(corners, valid, texts, of_image, of_phrase)
 
 
 @jax.jit
@@ -143,7 +148,7 @@ class Regions:
                         best = rank(cosines[query[row, target], some], [some.index(n) for n in right])
                         within.append((best == 0, len(right) / len(some)))
                 for phrase in phrases[number]:
-                    fit = self._best_iou(boxes[row], phrase) >= HIT  # (Q,)
+                    fit = iou[row][:, targets.of_phrase[phrase]].max(axis=1) >= HIT  # (Q,)
                     similarity = cosines[:, self._text[phrase]]
                     grounded.append(fit[similarity == similarity.max()].all())
                     chances.append(fit.mean())
@@ -160,13 +165,6 @@ class Regions:
             yield result(f"description_set_R@{k}", np.array(ranks) < k)
         yield result("grounding", grounded)
         yield result("grounding", chances, "chance")
-
-    def _best_iou(self, boxes: np.ndarray, phrase: int) -> np.ndarray:
-        """Of each box (Q, 4) with the phrase's nearest one, (Q,)."""
-        height, width = image_size(self._data.images)
-        own = np.reshape(self._data.boxes[phrase], (-1, 4)) / (width, height, width, height)
-        iou, _ = geometry.overlap(np.asarray(geometry.corners(boxes))[:, None], jnp.asarray(own, jnp.float32), 1e-12)
-        return np.asarray(iou).max(axis=1)
 
     def figures(self, params: Any) -> Iterator[tuple[str, Image.Image]]:
         """A picture of what `run` found, with its title: predicted boxes beside true ones."""
