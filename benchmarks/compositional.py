@@ -102,7 +102,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
     found = {method: {run["seed"]: run["figures"] for run in runs if run["method"] == method} for method in METHODS}
     lines = [quality.row("percent", "runs", *METRICS), quality.rule(1 + len(METRICS))]
     for method in filter(found.get, METHODS):
-        cells = (_spread([figures[column] for figures in found[method].values()]) for column in METRICS)
+        cells = (quality.spread([figures[column] for figures in found[method].values()]) for column in METRICS)
         lines.append(quality.row(f"`{method}`", str(len(found[method])), *cells))
     lines += ["", quality.row(f"points, minus `{PLAIN}`", "pairs", *METRICS), quality.rule(1 + len(METRICS))]
     for method in METHODS:
@@ -112,13 +112,6 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         gaps = ([found[method][seed][column] - found[PLAIN][seed][column] for seed in seeds] for column in METRICS)
         lines.append(quality.row(f"`{method}`", str(len(seeds)), *(_interval(values) for values in gaps)))
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation, of one value only itself."""
-    if len(values) == 1:
-        return f"{100 * values[0]:.1f}"
-    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
 
 
 def _interval(gaps: Sequence[float]) -> str:

@@ -15,8 +15,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from benchmarks import quality
 from flair_jax import config as configuration
 from flair_jax import plan
@@ -62,7 +60,8 @@ def table(folder: pathlib.Path, config: str, methods: Sequence[str], flags: Sequ
     counts = " ".join(f"{method}: {len(found)} runs." for method, found in reports.items())
     lines = [counts, "", quality.row("percent", *(f"`{method}`" for method in methods)), quality.rule(len(methods))]
     for title, name in METRICS.items():
-        cells = [_cell([_value(report, name) for report in found]) for found in reports.values()]
+        values = ([_value(report, name) for report in found] for found in reports.values())
+        cells = [quality.spread([value for value in own if value is not None]) for own in values]
         if any(cells):
             lines.append(quality.row(title, *cells))
     sections = [configuration.read(f"{config}:{method}", flags) for method in methods]
@@ -84,13 +83,6 @@ def _value(report: Mapping[str, float], name: str) -> float | None:
     """The value of a name, or the best one of the `WAYS` that it has a place for."""
     names = [name.format(way) for way in WAYS] if "{}" in name else [name]
     return max((report[one] for one in names if one in report), default=None)
-
-
-def _cell(values: Sequence[float | None]) -> str:
-    values = [100 * value for value in values if value is not None]
-    if not values:
-        return ""
-    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -381,6 +381,15 @@ def _original(by_side: Mapping[str, Any]) -> Iterator[str]:
         yield row(name, *cells, f"{result.pvalue:.2f}", f"{np.mean(draws >= np.mean(theirs)):.3f}")
 
 
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation of fractions in percent; of one value only itself, of none nothing."""
+    if not len(values):
+        return ""
+    if len(values) == 1:
+        return f"{100 * values[0]:.1f}"
+    return f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}"
+
+
 def row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 

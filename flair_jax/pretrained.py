@@ -120,7 +120,7 @@ def read_fine_tuned(
     """
     if not 0 <= wise_ft <= 1:
         raise ValueError(f"wise_ft is {wise_ft}; expected a share of the way, 0 <= wise_ft <= 1")
-    path = epath.Path(path).expanduser()
+    path = epath.Path(hub.fetch(path) if hub.is_name(path) else path).expanduser()
     if _holds_pairs_and_weights(path):
         return read(path, model, gelu, lora_scale=wise_ft)
     if pretrained is None:

@@ -115,6 +115,16 @@ def test_foreign_weights_are_refused_and_not_kept(server):
         pretrained.read("hf://someone/flair/foreign.safetensors", TINY)
 
 
+def test_half_of_the_way_to_weights_on_the_hub(server, tmp_path):
+    before = tmp_path / "before.safetensors"
+    zeros = {name: np.zeros_like(array) for name, array in load_golden("tiny.safetensors").items()}
+    safetensors.numpy.save_file(zeros, before)
+    name = "hf://someone/flair/tiny.safetensors"
+    half, _ = pretrained.read_fine_tuned(name, before, 0.5, TINY)
+    whole, _ = pretrained.read(name, TINY)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b / 2, rtol=1e-6), half, whole)
+
+
 def test_the_command_takes_names(server, capsys):
     assert main(["check", "hf://someone/flair/foreign.safetensors"]) == 1
     assert "a.b" in capsys.readouterr().out

@@ -97,6 +97,12 @@ class Features:
         first = sum(count for _, count in itertools.takewhile(lambda entry: entry[0] != slot, self.slots))
         return x[:, first : first + self.count(slot)]
 
+    def exist(self, slot: str, valid: jax.Array | None) -> jax.Array:
+        """Which texts of a slot there are, bool (B, count), by the batch's `valid` (B, N / B); None: all of them."""
+        if valid is None:
+            return jnp.ones((self.image.pooled.shape[0], self.count(slot)), bool)
+        return self.in_slot(slot, valid)
+
     def of_slot(self, slot: str) -> "Features":
         """The same features with the texts of one slot alone; without local text features, which are by row.
 

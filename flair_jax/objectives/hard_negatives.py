@@ -24,6 +24,7 @@ from flair_jax.data.transforms.base import CAPTIONS, NEGATIVES
 from flair_jax.models.dual_encoder import Features
 from flair_jax.models.layers import normalize
 from flair_jax.objectives import ring
+from flair_jax.objectives.groups import group_means
 from flair_jax.objectives.softmax import as_in_processes, contrast
 
 Weights = Literal["minmax", "sparse", "softmax"]
@@ -182,9 +183,7 @@ def valid_negatives(features: Features, batch: Mapping[str, Any], name: str) -> 
             f"config.objectives.{name} needs a caption and hard negatives of it; set config.data.negatives.kinds. The "
             f"slots of the texts are {features.slots}"
         )
-    if batch.get("valid") is None:
-        return jnp.ones((features.image.pooled.shape[0], features.count(NEGATIVES)), bool)
-    return features.in_slot(NEGATIVES, batch["valid"])
+    return features.exist(NEGATIVES, batch.get("valid"))
 
 
 def counts(valid: jax.Array) -> dict[str, jax.Array]:
@@ -323,9 +322,7 @@ def mean_of_rows(losses: jax.Array, valid: jax.Array, reference_world_size: int,
             f"config.objectives.{name}.reference_world_size {reference_world_size} does not divide the batch of "
             f"{images} images"
         )
-    counted = valid.any(axis=1).reshape(reference_world_size, -1).sum(axis=1)
-    sums = losses.reshape(reference_world_size, -1).sum(axis=1)
-    return jnp.mean(sums / jnp.maximum(counted, 1))
+    return group_means(losses, valid.any(axis=1), reference_world_size)
 
 
 def check_options(name: str, gamma: float, smoothing: float) -> None:

@@ -19,6 +19,7 @@ from flair_jax import boxes as geometry
 from flair_jax.data.transforms.base import BOXES, BOXES_VALID, DESCRIPTION_IDS, DESCRIPTIONS
 from flair_jax.models.dual_encoder import Features
 from flair_jax.models.layers import normalize
+from flair_jax.objectives.groups import group_means
 
 EXACT = lax.Precision.HIGHEST
 
@@ -108,7 +109,7 @@ def descriptions(
             f"slots of the texts are {features.slots}"
         )
     query, matched = geometry.match_boxes(features.image.boxes, wanted, valid)
-    exist = features.in_slot(DESCRIPTIONS, batch["valid"]) if batch.get("valid") is not None else jnp.ones_like(valid)
+    exist = features.exist(DESCRIPTIONS, batch.get("valid"))
     matched &= exist
 
     def by_group(x):
@@ -161,13 +162,6 @@ def groups_of(features: Features, group_size: int | None, name: str) -> int:
     if size < 1 or images % size:
         raise ValueError(f"config.objectives.{name}.group_size {size} does not divide the batch of {images} images")
     return images // size
-
-
-def group_means(x: jax.Array, counts: jax.Array, groups: int) -> jax.Array:
-    """Mean over groups of the mean of what counts in each, 0 where nothing does: (N, M), (N, M) -> scalar."""
-    counts = counts.reshape(groups, -1)
-    sums = jnp.sum(x.reshape(groups, -1), axis=1, where=counts)
-    return jnp.mean(sums / jnp.maximum(counts.sum(axis=1), 1))
 
 
 def cross_entropy(logits: jax.Array, right: jax.Array, counts: jax.Array, axis: int) -> jax.Array:

@@ -1,0 +1,16 @@
+"""Means as the references take them: over the processes of means over what each process has."""
+
+import jax
+import jax.numpy as jnp
+
+
+def group_means(x: jax.Array, counts: jax.Array, groups: int) -> jax.Array:
+    """Mean over groups of consecutive images of the mean of what counts in each, 0 where nothing does.
+
+    Args:
+      x: float32 (N, …). counts: bool, of the same shape.
+      groups: how many, a divisor of N.
+    """
+    counts = counts.reshape(groups, -1)
+    sums = jnp.sum(x.reshape(groups, -1), axis=1, where=counts)
+    return jnp.mean(sums / jnp.maximum(counts.sum(axis=1), 1))
