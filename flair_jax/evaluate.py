@@ -74,9 +74,11 @@ def scenes_evaluators(
         data = SegmentationSet(f"{name}_{kind}", names, unseen.images, labels, *texts)
         return Segmentation(model, data, preprocess=model.preprocessing)
 
-    whole = RetrievalSet(name, unseen.images, tokenize(unseen.descriptions), np.arange(count))
+    whole = RetrievalSet(
+        name, unseen.images, tokenize(unseen.descriptions), np.arange(count), texts=unseen.descriptions
+    )
     yield Retrieval(model, whole, preprocess=model.preprocessing, **options)
-    parts = RetrievalSet(f"{name}_parts", unseen.images, tokenize(unseen.parts), unseen.part_images)
+    parts = RetrievalSet(f"{name}_parts", unseen.images, tokenize(unseen.parts), unseen.part_images, texts=unseen.parts)
     yield Retrieval(model, parts, preprocess=model.preprocessing, **options)
     objects = np.bincount(unseen.phrase_images, minlength=count)[unseen.phrase_images]
     phrases = PointingSet(

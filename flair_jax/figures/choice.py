@@ -47,7 +47,7 @@ def bars(results: Sequence[Result]) -> Image.Image:
     first = next((name for name in metrics if any(other.startswith(f"{name}/") for other in metrics)), None)
     chosen = metrics if first is None else [m for m in metrics if m == first or m.startswith(f"{first}/")]
     chosen = chosen[:MAX_BARS]
-    figure = Figure(figsize=(7, 1.2 + 0.22 * len(chosen) * max(1, len(modes))), layout="constrained")
+    figure = Figure(figsize=(7, 1.5 + 0.22 * len(chosen) * max(1, len(modes))), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     height = 0.8 / max(1, len(modes))
@@ -60,7 +60,7 @@ def bars(results: Sequence[Result]) -> Image.Image:
     axes.set_yticks(rows + 0.4 - height / 2, labels, fontsize=8)
     axes.set(xlim=(0, 1), xlabel=first or "score", title=results[0].set)
     axes.invert_yaxis()
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=len(modes) + 1, fontsize=8)
     return to_image(figure, dpi=100)
 
 

@@ -103,7 +103,7 @@ def bars(classes: Sequence[str], iou: Mapping[str, np.ndarray]) -> Image.Image:
     if len(order) > BAR_ROWS:
         order = np.concatenate([order[: BAR_ROWS // 2], order[-BAR_ROWS // 2 :]])
         title += f", the best and the worst {BAR_ROWS // 2} classes"
-    figure = Figure(figsize=(7, 1.2 + 0.2 * len(order)), layout="constrained")
+    figure = Figure(figsize=(7, 1.5 + 0.2 * len(order)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     height = 0.8 / len(iou)
@@ -116,5 +116,5 @@ def bars(classes: Sequence[str], iou: Mapping[str, np.ndarray]) -> Image.Image:
     axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=len(iou), fontsize=8)
     return to_image(figure)
