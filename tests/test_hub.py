@@ -72,6 +72,8 @@ def server(monkeypatch, tmp_path):
     with http.server.ThreadingHTTPServer(("localhost", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://localhost:{running.server_port}")
+        # Read at import, and other tests of this process are offline.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
         yield handler
