@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from flair_jax import attention_maps, boxes, models
+from flair_jax.attention_maps import IMAGE_BATCH, TEXT_BATCH
 from flair_jax.config import normalize
 from flair_jax.convert import flax_files
 from flair_jax.data.benchmarks import prompts
@@ -31,7 +32,6 @@ from flair_jax.progress import progress
 
 Item = TypeVar("Item")
 
-IMAGE_BATCH, TEXT_BATCH = 64, 512  # images, rows of texts
 FEW_BATCHES = 3  # more of them than these show their progress
 # Of `score` and `search`, and what each asks the model for.
 MODES = {"conditioned": "score", "global": "global_score", "regions": "region_score"}
