@@ -2,6 +2,7 @@
 
 import doctest
 import functools
+import pathlib
 import weakref
 
 import numpy as np
@@ -70,6 +71,14 @@ def test_examples_of_the_docstrings(folder, monkeypatch, function):
     (example,) = doctest.DocTestFinder(recurse=False).find(function, function.__name__, module=False, globs=names)
     assert len(example.examples) > 1
     assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_examples_of_the_guide(folder, monkeypatch):
+    """docs/using.md, with weights that know nothing."""
+    monkeypatch.chdir(folder)
+    guide = pathlib.Path(__file__).parents[1] / "docs" / "using.md"
+    result = doctest.testfile(str(guide), module_relative=False, globs={}, optionflags=doctest.ELLIPSIS)
+    assert result.attempted > 15 and result.failed == 0
 
 
 def test_pictures_in_every_form_have_the_scores_of_their_arrays(flair, grain, tmp_path):
@@ -201,7 +210,7 @@ def test_regions_lie_in_the_picture_s_own_pixels(folder, grain):
         text = np.asarray(model.encode_text(model.tokenize(TEXTS[:2])).pooled)
         norms = np.linalg.norm(region, axis=1)[:, None] * np.linalg.norm(text, axis=1)
         np.testing.assert_allclose(cosines, region @ text.T / norms, atol=1e-5)
-    assert [found.cosines.shape for found in grain.regions([wide, wide])] == [(3, 0)] * 2
+    assert [found.cosines.shape for found in grain.regions([wide, wide])] == [(3, 0)] * 2 and grain.regions([]) == []
 
 
 def test_heat_maps_are_the_attention_of_the_arrays(flair, grain):
@@ -230,6 +239,9 @@ def test_heat_maps_are_the_attention_of_the_arrays(flair, grain):
         ("flair", lambda m, x: m.classify(x, []), "class_names is empty"),
         ("flair", lambda m, x: m.classify(x, ["a"], ["a photo"]), "each with {c}"),
         ("flair", lambda m, x: m.segment([x, x], ["a"]), "there are 2 images; segment takes one"),
+        ("flair", lambda m, x: m.segment("cut.png", ["a"]), "an image cannot be used: cut.png: cannot decode"),
+        ("flair", lambda m, x: m.heat_maps(x, []), "there are 1 images and 0 texts"),
+        ("flair", lambda m, x: m.patch_similarity([], "a"), "there are 0 images and 1 texts"),
         ("flair", lambda m, x: m.score(x, [3]), r"texts\[0\] is a int; expected strings"),
         ("flair", lambda m, x: m.score(3, "a"), "images are a int; expected a path, a PIL image or a uint8 array"),
         ("flair", lambda m, x: m.score([x, None], "a"), r"images\[1\] is a NoneType; expected a path"),
