@@ -20,6 +20,7 @@ the last transaction left.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import pathlib
@@ -40,7 +41,7 @@ from PIL import Image, UnidentifiedImageError
 from flair_jax import pretrained
 from flair_jax.convert import names
 from flair_jax.data.transforms import images as image_rules
-from flair_jax.evaluators.features import lookahead
+from flair_jax.evaluators.features import Encoder, call, lookahead
 from flair_jax.evaluators.store import fingerprint
 from flair_jax.figures import search as search_figures
 from flair_jax.lock import WorkdirInUse, WorkdirLock
@@ -157,7 +158,8 @@ class Index:
         self._has_local = model.model.has_pooling
         self._loading = threading.Lock()
         self._snapshot: _Snapshot | None = None
-        self._encode = jax.jit(_stored_features, static_argnums=0)
+        self._encoder = Encoder(model.model, model.model.preprocessing, image_batch=BATCH, text_batch=BATCH)
+        self._store = jax.jit(_stored_features)
         self._score = jax.jit(_conditioned_cosines, static_argnums=0)
 
     @classmethod
@@ -345,14 +347,15 @@ class Index:
         """Makes the tables, unless they are there."""
         if _meta(connection):
             return
-        pixels = jax.ShapeDtypeStruct((1, *self.model.model.image_size, 3), np.uint8)
-        shapes = jax.eval_shape(lambda *x: _stored_features(self.model.model, *x), self.model.params, pixels)
+        pixels = jax.ShapeDtypeStruct((1, *self.model.model.image_size, 3), np.float32)
+        encode_image = functools.partial(call, self.model.model, "encode_image")
+        shapes = jax.eval_shape(encode_image, self.model.params, pixels)
         meta = {
             "schema": SCHEMA,
             "fingerprint": self._fingerprint,
             "checkpoint": self._checkpoint,
-            "width": shapes["pooled"].shape[-1],
-            "patches": shapes["local"].shape[1] if self._has_local else 0,
+            "width": shapes.pooled.shape[-1],
+            "patches": shapes.local.shape[1] if self._has_local else 0,
             "generation": 1,  # of the files of features
             "revision": 0,  # counts the transactions
         }
@@ -422,7 +425,8 @@ class Index:
         if pixels:
             padded = 1 << (len(pixels) - 1).bit_length()  # few shapes, so few compilations
             pixels += pixels[-1:] * (padded - len(pixels))
-            features = self._encode(self.model.model, self.model.params, np.stack(pixels))
+            ((_, encoded),) = self._encoder.images(self.model.params, np.stack(pixels), local=self._has_local)
+            features = self._store(encoded)
         return _Batch(files, unreadable, rows, features)
 
     def _load(self, name: str, known: Mapping[bytes, int]) -> _Loaded | OSError:
@@ -524,10 +528,9 @@ class _Rows:
             )
 
 
-def _stored_features(model: Any, params: Any, pixels: jax.Array) -> dict[str, jax.Array]:
-    """Images uint8 (B, H, W, 3) -> "pooled" (B, D), normalised, and with text-conditioned pooling "local" (B, L, D)."""
-    found = model.apply({"params": params}, model.preprocessing(pixels), method="encode_image")
-    stored = {"pooled": normalize(found.pooled), **({"local": found.local} if model.has_pooling else {})}
+def _stored_features(found: ImageFeatures) -> dict[str, jax.Array]:
+    """What the index keeps: "pooled" (B, D), normalised, and "local" (B, L, D) where it is asked for, in float16."""
+    stored = {"pooled": normalize(found.pooled), **({} if found.local is None else {"local": found.local})}
     return {name: x.astype(jnp.float16) for name, x in stored.items()}
 
 
@@ -537,7 +540,7 @@ def _conditioned_cosines(model: Any, params: Any, local: jax.Array, text: jax.Ar
 
     def cosine(tokens):
         image = ImageFeatures(None, tokens[None].astype(jnp.float32))
-        return model.apply({"params": params}, image, features, method="score_few_texts")[0, 0]
+        return call(model, "score_few_texts", params, image, features)[0, 0]
 
     return jax.lax.map(cosine, local, batch_size=AT_A_TIME) * jnp.exp(-params["logit_scale"])
 
