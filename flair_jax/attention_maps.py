@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from flair_jax.evaluators.features import Encoder, patch_grid
+from flair_jax.models.layers import normalize
 
 RED = (255, 0, 0)
 BOX = (0, 255, 0)
@@ -21,6 +22,8 @@ IMAGE_BATCH, TEXT_BATCH = 64, 512
 class HeatMaps(NamedTuple):
     """`maps`: float32 (B, N, h, w), attention on each patch; `zero_mass`: float32 (B, N), attention on no patch.
 
+    Of each head alone they are (B, N, heads, h, w) and (B, N, heads).
+
     A map and its zero mass sum to 1: maps are not renormalised, so that a text that finds nothing shows it.
     """
 
@@ -31,39 +34,89 @@ class HeatMaps(NamedTuple):
 def heat_maps(
     model: nn.Module,
     params: Any,
-    images: np.ndarray,
+    images: Sequence[np.ndarray],
     tokens: np.ndarray,
     *,
     preprocess: Callable[[jax.Array], jax.Array],
-    heads: Sequence[int] | None = None,
+    heads: str | int | Sequence[int] = "mean",
 ) -> HeatMaps:
     """Attention of every text over the patches of every image.
 
     Args:
       model: a module with `encode_image`, `encode_text` and `attention_maps`.
       params: its parameters, a nested dict.
-      images: (B, H, W, 3), as `preprocess` takes them.
+      images: (B, H, W, 3), as `preprocess` takes them; or a sequence with that shape, of which a batch is loaded at a
+        time.
       tokens: int32 (N, T), padded texts.
       preprocess: images -> the model's input, of the same height and width.
-      heads: numbers of the heads to average; None: all, as FLAIR's own pictures do.
+      heads: "mean" of all heads, as FLAIR's own pictures show it; "each" of them; a number, from 0; or several numbers,
+        of which the mean is taken.
 
     Raises:
       ValueError: there is no such head.
     """
+
+    def weights(encoder, params, image, text):
+        maps, zero_mass = (np.asarray(x) for x in encoder.apply("attention_maps", params, image, text))
+        if isinstance(heads, str) and heads == "each":
+            return maps, zero_mass
+        chosen = _numbers(heads, maps.shape[2])
+        return maps[:, :, chosen].mean(2), zero_mass[:, :, chosen].mean(2)
+
+    maps, zero_mass = _over_patches(model, params, images, tokens, preprocess, weights)
+    return HeatMaps(maps.reshape(*maps.shape[:-1], *patch_grid(*images.shape[1:3], maps.shape[-1])), zero_mass)
+
+
+def patch_similarity(
+    model: nn.Module,
+    params: Any,
+    images: Sequence[np.ndarray],
+    tokens: np.ndarray,
+    *,
+    preprocess: Callable[[jax.Array], jax.Array],
+    mode: str = "projected",
+) -> np.ndarray:
+    """Cosine of every patch of every image with every text, float32 (B, N, h, w).
+
+    Args:
+      model: a module with `encode_image`, `encode_text` and, for value, `dense_features`.
+      params, images, tokens, preprocess: as for `heat_maps`.
+      mode: "projected": the projected patches. "value": `model.dense_features`, what the pooling would give if all
+        attention rested on one patch.
+    """
+
+    def cosines(encoder, params, image, text):
+        local = encoder.apply("dense_features", params, image) if mode == "value" else image.local
+        local, pooled = (np.asarray(normalize(x), np.float32) for x in (local, text.pooled))
+        return (np.einsum("bld,nd->bnl", local, pooled, optimize=True),)
+
+    (found,) = _over_patches(model, params, images, tokens, preprocess, cosines)
+    return found.reshape(*found.shape[:-1], *patch_grid(*images.shape[1:3], found.shape[-1]))
+
+
+def _over_patches(model, params, images, tokens, preprocess, maps: Callable[..., tuple[np.ndarray, ...]]):
+    """Arrays that `maps(encoder, params, image, text)` gives of batches of images, joined in the images' order."""
     encoder = Encoder(model, preprocess, image_batch=IMAGE_BATCH, text_batch=TEXT_BATCH)
     params = encoder.place(params)
     text = encoder.texts(params, tokens)
-    parts = []
+    order, parts = [], []
     for numbers, image in encoder.images(params, images):
-        maps = encoder.apply("attention_maps", params, image, text)
-        parts.append([np.asarray(x)[: len(numbers)] for x in maps])
-    weights, zero_mass = (np.concatenate(x) for x in zip(*parts, strict=True))
-    batch, texts, count, patches = weights.shape
-    chosen = list(range(count) if heads is None else heads)
+        order.append(numbers)
+        parts.append([x[: len(numbers)] for x in maps(encoder, params, image, text)])
+    order = np.argsort(np.concatenate(order))
+    return [np.concatenate(part)[order] for part in zip(*parts, strict=True)]
+
+
+def _numbers(heads: str | int | Sequence[int], count: int) -> list[int]:
+    """The heads that are averaged. Raises ValueError: there is no such one."""
+    if isinstance(heads, str):
+        if heads != "mean":
+            raise ValueError(f"heads is {heads!r}; expected 'mean', 'each', a number or several numbers")
+        return list(range(count))
+    chosen = [int(heads)] if isinstance(heads, int | np.integer) else list(heads)
     if not chosen or not set(chosen) <= set(range(count)):
         raise ValueError(f"heads are {chosen}; the pooling has {count}, 0 to {count - 1}")
-    maps = weights[:, :, chosen].mean(2).reshape(batch, texts, *patch_grid(*images.shape[1:3], patches))
-    return HeatMaps(maps, zero_mass[:, :, chosen].mean(2))
+    return chosen
 
 
 def overlay(image: Image.Image | np.ndarray, heat: np.ndarray) -> Image.Image:

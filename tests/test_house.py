@@ -16,8 +16,10 @@ ROOMS = {
     "flair_jax": "flair_jax",
 }
 # Modules of flair_jax that may use the rooms beside it.
-DOORS = {"predict", "main", "config", "step", "train", "evaluate", "evaluation_sets", "evaluation_tasks", "pretrained"}
-DOORS |= {"search", "embed", "export"}
+DOORS = {
+    *("predict", "main", "config", "step", "train", "evaluate", "evaluation_sets", "evaluation_tasks"),
+    *("pretrained", "inference", "search", "embed", "export"),
+}
 TRANSFORMS = "flair_jax.data.transforms"
 LEARNING = {"jax", "jaxlib", "flax", "optax", "orbax"}
 

@@ -133,8 +133,10 @@ def test_scores_of_few_texts_are_those_of_many(tiny_model, tiny_params):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_without_pooling_keeps_no_tokens(folder):
-    model = pretrained.Pretrained(CLIP, fresh_params(models.create(CLIP)))
+def test_a_model_without_pooling_keeps_no_tokens(flair, folder):
+    params = {name: np.asarray(x) for name, x in flair.params.items() if not isinstance(x, dict)}
+    towers = {name: jax.tree.map(np.asarray, flair.params[name]) for name in ("vision", "text")}
+    model = pretrained.Pretrained(CLIP, {**params, **towers})
     index = Index.open(folder, model)
     index.update()
     check(index, "global", model, folder)
