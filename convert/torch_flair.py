@@ -256,6 +256,7 @@ class TorchFLAIR(nn.Module):
 
 def at_end(states: Tensor, tokens: Tensor) -> Tensor:
     """States at the first largest id, which is end-of-text in CLIP's vocabulary: (N, T, W) -> (N, W)."""
+    # Not len(tokens): it is a plain number, which would fix N in an exported program.
     return states[torch.arange(tokens.shape[0], device=tokens.device), tokens.argmax(dim=-1)]
 
 
