@@ -29,7 +29,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from flair_jax import __version__, pretrained
+from flair_jax import __version__, inference, pretrained
 from flair_jax.convert import flax_files, names, onnx_files
 from flair_jax.convert.tables import flatten, unflatten
 from flair_jax.data.transforms import images as image_rules
@@ -139,7 +139,7 @@ def used(part: Part, params: Mapping[str, Any]) -> dict[str, Any]:
     return {path: x for path, x in flatten(params).items() if path.split("/")[0] in part.uses}
 
 
-def description(model: pretrained.Pretrained, found: Mapping[str, Part]) -> dict[str, Any]:
+def description(model: inference.Pretrained, found: Mapping[str, Part]) -> dict[str, Any]:
     """What `export.json` says, see the module."""
     section, preprocessing = model.config, model.model.preprocessing
     mean, std = (x.tolist() for x in image_rules.MEAN_STD[preprocessing.mean_std])
@@ -179,7 +179,7 @@ def description(model: pretrained.Pretrained, found: Mapping[str, Part]) -> dict
     }
 
 
-def write(model: pretrained.Pretrained, folder: str | os.PathLike, *, onnx: bool = False) -> dict[str, Any]:
+def write(model: inference.Pretrained, folder: str | os.PathLike, *, onnx: bool = False) -> dict[str, Any]:
     """Writes programs, weights and their description into a folder; `export.json` comes last, when all is there.
 
     Args:

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from flair_jax import pretrained
+from flair_jax import inference, pretrained
 from flair_jax.convert import names
 from flair_jax.data.transforms import images as image_rules
 from flair_jax.evaluators.features import Encoder, call, lookahead
@@ -151,7 +151,7 @@ class Index:
       model: what encodes.
     """
 
-    def __init__(self, folder: pathlib.Path, at: pathlib.Path, model: pretrained.Pretrained, checkpoint: str):
+    def __init__(self, folder: pathlib.Path, at: pathlib.Path, model: inference.Pretrained, checkpoint: str):
         self.folder, self.at, self.model = folder, at, model
         self._catalogue, self._checkpoint = at / CATALOGUE, checkpoint
         self._fingerprint = fingerprint(model.model, jax.device_get(model.params))
@@ -166,7 +166,7 @@ class Index:
     def open(
         cls,
         folder: str | os.PathLike,
-        model: pretrained.Pretrained,
+        model: inference.Pretrained,
         *,
         at: str | os.PathLike | None = None,
         checkpoint: str = "",
