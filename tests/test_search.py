@@ -357,6 +357,12 @@ def test_queries_from_several_threads(flair, indexed):
     assert found == [expected] * 4
 
 
+def test_without_faiss(flair, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"search needs Faiss: pip install 'flair_jax\[search\]'"):
+        Index.open(folder, flair)
+
+
 def test_an_update_that_fails_in_the_middle_goes_on(flair, folder, monkeypatch):
     monkeypatch.setattr(search, "BATCH", 2)
     index = Index.open(folder, flair)
