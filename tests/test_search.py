@@ -17,6 +17,7 @@ from optional import faiss
 from PIL import Image
 from processes import one_device, wait_for
 
+from benchmarks import search as benchmark
 from flair_jax import models, pretrained, search
 from flair_jax.convert import flax_files
 from flair_jax.evaluators.features import call
@@ -435,6 +436,7 @@ def test_a_killed_process_goes_on(checkpoint, folder, flair, tmp_path):
     """Killed with SIGKILL in the middle of an update, which holds the lock; the next one takes over."""
     code = """
 import sys, time
+from benchmarks import search as benchmark
 from flair_jax import pretrained, search
 search.BATCH = 1
 def slowly(batches, total, title):
@@ -462,3 +464,11 @@ search.Index.open(sys.argv[1], pretrained.load(sys.argv[2])).update(slowly)
     time.sleep(0.1)
     assert index.update().added == COUNT - kept
     check(index, "conditioned", flair, folder)
+
+
+def test_the_benchmark(flair):
+    figures = benchmark.measure({"model": dict(flair.config)}, images=40, candidates=30, turns=1)
+    assert (figures["images"], figures["candidates"]) == (40, 30)
+    tokens = 4 * 4 * 64 * 2 * 40 / 2**20
+    np.testing.assert_allclose(figures["local_mib"], tokens)
+    assert {"global_1_texts_seconds", "conditioned_5_texts_seconds", "load_seconds"} <= figures.keys()
