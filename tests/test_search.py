@@ -328,6 +328,7 @@ def run_sql(*statements):
         (lambda at: (at / "catalogue.sqlite").write_bytes(b"no catalogue" * 100), OSError, "not a database"),
         (lambda at: os.truncate(at / "local-000001.f16", 1000), ValueError, "has 1000 bytes; the catalogue says"),
         (lambda at: (at / "pooled-000001.f16").unlink(), FileNotFoundError, "pooled-000001.f16"),
+        (run_sql("DELETE FROM meta WHERE key = 'width'"), OSError, "the table meta lacks width"),
         (run_sql("UPDATE meta SET value = '0' WHERE key = 'schema'"), ValueError, "has the schema '0'"),
         (run_sql("UPDATE files SET path = CAST('../out.png' AS BLOB)  WHERE row = 0"), ValueError, "outside of the"),
         (run_sql("UPDATE files SET path = CAST('/etc/passwd' AS BLOB) WHERE row = 0"), ValueError, "outside of the"),
