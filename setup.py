@@ -56,6 +56,7 @@ EXTRAS = {
     # Boxes for descriptions by OWLv2.
     "regions": ["torch>=2.13", "transformers>=5.23"],
     "cuda": ["jax[cuda12]>=0.10.2"],
+    "search": ["faiss-cpu>=1.15.1"],  # python -m flair_jax.search
     "tpu": ["jax[tpu]>=0.10.2"],
     # The reference's kind of loader, to measure beside: the newest webdataset with its way of reading.
     "bench": ["psutil>=7.2", "regex>=2026.9", "torch>=2.13", "webdataset==0.2.86"],
@@ -75,6 +76,7 @@ EXTRAS["test"] = [
     *(requirement for requirement in EXTRAS["bench"] if requirement not in EXTRAS["torch"]),
     *EXTRAS["notebook"],
     *EXTRAS["prepare"],
+    *EXTRAS["search"],
     *EXTRAS["tf"],
 ]
 
