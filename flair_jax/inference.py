@@ -308,8 +308,7 @@ class Pretrained:
           >>> found.boxes.shape, found.cosines.shape
           ((3, 4), (3, 1))
         """
-        if not self.model.has_regions:
-            raise ValueError("regions need a query decoder, and config.model.decoder is None")
+        self._check_decoder("regions")
         fitted, texts = self._fitted(Pictures(images)), _as_list(texts)
         unit = np.zeros((0, self.model.embed_dim), np.float32)
         if texts:
@@ -325,6 +324,31 @@ class Pretrained:
                 own = self.model.preprocessing.unfit_boxes(pixels, fitted.sizes[number], (height, width))
                 found[number] = Regions(own.astype(np.float32), cosines[row])
         return [found[number] for number in range(len(fitted))]
+
+    def query_maps(
+        self, images: Picture | Sequence[Picture], *, heads: str | int | Sequence[int] = "mean"
+    ) -> attention_maps.QueryMaps:
+        """Where the queries of a decoder (GRAIN) look, in its last layer.
+
+        Args:
+          images: as for `score`.
+          heads: as for `heat_maps`.
+
+        Returns:
+          `maps` (B, Q + 1, h, w), the image query last, and `class_mass` (B, Q + 1), the weight of the class token;
+          they sum to 1. With "each" (B, Q + 1, heads, h, w) and (B, Q + 1, heads).
+
+        Example:
+          >>> model = flair_jax.load("grain.safetensors")
+          >>> found = model.query_maps("fox.jpg")
+          >>> found.maps.shape, found.class_mass.shape
+          ((1, 4, 4, 4), (1, 4))
+        """
+        self._check_decoder("attention of queries")
+        fitted = self._fitted(Pictures(images))
+        return attention_maps.query_maps(
+            self.model, self.params, fitted, preprocess=self.model.preprocessing, heads=heads
+        )
 
     def preprocess(self, images: Sequence[Image.Image] | Image.Image) -> np.ndarray:
         """Images of any size and mode -> (B, H, W, 3) float32, as the reference evaluates them.
@@ -483,14 +507,18 @@ class Pretrained:
         if mode not in allowed:
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(allowed)}")
         if mode == "conditioned":
-            self._check_pooling("mode conditioned")
-        if mode == "regions" and not self.model.has_regions:
-            raise ValueError("mode regions needs a query decoder, and config.model.decoder is None")
+            self._check_pooling("scores of mode conditioned")
+        if mode == "regions":
+            self._check_decoder("scores of mode regions")
         return mode
 
     def _check_pooling(self, what: str) -> None:
         if not self.model.has_pooling:
             raise ValueError(f"{what} need text-conditioned pooling, and config.model.pooling is None")
+
+    def _check_decoder(self, what: str) -> None:
+        if not self.model.has_regions:
+            raise ValueError(f"{what} need a query decoder, and config.model.decoder is None")
 
     def _check_local(self, what: str) -> None:
         if not self.model.has_local:
