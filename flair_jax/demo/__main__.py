@@ -69,7 +69,11 @@ def train_scenes(workdir: pathlib.Path, agreed: bool, changes: Sequence[str] = (
         print(f"it takes {DURATION}, lies in {workdir}, and is there at once from the next start on.")
         if not sys.stdin.isatty():
             raise ValueError("give --checkpoint, or --yes to train the scenes model")
-        if input("Train it now? [Y/n] ").strip().lower() not in ("", "y", "yes"):
+        try:
+            answer = input("Train it now? [Y/n] ")
+        except EOFError:
+            answer = "no"
+        if answer.strip().lower() not in ("", "y", "yes"):
             raise ValueError("without a model there is no page: give --checkpoint")
     # A process of its own: the loader's workers import the main module again, and this one is the page's.
     status = subprocess.run(command, check=False).returncode

@@ -19,7 +19,7 @@ from flair_jax.search import Index
 MAX_BYTES = 32 * 2**20  # of a picture's file
 MAX_TEXTS, MAX_CLASSES = 12, 30
 MAX_CHARACTERS = 2000  # of a text; the model's context ends before
-SIDE = 448  # pixels, the longer side of a result's picture
+SIDE, LEGEND_WIDTH = 448, 320  # pixels: width of a result's picture, and of what its colours stand for
 SEGMENTED_SIDE = 1024  # pixels, the longer side of a picture that is segmented: scores of all classes lie in memory
 HITS = 12
 MEAN, PATCHES = "mean", "patches"  # views beside the numbers of heads
@@ -140,21 +140,32 @@ def heat_maps(
         Figure(heat.overlay(shown, one, scale, part), text, note)
         for one, text, note in zip(maps, texts, notes, strict=True)
     ]
-    return heat.legend(scale, SIDE, hatched=seen != (0, 0, *picture.size)), figures
+    return heat.legend(scale, LEGEND_WIDTH, hatched=seen != (0, 0, *picture.size)), figures
 
 
-def segment(model: Pretrained, picture: Image.Image, names: Sequence[str], template: str) -> Segments:
+def segmentation_modes(model: Pretrained) -> dict[str, str]:
+    """The modes of `Pretrained.segment` that a model has -> how the page calls them; the published one first."""
+    if not model.model.has_local:
+        return {}
+    found = {"projected": "Projected patches"}
+    if model.model.has_pooling:
+        found |= {"value": "Values of the pooling", "attention": "Attention of the pooling"}
+    return found
+
+
+def segment(model: Pretrained, picture: Image.Image, names: Sequence[str], template: str, mode: str) -> Segments:
     """The class of every pixel of a picture; of a large one, of a copy with `SEGMENTED_SIDE` pixels.
 
     Args:
       names: of the classes, C of them.
       template: the text of a class, with `{c}` for its name.
+      mode: a key of `segmentation_modes`.
     """
     if prompts.SLOT not in template:
         raise Refused(f"The text of a class needs {prompts.SLOT} where the name of the class goes.")
     picture = picture.copy()
     picture.thumbnail((SEGMENTED_SIDE, SEGMENTED_SIDE))
-    mask = model.segment(picture, names, template)
+    mask = model.segment(picture, names, template, mode=mode)
     palette = segmentation.colours(len(names))
     counts = np.bincount(mask[mask >= 0], minlength=len(names))
     coloured = np.where((mask >= 0)[..., None], palette[mask], segmentation.NONE)

@@ -31,15 +31,22 @@ TITLES = {
     "probability": "probability",
 }
 CSS = """
-.answer table { border-collapse: collapse; width: 100%; }
-.answer th, .answer td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--border-color-primary); }
+.answer table { border-collapse: collapse; width: 100%; border: 0 !important; }
+.answer th, .answer td { padding: 6px 10px; text-align: right; border: 0; }
+.answer tr { border: 0; border-bottom: 1px solid var(--border-color-primary); }
 .answer th:first-child, .answer td:first-child { text-align: left; overflow-wrap: anywhere; }
+@media (max-width: 640px) {  /* the text above its scores */
+  .answer tr { display: flex; flex-wrap: wrap; }
+  .answer th, .answer td { flex: 1; min-width: 0; padding: 4px 6px; text-align: left; }
+  .answer th:first-child, .answer td:first-child { flex-basis: 100%; }
+}
 .answer .figures { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 210px), 1fr)); }
+.answer .small { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); }
 .answer figure { margin: 0; }
 .answer img { display: block; width: 100%; height: auto; }
 .answer img.legend, .answer img.sheet { width: auto; max-width: 100%; margin-bottom: 12px; }
 .answer figcaption, .answer li { overflow-wrap: anywhere; }
-.answer figcaption small { color: var(--body-text-color-subdued); }
+.answer figcaption small { font-size: 0.85em; opacity: 0.75; }
 .answer ul { list-style: none; margin: 12px 0 0; padding: 0; }
 .answer li span { display: inline-block; width: 14px; height: 14px; margin-right: 8px; vertical-align: -2px; }
 .answer h3 { margin: 16px 0 8px; overflow-wrap: anywhere; }
@@ -62,14 +69,14 @@ def table(texts: Sequence[str], columns: dict[str, Sequence[float]]) -> str:
     return f"<table><tr><th>text</th>{head}</tr>{''.join(rows)}</table>"
 
 
-def gallery(figures: Sequence[answers.Figure]) -> str:
-    """Pictures beside each other, as many as there is room for, with their titles and notes."""
+def gallery(figures: Sequence[answers.Figure], kind: str = "") -> str:
+    """Pictures beside each other, as many as there is room for, with their titles and notes; "small" ones for more."""
     cells = (
         f"<figure>{picture(figure.image, figure.title)}<figcaption>{html.escape(figure.title)}<br>"
         f"<small>{html.escape(figure.note)}</small></figcaption></figure>"
         for figure in figures
     )
-    return f'<div class="figures">{"".join(cells)}</div>'
+    return f'<div class="figures {kind}">{"".join(cells)}</div>'
 
 
 def picture(image: Image.Image, description: str, kind: str = "") -> str:
@@ -139,7 +146,7 @@ def _about_a_picture(model: Pretrained, scenes: bool) -> None:
                     choices = [(name, view) for view, name in views.items()]
                     view = gradio.Dropdown(choices, value=choices[0][1], label="Heat maps", filterable=False)
                     maps = _result("heat-maps")
-            if model.model.has_local:
+            if modes := answers.segmentation_modes(model):
                 with gradio.Tab("Segmentation"):
                     fields["classes"] = gradio.Textbox(
                         label="Classes, one a line",
@@ -148,6 +155,16 @@ def _about_a_picture(model: Pretrained, scenes: bool) -> None:
                         placeholder="fox\nsnow\nsky",
                     )
                     of_class = gradio.Textbox(template, label="Text of a class, {c} is its name", max_lines=1)
+                    choices = [(name, mode) for mode, name in modes.items()]
+                    # Models of drawn scenes segment better by the pooling's values, see docs/quality.md.
+                    preferred = "value" if scenes and "value" in modes else choices[0][1]
+                    by = gradio.Dropdown(
+                        choices,
+                        value=preferred,
+                        label="What is compared with the classes",
+                        filterable=False,
+                        visible=len(choices) > 1,
+                    )
                     divide = gradio.Button("Segment", variant="primary")
                     segments = _result("segments")
             if model.model.has_regions:
@@ -170,9 +187,9 @@ def _about_a_picture(model: Pretrained, scenes: bool) -> None:
     def look_again(path, typed, view):
         return look(path, typed, view) if path and typed else ""
 
-    def segment(path, typed, template):
+    def segment(path, typed, template, mode):
         names = answers.lines(typed, answers.MAX_CLASSES, "class")
-        result = answers.segment(model, answers.read_picture(path), names, template)
+        result = answers.segment(model, answers.read_picture(path), names, template, mode)
         return picture(result.image, "the classes of the pixels", "sheet") + legend(result.classes)
 
     def regions(path, typed):
@@ -198,7 +215,7 @@ def _about_a_picture(model: Pretrained, scenes: bool) -> None:
         _answer(ask, look, [upload, fields["texts"], view], maps)
         _answer(view, look_again, [upload, fields["texts"], view], maps)
     if "classes" in fields:
-        _answer(divide, segment, [upload, fields["classes"], of_class], segments)
+        _answer(divide, segment, [upload, fields["classes"], of_class, by], segments)
     if "descriptions" in fields:
         _answer(find, regions, [upload, fields["descriptions"]], found)
     if scenes:
@@ -212,7 +229,7 @@ def _about_a_folder(index: Index) -> None:
 
     def search(typed):
         found = answers.search(index, answers.lines(typed, answers.MAX_TEXTS))
-        return "".join(f"<h3>{html.escape(text)}</h3>{gallery(figures)}" for text, figures in found)
+        return "".join(f"<h3>{html.escape(text)}</h3>{gallery(figures, 'small')}" for text, figures in found)
 
     _answer(ask, search, [texts], hits)
 
