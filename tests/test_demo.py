@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import re
 import shutil
 import socket
@@ -15,11 +14,12 @@ import optional
 import pytest
 from conftest import fresh_params
 from PIL import ExifTags, Image
+from saver import state_of
 
 from flair_jax import models
+from flair_jax.checkpoint import Checkpoints
 from flair_jax.config import normalize, read
 from flair_jax.configs import scenes
-from flair_jax.convert import flax_files
 from flair_jax.demo import __main__ as command
 from flair_jax.demo import answers
 from flair_jax.pretrained import Pretrained
@@ -182,7 +182,7 @@ def test_segments_are_those_of_the_model(flair, clip):
     assert [share for *_, share in found.classes] == sorted((x for x in shares.values() if x), reverse=True)
     large = answers.segment(flair, picture(1500, 3000), names, "a {c} shape", "projected")
     assert large.image.size == (448, 224)
-    with pytest.raises(answers.Refused, match="needs {c}"):
+    with pytest.raises(answers.Refused, match=r"needs \{c\}"):
         answers.segment(flair, picture(), names, "a shape", "value")
     assert list(answers.segmentation_modes(flair)) == ["projected", "value", "attention"]
 
@@ -259,21 +259,210 @@ def test_the_user_is_asked_in_the_terminal(cache, monkeypatch, answer):
 
 
 def test_a_training_is_kept_and_goes_on_until_its_last_step(cache, monkeypatch):
-    changes = [
-        *("steps=2", "save_every=1", "batch_size=8", "model.vision.depth=1", "model.text.depth=1", "workers=0"),
-        *("data.scenes.count=16", "data.scenes.size=36", "evaluators.scenes.count=16", "evaluators.scenes.size=36"),
-    ]
-    flags = [f"--config.{change}" for change in changes]
     assert not command.is_trained(cache) and not command.knows_scenes(str(cache))
-    command.train_scenes(cache, agreed=True, changes=flags)
-    assert command.is_trained(cache) and command.knows_scenes(str(cache))
-    with pytest.raises(ValueError, match="status"):
-        command.train_scenes(cache, agreed=True, changes=["--config.no_such_key=1"])
-    shutil.rmtree(cache / "checkpoints" / "2")
-    assert not command.is_trained(cache)
+    config = {**normalize(scenes.get_config().to_dict()), "steps": 2}
+    for step in (1, 2):
+        with contextlib.closing(Checkpoints(cache, keep=None)) as saved:
+            saved.save(state_of(step), [], config)
+        assert command.is_trained(cache) == (step == 2) and command.knows_scenes(str(cache))
+    monkeypatch.setattr(command.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": 130}))
+    with pytest.raises(ValueError, match="status 130"):
+        command.train_scenes(cache, agreed=True)
 
 
 def test_errors_of_the_command(tmp_path, capsys):
     optional.gradio.Blocks  # noqa: B018
     assert command.main(["--checkpoint", str(tmp_path / "missing")]) == 1
     assert "no such file" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def tabs(page) -> list[str]:
+    return [part["props"]["label"] for part in page.config["components"] if part["type"] == "tabitem"]
+
+
+def test_tabs_for_what_the_model_can_do(flair, grain, clip, index):
+    build = optional.demo_page.build
+    pages = {name: tabs(build(model, name)) for name, model in (("flair", flair), ("grain", grain), ("clip", clip))}
+    assert pages["flair"] == ["Scores and heat maps", "Segmentation"]
+    assert pages["grain"] == ["Scores", "Regions"]
+    assert pages["clip"] == ["Scores and heat maps", "Segmentation"]
+    assert tabs(build(flair, "flair", index=index)) == ["A picture", *pages["flair"], "Search"]
+
+
+def test_what_users_write_is_escaped():
+    page, script = optional.demo_page, "<script>alert('1')</script>\" onerror=\"x"
+    results = [
+        page.table([script], {"global": [0.5]}),
+        page.gallery([answers.Figure(picture(), script, script)]),
+        page.legend([(script, (1, 2, 3), 0.5)]),
+        page.refused(script),
+    ]
+    for result in results:
+        assert "<script" not in result and '" onerror' not in result and "&lt;script&gt;" in result
+
+
+@pytest.fixture(scope="module")
+def addresses():
+    """Hosts that this process looks up while the page is served."""
+    found, look_up = set(), socket.getaddrinfo
+
+    def noted(host, *arguments, **options):
+        found.add(host.decode() if isinstance(host, bytes) else host)
+        return look_up(host, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", noted)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def served(flair, index, addresses, tmp_path_factory):
+    """The address of a page that takes files of up to a mebibyte."""
+    page = optional.demo_page
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "MAX_BYTES", 2**20)
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        with page.serve(page.build(flair, "a <i>model</i>", index=index, scenes=True)) as address:
+            yield address
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("chromium is not installed")
+    with optional.playwright.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class User:
+    """Somebody with a browser of their own on the page. `hosts`: whom the page asked for anything."""
+
+    def __init__(self, browser, address, **options):
+        self.page, self.hosts = browser.new_context(**options).new_page(), set()
+        self.page.on("request", lambda request: self.hosts.add(urllib.parse.urlsplit(request.url).hostname))
+        self.page.goto(address)
+        self.page.get_by_role("button", name="Compare").wait_for()
+
+    def upload(self, path):
+        self.page.locator("#upload input[type=file]").set_input_files(path)
+
+    def write(self, label, text):
+        self.page.get_by_label(label).fill(text)
+
+    def click(self, name):
+        self.page.get_by_role("button", name=name, exact=True).click()
+
+    def heat_maps(self, *texts):
+        """Pictures of the heat maps, once they are those of these texts."""
+        captions = self.page.locator("#heat-maps figcaption")
+        for number, text in enumerate(texts):
+            captions.nth(number).filter(has_text=text).wait_for()
+        assert captions.count() == len(texts)
+        return [image.get_attribute("src") for image in self.page.locator("#heat-maps figure img").all()]
+
+
+@pytest.fixture
+def user(chromium, served):
+    found = User(chromium, served)
+    yield found
+    found.page.context.close()
+
+
+def test_upload_type_and_see_a_heat_map_that_follows_the_head(user, photos, addresses):
+    user.click("Compare")
+    user.page.get_by_role("alert").filter(has_text="Write at least one text").first.wait_for()
+    user.write("Texts, one a line", "\n".join(TEXTS))
+    user.upload(photos / "0.png")
+    user.page.locator("#upload img").wait_for()
+    user.click("Compare")
+    mean = user.heat_maps(*TEXTS)
+    assert user.page.locator("#scores td:first-child").all_inner_texts() == TEXTS  # markup is text
+
+    user.page.get_by_label("Heat maps", exact=True).click()
+    user.page.get_by_role("option", name="Attention, head 1").click()
+    user.page.wait_for_function(
+        "old => document.querySelector('#heat-maps figure img').src != old", arg=mean[0], timeout=20_000
+    )
+    assert not set(user.heat_maps(*TEXTS)) & set(mean)
+    # Neither the page nor its server asks another machine for anything.
+    assert user.hosts - {None} == {"127.0.0.1"}
+    assert addresses <= {"127.0.0.1", "localhost", None}
+
+
+def test_bad_and_large_files(user, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    user.upload(tmp_path / "bad.png")
+    message = user.page.get_by_role("alert").filter(has_text="cannot be used as a picture: not an image")
+    message.wait_for()
+    assert user.page.locator("#upload img").count() == 0  # the field takes another file
+    (tmp_path / "large.png").write_bytes(b"x" * (2**20 + 1))
+    user.upload(tmp_path / "large.png")
+    user.page.get_by_text(re.compile("exceed the maximum allowed size of 1.0 ?mb", re.IGNORECASE)).first.wait_for()
+
+
+def test_a_picture_that_browsers_do_not_show(user, tmp_path):
+    picture().save(tmp_path / "scan.tiff")
+    user.upload(tmp_path / "scan.tiff")
+    user.page.wait_for_function("(document.querySelector('#upload img') || {}).naturalWidth == 90")
+
+
+def test_two_users_at_once(chromium, served, photos):
+    first, second = User(chromium, served), User(chromium, served, viewport={"width": 390, "height": 844})
+    for user, text, name in ((first, "a red ring", "0.png"), (second, "a green cross", "1.png")):
+        user.upload(photos / name)
+        user.page.locator("#upload img").wait_for()
+        user.write("Texts, one a line", text)
+    first.click("Compare")
+    second.click("Compare")
+    assert first.heat_maps("a red ring") != second.heat_maps("a green cross")
+    # On a phone nothing is wider than the screen.
+    assert second.page.evaluate("document.documentElement.scrollWidth") == 390
+    for user in (first, second):
+        user.page.context.close()
+
+
+def test_scenes_segments_and_search(user):
+    user.click("Draw a scene")
+    user.page.locator("#upload img").wait_for()
+    user.page.get_by_role("tab", name="Segmentation").click()
+    names = user.page.get_by_label("Classes, one a line")
+    user.page.wait_for_function("field => field.value", arg=names.element_handle())
+    user.click("Segment")
+    user.page.locator("#segments img").wait_for()
+    found = user.page.locator("#segments li").all_inner_texts()
+    assert found and {line.rsplit(",", 1)[0].strip() for line in found} <= set(names.input_value().splitlines())
+    user.page.get_by_role("tab", name="Search").click()
+    user.page.get_by_label("Texts, one a line").locator("visible=true").fill(TEXTS[0])
+    user.click("Search")
+    user.page.locator("#hits figure").nth(2).wait_for()
+    assert sorted(user.page.locator("#hits figcaption").all_inner_texts())[0].startswith("0.png")
+
+
+def test_the_server_takes_no_paths_addresses_or_large_files(user, served, photos):
+    """Requests that the page does not make: with files that nobody uploaded, addresses to fetch, or past its limit."""
+    request = user.page.request
+
+    def upload(content):
+        file = {"name": "photo.png", "mimeType": "image/png", "buffer": content}
+        return request.post(f"{served}gradio_api/upload", multipart={"files": file})
+
+    def check(path):
+        """What the first event of the page, the check of an uploaded file, answers."""
+        data = [{"path": path, "meta": {"_type": "gradio.FileData"}}]
+        request.post(f"{served}gradio_api/queue/join", data={"data": data, "fn_index": 0, "session_hash": "someone"})
+        return request.get(f"{served}gradio_api/queue/data?session_hash=someone").text()
+
+    (own,) = upload((photos / "0.png").read_bytes()).json()
+    assert '"success":true' in check(own)
+    for path in (str(photos / "0.png"), "/etc/hostname", "http://127.0.0.1:9/photo.png"):
+        assert '"success":false' in check(path), path
+    assert "Addresses are not taken" in check("http://127.0.0.1:9/photo.png")
+    assert upload(bytes(2**20 + 1)).status == 413
+    assert request.get(f"{served}gradio_api/file={photos / '0.png'}").status == 403

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from flair_jax import pretrained, search
 from flair_jax.checkpoint import Checkpoints
@@ -29,41 +30,40 @@ def kept_scenes() -> pathlib.Path:
     return pathlib.Path(cache) / "flair_jax" / "scenes"
 
 
-def is_trained(workdir: pathlib.Path) -> bool:
-    """Whether a run of `configs/scenes.py` in `workdir` has reached its last step."""
+def newest(workdir: pathlib.Path) -> tuple[int, Mapping[str, Any]] | None:
+    """Step and config of the newest checkpoint of a work directory; None: there is none."""
     if not (workdir / "checkpoints").is_dir():
-        return False
+        return None
     saved = Checkpoints(workdir, keep=None)
     step = saved.latest()
-    last = saved.config(step)["steps"] if step is not None else None
-    saved.close()
-    return step is not None and step >= last
-
-
-def knows_scenes(checkpoint: str) -> bool:
-    """Whether a checkpoint is the work directory of a run that was trained on drawn scenes."""
-    workdir = pathlib.Path(checkpoint).expanduser()
-    if not (workdir / "checkpoints").is_dir():
-        return False
-    saved = Checkpoints(workdir, keep=None)
-    step = saved.latest()
-    found = step is not None and saved.config(step)["data"].get("scenes") is not None
+    found = None if step is None else (step, saved.config(step))
     saved.close()
     return found
 
 
-def train_scenes(workdir: pathlib.Path, agreed: bool, changes: Sequence[str] = ()) -> None:
+def is_trained(workdir: pathlib.Path) -> bool:
+    """Whether a run of `configs/scenes.py` in `workdir` has reached its last step."""
+    found = newest(workdir)
+    return found is not None and found[0] >= found[1]["steps"]
+
+
+def knows_scenes(checkpoint: str) -> bool:
+    """Whether a checkpoint is the work directory of a run that was trained on drawn scenes."""
+    found = newest(pathlib.Path(checkpoint).expanduser())
+    return found is not None and found[1]["data"].get("scenes") is not None
+
+
+def train_scenes(workdir: pathlib.Path, agreed: bool) -> None:
     """Trains the scenes model, or goes on with its training, if the user agrees in the terminal.
 
     Args:
       workdir: of the run.
       agreed: whether the user has agreed already.
-      changes: of the config, as flags.
 
     Raises:
       ValueError: the user does not agree, cannot be asked, or the training failed.
     """
-    command = [sys.executable, "-m", "flair_jax.main", "--config", "scenes", "--workdir", str(workdir), *changes]
+    command = [sys.executable, "-m", "flair_jax.main", "--config", "scenes", "--workdir", str(workdir)]
     if not agreed:
         print("There is no --checkpoint. A small model of drawn scenes can be trained on this machine instead:")
         print(f"it takes {DURATION}, lies in {workdir}, and is there at once from the next start on.")

@@ -18,12 +18,13 @@ from flair_jax.search import Index
 
 # gradio reads it when it is imported: neither starts nor errors of the page are reported to anyone.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-import gradio  # noqa: E402
+import gradio
 
 AT_A_TIME = 2  # answers that are computed at a time; others wait in the queue
 WAITING = 50  # that wait, at most
 BROWSER_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # that browsers show; others are handed back as PNG
 KEPT_SECONDS = 3600  # uploaded pictures are removed afterwards
+EXAMPLE = "a red fox in the snow"
 TITLES = {
     "conditioned": "text-conditioned cosine",
     "global": "global cosine",
@@ -139,7 +140,9 @@ def _about_a_picture(model: Pretrained, scenes: bool) -> None:
             draw = gradio.Button("Draw a scene") if scenes else None
         with gradio.Column(scale=3, min_width=320), gradio.Tabs():
             with gradio.Tab("Scores and heat maps" if (views := answers.views(model)) else "Scores"):
-                fields["texts"] = gradio.Textbox(label="Texts, one a line", lines=3, placeholder="a red fox in the snow")
+                fields["texts"] = gradio.Textbox(
+                    label="Texts, one a line", lines=3, placeholder="a red fox in the snow"
+                )
                 ask = gradio.Button("Compare", variant="primary")
                 scores = _result("scores")
                 if views:
@@ -201,8 +204,7 @@ def _about_a_picture(model: Pretrained, scenes: bool) -> None:
             image = answers.read_picture(path)
         except answers.Refused as error:
             return None, refused(str(error))
-        shown_by_browsers = answers.stored_format(path) in BROWSER_FORMATS
-        return gradio.skip() if shown_by_browsers else image, ""
+        return path if answers.stored_format(path) in BROWSER_FORMATS else image, ""
 
     def draw_one():
         image, texts, names = answers.scene(random.randrange(2**31))
@@ -223,7 +225,7 @@ def _about_a_picture(model: Pretrained, scenes: bool) -> None:
 
 
 def _about_a_folder(index: Index) -> None:
-    texts = gradio.Textbox(label="Texts, one a line", lines=2, placeholder="a red fox in the snow")
+    texts = gradio.Textbox(label="Texts, one a line", lines=2, placeholder=EXAMPLE)
     ask = gradio.Button("Search", variant="primary")
     hits = _result("hits")
 
@@ -235,7 +237,11 @@ def _about_a_folder(index: Index) -> None:
 
 
 def _upload() -> gradio.Image:
-    """The field for a picture. What is uploaded reaches `answers.read_picture` as it is: as the path of a file."""
+    """The field for a picture. What is uploaded reaches `answers.read_picture` as it is: as the path of a file.
+
+    Answers may change its value alone: at other changes (`gradio.update`, `gradio.skip`) gradio makes it anew, without
+    what is replaced here. A class of its own is no way: gradio writes a stub of it beside its source.
+    """
     field = gradio.Image(
         label="Picture",
         type="filepath",
