@@ -56,6 +56,8 @@ EXTRAS = {
     # Boxes for descriptions by OWLv2.
     "regions": ["torch>=2.13", "transformers>=5.23"],
     "cuda": ["jax[cuda12]>=0.10.2"],
+    "demo": ["gradio>=6.31"],  # python -m flair_jax.demo
+    "demo-test": ["gradio>=6.31", "playwright>=1.65"],  # its tests in a browser, with the system's chromium
     "search": ["faiss-cpu>=1.15.1"],  # python -m flair_jax.search
     "tpu": ["jax[tpu]>=0.10.2"],
     # The reference's kind of loader, to measure beside: the newest webdataset with its way of reading.
