@@ -10,7 +10,7 @@ import numpy as np
 from flair_jax.evaluators.features import Encoder, patch_grid
 from flair_jax.models.layers import normalize
 
-IMAGE_BATCH, TEXT_BATCH = 64, 512
+IMAGE_BATCH, TEXT_BATCH = 64, 512  # images, rows of texts
 
 
 class HeatMaps(NamedTuple):
