@@ -38,8 +38,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from flair_jax import pretrained
+from flair_jax import compilation, inference, pretrained
 from flair_jax.convert import names
+from flair_jax.data.sources.index import CACHE
 from flair_jax.data.transforms import images as image_rules
 from flair_jax.evaluators.features import Encoder, call, lookahead
 from flair_jax.evaluators.store import fingerprint
@@ -151,7 +152,7 @@ class Index:
       model: what encodes.
     """
 
-    def __init__(self, folder: pathlib.Path, at: pathlib.Path, model: pretrained.Pretrained, checkpoint: str):
+    def __init__(self, folder: pathlib.Path, at: pathlib.Path, model: inference.Pretrained, checkpoint: str):
         self.folder, self.at, self.model = folder, at, model
         self._catalogue, self._checkpoint = at / CATALOGUE, checkpoint
         self._fingerprint = fingerprint(model.model, jax.device_get(model.params))
@@ -166,7 +167,7 @@ class Index:
     def open(
         cls,
         folder: str | os.PathLike,
-        model: pretrained.Pretrained,
+        model: inference.Pretrained,
         *,
         at: str | os.PathLike | None = None,
         checkpoint: str = "",
@@ -183,7 +184,9 @@ class Index:
           NotADirectoryError: there is no such folder.
           OtherWeights: the index was made with other weights.
           ValueError: the model lacks a tower, or the index is damaged or of another version of this package.
+          ImportError: Faiss is not installed.
         """
+        _faiss()  # before hours of work
         folder = pathlib.Path(folder).expanduser()
         if not folder.is_dir():
             raise NotADirectoryError(f"{folder} is no folder: give a folder of photographs")
@@ -547,14 +550,19 @@ def _conditioned_cosines(model: Any, params: Any, local: jax.Array, text: jax.Ar
 
 def _vectors(pooled: np.ndarray, rows: np.ndarray) -> Any:
     """Faiss's exact index of the rows of files, by the inner product, in memory as float16."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError("search needs Faiss: pip install 'flair_jax[search]'") from error
+    faiss = _faiss()
     vectors = faiss.IndexScalarQuantizer(pooled.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
     for start in range(0, len(rows), ROWS_AT_A_TIME):
         vectors.add(pooled[rows[start : start + ROWS_AT_A_TIME]].astype(np.float32))
     return vectors
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("search needs Faiss: pip install 'flair_jax[search]'") from error
+    return faiss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -726,6 +734,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     made["search"].add_argument("--output", type=pathlib.Path, metavar="PNG", help="where to write the hits' pictures")
     options = parser.parse_args(arguments)
+    compilation.use_cache(os.path.expanduser(f"{CACHE}/compiled"))  # a search takes less time than to compile it
     try:
         (_index if options.command == "index" else _search)(options)
     except (ValueError, OSError, ImportError, WorkdirInUse) as error:

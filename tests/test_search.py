@@ -133,8 +133,10 @@ def test_scores_of_few_texts_are_those_of_many(tiny_model, tiny_params):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_without_pooling_keeps_no_tokens(folder):
-    model = pretrained.Pretrained(CLIP, fresh_params(models.create(CLIP)))
+def test_a_model_without_pooling_keeps_no_tokens(flair, folder):
+    params = {name: np.asarray(x) for name, x in flair.params.items() if not isinstance(x, dict)}
+    towers = {name: jax.tree.map(np.asarray, flair.params[name]) for name in ("vision", "text")}
+    model = pretrained.Pretrained(CLIP, {**params, **towers})
     index = Index.open(folder, model)
     index.update()
     check(index, "global", model, folder)
@@ -353,6 +355,12 @@ def test_queries_from_several_threads(flair, indexed):
     for thread in threads:
         thread.join()
     assert found == [expected] * 4
+
+
+def test_without_faiss(flair, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"search needs Faiss: pip install 'flair_jax\[search\]'"):
+        Index.open(folder, flair)
 
 
 def test_an_update_that_fails_in_the_middle_goes_on(flair, folder, monkeypatch):
