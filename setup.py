@@ -56,6 +56,8 @@ EXTRAS = {
     # Boxes for descriptions by OWLv2.
     "regions": ["torch>=2.13", "transformers>=5.23"],
     "cuda": ["jax[cuda12]>=0.10.2"],
+    "demo": ["gradio>=6.31"],  # python -m flair_jax.demo
+    "demo-test": ["gradio>=6.31", "playwright>=1.65"],  # its tests in a browser, with the system's chromium
     # python -m flair_jax.export --onnx, and onnxruntime to run what it writes.
     "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2", "torch>=2.13"],
     "search": ["faiss-cpu>=1.15.1"],  # python -m flair_jax.search
