@@ -13,6 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from PIL import Image
 
 from flair_jax import checkpoint, lora, models, state
+from flair_jax.config import flatten as config_flat
 from flair_jax.config import normalize
 from flair_jax.convert import flax_files, hub, hugging_face, lora_files, released
 from flair_jax.convert.tables import flatten
@@ -91,6 +92,36 @@ def read(
     saved.close()
     flax_files.refuse_not_finite(flatten(jax.device_get(params)), saved.folder / str(step))
     return params, found
+
+
+def model_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str, Any]:
+    """The `model` section of a config that has none of a whole model, but changes of that of its weights.
+
+    Args:
+      config: the whole config; keys of its `model` section that are None stay as the weights say.
+      workdir: its newest checkpoint counts, where there is one, and then `init_from`.
+
+    Raises:
+      ValueError, FileNotFoundError: there are no weights; see `read`.
+    """
+    changes = {key: value for key, value in config_flat(config["model"]).items() if value is not None}
+    saved = checkpoint.Checkpoints(workdir, keep=None) if (epath.Path(workdir) / "checkpoints").is_dir() else None
+    latest = None if saved is None else saved.latest()
+    if latest is not None:
+        section = saved.config(latest)["model"]
+    elif config["init_from"]:
+        section = read(config["init_from"], gelu=changes.get("gelu"))[1]
+    else:
+        raise ValueError("config.model has no name, and so is the model of the weights: set config.init_from")
+    section = dict(section)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = section
+        for parent in parents:
+            node[parent] = dict(node[parent] or {})
+            node = node[parent]
+        node[last] = value
+    return section
 
 
 def read_fine_tuned(
