@@ -201,6 +201,8 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"unknown config keys {sorted(unknown)}; there are {sorted(defaults)}")
     if missing := set(defaults) - set(config):
         raise ValueError(f"the config lacks {sorted(missing)}")
+    if "name" not in config["model"]:
+        raise ValueError("config.model has no name: it is completed by the weights of init_from when a run starts")
     values = flatten(config)
     for key, default in flatten(defaults).items():
         if default is not None and key not in NONE_TOO and key in values and values[key] is None:
@@ -217,8 +219,6 @@ def check(config: Mapping[str, Any]) -> None:
         EarlyStoppingOptions.of(config["early_stopping"])
     if config["init_partial"] and config["init_resized"]:
         raise ValueError("set one of config.init_partial and config.init_resized: the first one resizes, too")
-    if "name" not in config["model"]:
-        raise ValueError("config.model has no name: it is completed by the weights of init_from when a run starts")
     if lacking := [tower for tower in ("vision", "text") if config["model"][tower] is None]:
         raise ValueError(f"config.model.{lacking[0]} is None: a tower alone is neither trained nor evaluated")
     if config["model"].get("micro_batches", 1) < 1:

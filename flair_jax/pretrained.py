@@ -37,7 +37,8 @@ def read(
     Args:
       path: a work directory of a run (its newest checkpoint, the average of the parameters where the run keeps one),
         a .safetensors file of either side, a .pt or .bin file (a state dict, or OpenAI's archive), or a folder of
-        Hugging Face's with config.json and model.safetensors; or a name on the hub, see `convert.hub`.
+        `flair_jax.push` or of Hugging Face's with config.json and model.safetensors; or a name on the hub, see
+        `convert.hub`.
       model: the `model` section; None: the one stored with the weights, or that of the published model
         whose widths a PyTorch file has.
       gelu: "quick" or "exact", where neither the file nor `model` says it: state dicts of CLIP do not.
@@ -151,7 +152,9 @@ def read_fine_tuned(
     """
     if not 0 <= wise_ft <= 1:
         raise ValueError(f"wise_ft is {wise_ft}; expected a share of the way, 0 <= wise_ft <= 1")
-    path = epath.Path(hub.fetch(path) if hub.is_name(path) else path).expanduser()
+    if hub.is_name(path):
+        gelu, path = gelu or hub.GELUS.get(path), hub.fetch(path)
+    path = epath.Path(path).expanduser()
     if _holds_pairs_and_weights(path):
         return read(path, model, gelu, lora_scale=wise_ft)
     if pretrained is None:

@@ -1,4 +1,4 @@
-"""Fine-tuning: early stopping and its resume, before and after, the model of the weights, other sizes, what is trained."""
+"""Fine-tuning: early stopping and its resume, before and after, other sizes, and what is trained."""
 
 import json
 
@@ -136,7 +136,7 @@ def test_a_run_stops_and_the_best_checkpoint_is_kept_and_reported(whole):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), weights)
 
 
-@pytest.mark.parametrize("fail_at", [1, 2, 3])
+@pytest.mark.parametrize("fail_at", [1, 3])
 def test_a_run_killed_before_an_evaluation_stops_where_the_unbroken_one_does(whole, tmp_path, monkeypatch, fail_at):
     workdir, evaluations = whole
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -215,7 +215,8 @@ def tuned(method, start, shards, *arguments):
 
 def test_other_sizes_a_locked_tower_and_the_report_of_before_and_after(start, shards, tmp_path):
     sizes = "--config.model.vision.image_size=(40, 60)", "--config.model.text.context_length=24"
-    config = tuned("clip+locked_image", start, shards, *sizes)
+    all_steps = "--config.early_stopping=None", "--config.optimizer.warmup_steps=0"
+    config = tuned("clip+locked_image", start, shards, *sizes, *all_steps)
     after = train.train(config, tmp_path)
     before = json.loads((tmp_path / "before" / "report.json").read_text())
     assert before.keys() == after.keys() and before != after
@@ -234,26 +235,21 @@ def test_other_sizes_a_locked_tower_and_the_report_of_before_and_after(start, sh
     step, (params, _), _ = checkpoint_of(tmp_path)
     model = pretrained.load(tmp_path)
     assert (step, model.config["vision"]["image_size"], model.config["text"]["context_length"]) == (4, (40, 60), 24)
-    given, section = pretrained.read(start)
+    given, _ = pretrained.read(start)
     assert params["vision"]["position_embedding"].shape[0] == 1 + 2 * 3
     np.testing.assert_array_equal(params["text"]["position_embedding"].shape[0], 24)
-    moved = {
-        name: max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params[name], given[name])))
-        for name in ("image_projection",)
-    }
-    assert moved["image_projection"] > 1e-5
+    assert np.abs(params["image_projection"] - given["image_projection"]).max() > 1e-5
     same = dict(params["vision"]), dict(jax.device_get(given["vision"]))
     for tree in same:
         tree.pop("position_embedding")
     jax.tree.map(np.testing.assert_array_equal, *same)
 
     # The same command goes on without the file; other sizes are another experiment.
-    gone = tuned("clip+locked_image", tmp_path / "gone.safetensors", shards, *sizes)
+    gone = tuned("clip+locked_image", tmp_path / "gone.safetensors", shards, *sizes, *all_steps)
     assert train.train(gone, tmp_path) == after
     with pytest.raises(ValueError, match=r"config\.model\.text\.context_length is 30, was 24"):
-        train.train(
-            tuned("clip+locked_image", start, shards, sizes[0], "--config.model.text.context_length=30"), tmp_path
-        )
+        longer = sizes[0], "--config.model.text.context_length=30"
+        train.train(tuned("clip+locked_image", start, shards, *longer, *all_steps), tmp_path)
     assert evaluate.evaluate(gone | dict(init_from=None), tmp_path) == pytest.approx(after, abs=1e-6)
 
 
@@ -269,27 +265,17 @@ def test_lora_starts_from_the_weights_themselves_and_the_pairs_of_the_best_are_w
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("argument", "words"),
     [
-        (
-            ["--config.init_from=None"],
-            "config.model has no name, and so is the model of the weights: set config.init_from",
-        ),
-        (["--config.model.vision.patch_size=10"], r"model\.vision\.patch_size is 10, the file says 20"),
-        (["--config.evaluators.val.shards=None"], r"'val': it is off: set config\.evaluators\.val\.shards"),
-        (["--config.init_partial=True"], "set one of config.init_partial and config.init_resized"),
+        ("init_from=None", "has no name, and so is the model of the weights: set config.init_from"),
+        ("model.gelu=quick", "gelu is 'quick', the file says 'exact'"),
+        ("evaluators.val.shards=None", r"'val': it is off: set config\.evaluators\.val\.shards"),
+        ("init_partial=True", "set one of config.init_partial and config.init_resized"),
     ],
 )
-def test_what_does_not_fit_is_said_before_anything_is_trained(start, shards, tmp_path, arguments, words):
-    for argument in arguments:
-        key, _, value = argument.removeprefix("--config.").partition("=")
-        config = tuned("clip", start, shards)
-        if key == "model.vision.patch_size":
-            config["model"]["vision"]["patch_size"] = int(value)
-        else:
-            config = tuned("clip", start, shards, argument)
-        with pytest.raises(ValueError, match=words):
-            train.train(config, tmp_path)
+def test_what_does_not_fit_is_said_before_anything_is_trained(start, shards, tmp_path, argument, words):
+    with pytest.raises(ValueError, match=words):
+        train.train(tuned("clip", start, shards, f"--config.{argument}"), tmp_path)
 
 
 @pytest.mark.parametrize("objectives", finetune.OBJECTIVES)
