@@ -1,28 +1,20 @@
-"""Checkpoints as objects to use from Python: search, compare, and see where a text looks."""
+"""Checkpoints of every kind -> parameters, and models to use from Python."""
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import SingleDeviceSharding
-from PIL import Image
 
 from flair_jax import checkpoint, lora, models, state
 from flair_jax.config import flatten as config_flat
 from flair_jax.config import normalize
 from flair_jax.convert import flax_files, hub, hugging_face, lora_files, released
 from flair_jax.convert.tables import flatten
-from flair_jax.data.transforms.tokenizer import Tokenizer
-from flair_jax.evaluators.features import Encoder
-from flair_jax.models.dual_encoder import ImageFeatures, TextFeatures
-from flair_jax.models.text import Text
-
-IMAGE_BATCH, TEXT_BATCH = 64, 512  # images, rows of texts
+from flair_jax.inference import Pretrained
 
 
 def read(
@@ -188,7 +180,7 @@ def load(
     pretrained: str | os.PathLike | None = None,
     wise_ft: float = 1.0,
     gelu: str | None = None,
-) -> "Pretrained":
+) -> Pretrained:
     """Loads a model; from a checkpoint of one tower alone, that tower.
 
         flair_jax.load("RUN/lora.safetensors", pretrained="ViT-B-32.pt").save("merged.safetensors")
@@ -202,137 +194,3 @@ def load(
     else:
         params, model = read_fine_tuned(path, pretrained, wise_ft, config, gelu)
     return Pretrained(model, params)
-
-
-class Pretrained:
-    """A model with its parameters. Methods take and give arrays, work in batches over all devices of the mesh, as the
-    evaluators do, and are compiled once per shape.
-
-    Args:
-      config: the `model` section.
-      params: its parameters.
-
-    Attributes:
-      config, params: as given, the parameters on every device.
-      model: the Linen module.
-    """
-
-    def __init__(self, config: Mapping[str, Any], params: Any):
-        self.config = normalize(config)
-        self.model = models.create(self.config)
-        self._encoder = Encoder(self.model, self.model.preprocessing, image_batch=IMAGE_BATCH, text_batch=TEXT_BATCH)
-        self.params = self._encoder.place(params)
-
-    def preprocess(self, images: Sequence[Image.Image] | Image.Image) -> np.ndarray:
-        """Images of any size and mode -> (B, H, W, 3) float32, as the reference evaluates them.
-
-        Each is brought to the model's image size as its `config.model.preprocess` says, made RGB and normalised: with
-        "crop" and "openai" it is resized to just cover that size, cropped in the centre and normalised with CLIP's mean
-        and deviation. Its EXIF orientation is ignored, as the reference ignores it: turn a photograph upright
-        beforehand (`PIL.ImageOps.exif_transpose`) where the model was trained on upright ones (`data.upright`).
-
-        Raises:
-          TypeError: something is no PIL image.
-        """
-        images = [images] if isinstance(images, Image.Image) else list(images)
-        for number, image in enumerate(images):
-            if not isinstance(image, Image.Image):
-                raise TypeError(f"images[{number}] is a {type(image).__name__}; expected PIL images (PIL.Image.open)")
-        pixels = [self.model.preprocessing.fit(image, self.model.image_size) for image in images]
-        return self.model.preprocessing(np.reshape(pixels, (-1, *self.model.image_size, 3)).astype(np.uint8))
-
-    def tokenize(self, texts: Sequence[str] | str) -> np.ndarray:
-        """Texts -> (N, T) int32; what does not fit the context is cut off."""
-        return Tokenizer(self.model.context_length)(texts)
-
-    def encode_image(self, images: np.ndarray) -> ImageFeatures:
-        """Images -> `pooled` (B, D) and `local` (B, L, D), projected and not normalised.
-
-        Args:
-          images: (B, H, W, 3) of the model's size: uint8 pixels, which are normalised as in training, or floats, which
-            are taken as normalised (`preprocess` gives them). B may be 0.
-
-        Raises:
-          TypeError: another dtype. ValueError: another shape.
-        """
-        images = self._checked_images(images)
-        if not len(images):
-            return jax.tree.map(lambda x: x[:0], self.encode_image(np.zeros((1, *images.shape[1:]), images.dtype)))
-        batches = list(self._encoder.images(self.params, images))
-        features = jax.tree.map(lambda *x: jnp.concatenate(x), *[image for _, image in batches])
-        # Batches are equally full but for the last, which alone has padding.
-        return jax.tree.map(lambda x: x[: len(images)], features)
-
-    def encode_text(self, texts: np.ndarray, *, local: bool = False, hidden_states: bool = False) -> TextFeatures:
-        """Texts -> `pooled` (N, D), projected and not normalised.
-
-        Args:
-          texts: integers (N, T) with T up to the context length, from `tokenize`. N may be 0.
-          local: give `local` (N, T, D) and `mask` too, the features of all tokens. Without it several short texts share
-            a row of the text tower, which is faster by their number.
-          hidden_states: give `local`, `mask` and `hidden` too, the states of the transformer before the projection:
-            `last` (N, T, W), `second_to_last` (N, T, W), `pooled` (N, W), which diffusion models are conditioned on.
-            They depend on the ids after the end of text too, see docs/using_clip.md.
-
-        Raises:
-          TypeError: something else than integers. ValueError: another shape, or an id outside of the vocabulary.
-        """
-        texts = self._checked_texts(texts)
-        if not len(texts):
-            one = np.zeros((1, texts.shape[1]), np.int32)
-            features = self.encode_text(one, local=local, hidden_states=hidden_states)
-            return jax.tree.map(lambda x: x[:0], features)
-        if hidden_states:
-            return self._encoder.apply("encode_text_with_hidden", self.params, Text.padded(jnp.asarray(texts)))
-        if local:
-            return self._encoder.apply("encode_text", self.params, Text.padded(jnp.asarray(texts)))
-        return self._encoder.texts(self.params, texts)
-
-    def get_logits(self, images: np.ndarray, texts: np.ndarray) -> jax.Array:
-        """Text-conditioned logits of every image with every text, bias included: (B, N) float32."""
-        return self._pairs("score", images, texts) + self.params.get("logit_bias", 0.0)
-
-    def get_logits_as_clip(self, images: np.ndarray, texts: np.ndarray) -> jax.Array:
-        """Logits of the pooled features, without the bias as in the reference: (B, N) float32."""
-        return self._pairs("global_score", images, texts)
-
-    def attention_maps(self, images: np.ndarray, texts: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """Attention of each head over the patches (B, N, H, L), and the zero key's mass (B, N, H)."""
-        return self._pairs("attention_maps", images, texts)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes parameters and config as one .safetensors file, which `load` and `flair_jax.convert` read."""
-        flax_files.write(os.path.expanduser(path), jax.device_get(self.params), self.config)
-
-    def _pairs(self, method: str, images: np.ndarray, texts: np.ndarray) -> Any:
-        return self._encoder.apply(method, self.params, self.encode_image(images), self.encode_text(texts))
-
-    def _checked_images(self, images: Any) -> np.ndarray:
-        height, width = self.model.image_size
-        expected = (
-            f"expected images (B, {height}, {width}, 3), uint8 pixels or normalised floats, as `preprocess` gives"
-        )
-        if not hasattr(images, "dtype"):
-            raise TypeError(f"images are a {type(images).__name__}; {expected}")
-        images = np.asarray(images)
-        if images.shape[1:] != (height, width, 3):
-            raise ValueError(f"images have shape {images.shape}; {expected}")
-        if images.dtype == np.uint8:
-            return images
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise TypeError(f"images have dtype {images.dtype}; {expected}")
-        return images.astype(np.float32)
-
-    def _checked_texts(self, texts: Any) -> np.ndarray:
-        length, size = self.model.context_length, self.config["text"]["vocab_size"]
-        expected = f"expected token ids, integers (N, T) with T up to {length}, as `tokenize` gives"
-        if not hasattr(texts, "dtype"):
-            raise TypeError(f"texts are a {type(texts).__name__}; {expected}")
-        texts = np.asarray(texts)
-        if not np.issubdtype(texts.dtype, np.integer):
-            raise TypeError(f"texts have dtype {texts.dtype}; {expected}")
-        if texts.ndim != 2 or not 0 < texts.shape[1] <= length:
-            raise ValueError(f"texts have shape {texts.shape}; {expected}")
-        if texts.size and not 0 <= texts.min() <= texts.max() < size:
-            raise ValueError(f"token ids run from {texts.min()} to {texts.max()}; expected 0 to {size - 1}")
-        return texts.astype(np.int32)

@@ -17,16 +17,8 @@ ROOMS = {
 }
 # Modules of flair_jax that may use the rooms beside it.
 DOORS = {
-    "push",
-    "predict",
-    "main",
-    "config",
-    "step",
-    "train",
-    "evaluate",
-    "evaluation_sets",
-    "evaluation_tasks",
-    "pretrained",
+    *("predict", "main", "config", "step", "train", "evaluate", "evaluation_sets", "evaluation_tasks"),
+    *("pretrained", "inference", "push"),
 }
 TRANSFORMS = "flair_jax.data.transforms"
 LEARNING = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -279,12 +279,39 @@ class Preprocessing:
           float (K, 4) in pixels of the result, without the boxes of which nothing is left: less than a thousandth of a
           pixel in one direction.
         """
+        scale, offset = self._placement(image_size, size)
+        moved = np.reshape(boxes, (-1, 2, 2)) * scale - offset
+        moved = moved.clip(0, [size[1], size[0]]).reshape(-1, 4)
+        return moved[(moved[:, 2:] - moved[:, :2] > 1e-3).all(1)]
+
+    def unfit_boxes(self, boxes: np.ndarray, image_size: Sequence[int], size: tuple[int, int]) -> np.ndarray:
+        """Where boxes of the result of `fit` lie in the image, the inverse of `fit_boxes`.
+
+        Args:
+          boxes: float (M, 4), x0, y0, x1, y1 in pixels of the result.
+          image_size: width and height of the image. size: height and width of the result.
+
+        Returns:
+          float (M, 4) in pixels of the image, cut at its edges.
+        """
+        scale, offset = self._placement(image_size, size)
+        moved = (np.reshape(boxes, (-1, 2, 2)) + offset) / scale
+        return moved.clip(0, np.array(image_size, float)).reshape(-1, 4)
+
+    def seen(self, image_size: Sequence[int], size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The part of an image that the result of `fit` shows: x0, y0, x1, y1 in pixels of the image.
+
+        Args:
+          image_size: width and height of the image. size: height and width of the result.
+        """
+        return tuple(self.unfit_boxes(np.array([[0, 0, size[1], size[0]]]), image_size, size)[0].tolist())
+
+    def _placement(self, image_size: Sequence[int], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """A point (x, y) of the image is at (x, y) * scale - offset in the result of `fit`: both, float (2,)."""
         (width, height), (rows, columns) = (int(side) for side in image_size), size
         resized = (columns, rows) if self.resize == "squash" else _covering(width, height, size)
         offset = np.array([round((resized[0] - columns) / 2), round((resized[1] - rows) / 2)])
-        moved = np.reshape(boxes, (-1, 2, 2)) * (np.array(resized) / (width, height)) - offset
-        moved = moved.clip(0, [columns, rows]).reshape(-1, 4)
-        return moved[(moved[:, 2:] - moved[:, :2] > 1e-3).all(1)]
+        return np.array(resized) / (width, height), offset
 
     def __call__(self, pixels):
         """Pixels as the vision tower takes them: in [0, 1], minus the mean, over the deviation.

@@ -394,7 +394,7 @@ class Classification:
             texts["flair_after"] = prompts
         if "regions" in texts:
             texts |= {"global": vectors, "regions": encoder.texts(params, self._descriptions.tokens)}
-        blocks_of = {mode: self._blocks(text) for mode, text in texts.items()}
+        blocks_of = {mode: encoder.blocks(text) for mode, text in texts.items()}
         local = any(mode.startswith("flair") for mode in texts)
 
         def batches():
@@ -421,13 +421,6 @@ class Classification:
         if "regions" in tables:
             tables["regions"] = self._alpha * tables["global"] + (1 - self._alpha) * tables["regions"]
         return {mode: tables[mode] for mode in self._modes}
-
-    def _blocks(self, text: Any) -> list[Any]:
-        """Features of texts in blocks of one size; the last one is padded with its last text."""
-        count = len(text.pooled)
-        rows = self._encoder.text_rows(count)
-        numbers = (np.minimum(np.arange(start, start + rows), count - 1) for start in range(0, count, rows))
-        return [self._encoder.take([text], number) for number in numbers]
 
     def run(self, params: Any) -> Iterator[Result]:
         """Evaluates parameters, a nested dict.

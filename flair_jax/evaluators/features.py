@@ -40,7 +40,12 @@ class BrokenImages(ValueError):
 
     def __init__(self, reasons: Mapping[int, str]):
         self.reasons = dict(reasons)
-        super().__init__(f"{len(reasons)} images cannot be used, the first one: {next(iter(reasons.values()))}")
+        first = next(iter(reasons.values()))
+        super().__init__(
+            f"{len(reasons)} images cannot be used, the first one: {first}"
+            if len(reasons) > 1
+            else f"an image cannot be used: {first}"
+        )
 
 
 def raise_broken(broken: Mapping[int, str], count: int) -> None:
@@ -387,6 +392,13 @@ class Encoder:
             part["ends"] = ends[start * ROW_TEXTS : (start + count) * ROW_TEXTS] - np.int32(start * row_length)
             blocks.append(self._run(self._encode_text, params, Text(**part)))
         return blocks, number
+
+    def blocks(self, text: Any) -> list[Any]:
+        """Features of N texts in blocks of `text_rows(N)`, the last one padded with its last text; none of none."""
+        count = len(text.pooled)
+        rows = self.text_rows(count) if count else 1
+        numbers = (np.minimum(np.arange(start, start + rows), count - 1) for start in range(0, count, rows))
+        return [self.take([text], number) for number in numbers]
 
     def take(self, blocks: Sequence[Any], index: np.ndarray) -> Any:
         """Rows by number out of features of consecutive `blocks`, whole on every device."""

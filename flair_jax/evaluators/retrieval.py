@@ -424,8 +424,7 @@ class Retrieval:
         text = self._text_encoder.texts(self._text_encoder.place(self._text_params(params)), self._data.tokens)
         params = self._encoder.place(params)
         rows = self._encoder.text_rows(texts)
-        numbers = [np.minimum(np.arange(start, start + rows), texts - 1) for start in range(0, texts, rows)]
-        blocks = [self._encoder.take([text], number) for number in numbers]
+        blocks = self._encoder.blocks(text)
         finish = self._pooled()
         patches = "flair" in modes or "topk" in modes
         for images, image in self._encoder.images(params, self._data.images, local=patches):

@@ -525,18 +525,31 @@ class Segmentation:
         matrices = {mode: ConfusionMatrix(len(data.classes)) for mode in self._modes}
         mine = self._mine()
         shown = set(mine[np.linspace(0, len(mine) - 1, min(FIGURE_IMAGES, len(mine))).astype(int)].tolist())
-        self._shown, broken = [], {}
-        for number, labels, predictions in lookahead(self._predictions(params, broken)):
+        self._shown = []
+        for number, labels, predictions in self._masks(params):
             for mode, prediction in predictions.items():
-                prediction = np.asarray(prediction)[: labels.shape[0], : labels.shape[1]]
                 matrices[mode].add(labels, prediction)
                 if mode == self._modes[0] and number in shown:
                     self._shown.append((number, prediction))
-        raise_broken(broken, len(data.images))
         if jax.process_count() > 1:
             for matrix in matrices.values():
                 matrix.sum_over_processes()
         return matrices
+
+    def masks(self, params: Any) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """The number of each image, and by mode the class of every pixel, uint8 of the labels' shape; `UNDECIDED` where
+        several share the best score. Of the images of this process, see `confusion` for errors.
+        """
+        for number, _, masks in self._masks(params):
+            yield number, masks
+
+    def _masks(self, params: Any) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray]]]:
+        """`masks` with the labels of each image between."""
+        broken: dict[int, str] = {}
+        for number, labels, predictions in lookahead(self._predictions(params, broken)):
+            height, width = labels.shape
+            yield number, labels, {mode: np.asarray(mask)[:height, :width] for mode, mask in predictions.items()}
+        raise_broken(broken, len(self._data.images))
 
     def run(self, params: Any) -> Iterator[Result]:
         """Evaluates parameters, a nested dict.

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from flair_jax import attention_maps
 from flair_jax.evaluators.features import patch_grid
 from flair_jax.figures import as_pixels, in_rows
+from flair_jax.figures.heat import overlay
 
 TILE = 224  # width of an image in pixels
 LINE, FONT_SIZE = 16, 12
@@ -45,7 +45,7 @@ def _cell(example: Example) -> Image.Image:
     grid = patch_grid(height, width, len(example.heat))
     heat = (example.heat - min(0, example.heat.min())).reshape(grid)  # cosines may be negative
     scale = TILE / width
-    picture = attention_maps.overlay(Image.fromarray(image).resize((TILE, round(scale * height))), heat)
+    picture = overlay(Image.fromarray(image).resize((TILE, round(scale * height))), heat)
     draw = ImageDraw.Draw(picture)
     for box in example.boxes:
         draw.rectangle([scale * side for side in box], outline=BOX, width=2)

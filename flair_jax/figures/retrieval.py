@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flair_jax.attention_maps import overlay
 from flair_jax.figures import to_image
+from flair_jax.figures.heat import overlay
 
 DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 WIDTH = 110  # characters of a line of text
