@@ -29,18 +29,23 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
     path_served: pathlib.Path
 
-    def _head(self) -> None:
+    def _head(self) -> bool:
+        if "/resolve/" not in self.path:  # huggingface_hub asks for other things, too
+            self.send_error(404)
+            return False
         self.send_response(200)
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("ETag", '"weights"')
         self.send_header("Content-Length", str(self.path_served.stat().st_size))
         self.end_headers()
+        return True
 
     def do_HEAD(self) -> None:
         self._head()
 
     def do_GET(self) -> None:
-        self._head()
+        if not self._head():
+            return
         with self.path_served.open("rb") as file:
             self.copyfile(file, self.wfile)
 
