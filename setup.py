@@ -65,6 +65,7 @@ EXTRAS = {
     # The reference's kind of loader, to measure beside: the newest webdataset with its way of reading.
     "bench": ["psutil>=7.2", "regex>=2026.9", "torch>=2.13", "webdataset==0.2.86"],
     "torch-test": ["torchmetrics>=1.9"],  # beside PyTorch: metrics that tests compare with
+    "docs": ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],  # `make docs`
     "notebook": ["nbformat>=5.11", "nbclient>=0.11", "ipykernel>=7.4"],
 }
 # Without PyTorch, which the Makefile installs where there is a CPU build: tests that need it are skipped elsewhere.
