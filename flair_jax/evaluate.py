@@ -38,6 +38,7 @@ from flair_jax.evaluators import (
 )
 from flair_jax.evaluators.segmentation import IGNORE
 from flair_jax.evaluators.store import FeatureStore
+from flair_jax.figures import heat
 from flair_jax.untrained import looks_untrained
 
 SHEET_IMAGES = 6
@@ -414,11 +415,14 @@ def draw_attention_sheets(config: Mapping[str, Any], model: nn.Module, params: A
 
 
 def attention_sheet(model: nn.Module, params: Any, images, texts, boxes):
-    """The picture of `Examples`, see `attention_maps.sheet`."""
+    """The picture of `Examples`: a row per image, with a map per text of its own, see `heat.sheet`."""
     tokens = Tokenizer(model.context_length)([text for row in texts for text in row])
-    heat = attention_maps.heat_maps(model, params, np.stack(images), tokens, preprocess=model.preprocessing)
+    maps, zero_mass = attention_maps.heat_maps(model, params, np.stack(images), tokens, preprocess=model.preprocessing)
     ends = np.cumsum([len(row) for row in texts])
     own = [slice(end - len(row), end) for row, end in zip(texts, ends, strict=True)]
-    heats = [heat.maps[image, texts_of] for image, texts_of in enumerate(own)]
-    zero_mass = [heat.zero_mass[image, texts_of] for image, texts_of in enumerate(own)]
-    return attention_maps.sheet(images, texts, heats, zero_mass, boxes)
+    rows = []
+    for image, (pixels, row, texts_of, row_boxes) in enumerate(zip(images, texts, own, boxes, strict=True)):
+        heats, masses = maps[image, texts_of], zero_mass[image, texts_of]
+        captions = [f"{text}\n{heat.attention_caption(*one)}" for text, *one in zip(row, heats, masses, strict=True)]
+        rows.append(heat.Row(pixels, heats, captions, boxes=row_boxes))
+    return heat.sheet(rows, heat.attention_scale([row.maps for row in rows]))

@@ -10,9 +10,11 @@ import numpy as np
 from PIL import Image
 
 from flair_jax import attention_maps, boxes, models
+from flair_jax.attention_maps import IMAGE_BATCH, TEXT_BATCH
 from flair_jax.config import normalize
 from flair_jax.convert import flax_files
 from flair_jax.data.benchmarks import prompts
+from flair_jax.data.transforms.base import SampleError
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators import (
     Classification,
@@ -31,7 +33,6 @@ from flair_jax.progress import progress
 
 Item = TypeVar("Item")
 
-IMAGE_BATCH, TEXT_BATCH = 64, 512  # images, rows of texts
 FEW_BATCHES = 3  # more of them than these show their progress
 # Of `score` and `search`, and what each asks the model for.
 MODES = {"conditioned": "score", "global": "global_score", "regions": "region_score"}
@@ -65,8 +66,8 @@ class Pretrained:
     and strings. A picture is a path, a PIL image or a uint8 array (H, W, 3), and several are a sequence of these,
     mixed. They are decoded batch by batch, so that the host's memory does not grow with their pixels, and turned
     upright by their EXIF orientation, see `pictures.Pictures`; more than a few batches show their progress on stderr.
-    They raise ImageError or OSError for a single picture, and `BrokenImages` (a ValueError) with all that cannot be
-    used for several; ValueError where the model lacks the part that is asked for.
+    Pictures that cannot be used end the call with `BrokenImages`, a ValueError that knows all of them; a model without
+    the part that is asked for raises ValueError.
 
     `preprocess`, `tokenize`, `encode_image`, `encode_text`, `get_logits`, `get_logits_as_clip` and `attention_maps`
     take and give arrays, with the numbers of the original code.
@@ -227,7 +228,10 @@ class Pretrained:
         mode = available[0] if mode is None else mode
         if mode not in available:
             raise ValueError(f"mode is {mode!r}; this model segments by {' or '.join(available)}")
-        pixels = np.asarray(pictures[0])
+        try:
+            pixels = np.asarray(pictures[0])
+        except (SampleError, OSError) as error:
+            raise features.BrokenImages({0: str(error)}) from error
         unlabelled = np.broadcast_to(np.uint8(segmentation.IGNORE), pixels.shape[:2])
         data = SegmentationSet("picture", classes, [pixels], [unlabelled], tokens, owner)
         options = dict(modes=[mode], short_side=short_side, whole_image=whole_image, **_BATCHES)
@@ -263,7 +267,7 @@ class Pretrained:
           1.0
         """
         self._check_pooling("heat maps")
-        fitted, tokens = self._fitted(Pictures(images)), self.tokenize(_as_list(texts))
+        fitted, tokens = self._some(images, texts)
         with _showing_progress():
             return attention_maps.heat_maps(
                 self.model, self.params, fitted, tokens, preprocess=self.model.preprocessing, heads=heads
@@ -287,7 +291,7 @@ class Pretrained:
         self._check_local("patch similarity")
         if mode not in (modes := ("projected", "value") if self.model.has_pooling else ("projected",)):
             raise ValueError(f"mode is {mode!r}; this model compares patches by {' or '.join(modes)}")
-        fitted, tokens = self._fitted(Pictures(images)), self.tokenize(_as_list(texts))
+        fitted, tokens = self._some(images, texts)
         with _showing_progress():
             return attention_maps.patch_similarity(
                 self.model, self.params, fitted, tokens, preprocess=self.model.preprocessing, mode=mode
@@ -308,9 +312,10 @@ class Pretrained:
           >>> found.boxes.shape, found.cosines.shape
           ((3, 4), (3, 1))
         """
-        if not self.model.has_regions:
-            raise ValueError("regions need a query decoder, and config.model.decoder is None")
+        self._check_decoder("regions")
         fitted, texts = self._fitted(Pictures(images)), _as_list(texts)
+        if not len(fitted):
+            return []
         unit = np.zeros((0, self.model.embed_dim), np.float32)
         if texts:
             text = self._encoder.texts(self.params, self.tokenize(texts))
@@ -325,6 +330,31 @@ class Pretrained:
                 own = self.model.preprocessing.unfit_boxes(pixels, fitted.sizes[number], (height, width))
                 found[number] = Regions(own.astype(np.float32), cosines[row])
         return [found[number] for number in range(len(fitted))]
+
+    def query_maps(
+        self, images: Picture | Sequence[Picture], *, heads: str | int | Sequence[int] = "mean"
+    ) -> attention_maps.QueryMaps:
+        """Where the queries of a decoder (GRAIN) look, in its last layer.
+
+        Args:
+          images: as for `score`.
+          heads: as for `heat_maps`.
+
+        Returns:
+          `maps` (B, Q + 1, h, w), the image query last, and `class_mass` (B, Q + 1), the weight of the class token;
+          they sum to 1. With "each" (B, Q + 1, heads, h, w) and (B, Q + 1, heads).
+
+        Example:
+          >>> model = flair_jax.load("grain.safetensors")
+          >>> found = model.query_maps("fox.jpg")
+          >>> found.maps.shape, found.class_mass.shape
+          ((1, 4, 4, 4), (1, 4))
+        """
+        self._check_decoder("attention of queries")
+        fitted, _ = self._some(images, "")
+        return attention_maps.query_maps(
+            self.model, self.params, fitted, preprocess=self.model.preprocessing, heads=heads
+        )
 
     def preprocess(self, images: Sequence[Image.Image] | Image.Image) -> np.ndarray:
         """Images of any size and mode -> (B, H, W, 3) float32, as the reference evaluates them.
@@ -464,6 +494,13 @@ class Pretrained:
     def _fitted(self, pictures: Pictures) -> Fitted:
         return Fitted(pictures, self.model.preprocessing.fit, self.model.image_size)
 
+    def _some(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> tuple[Fitted, np.ndarray]:
+        """Pictures for the model and tokens of texts. Raises ValueError: there are none."""
+        fitted, texts = self._fitted(Pictures(images)), _as_list(texts)
+        if not len(fitted) or not texts:
+            raise ValueError(f"there are {len(fitted)} images and {len(texts)} texts; expected at least one of each")
+        return fitted, self.tokenize(texts)
+
     def _prompts(
         self, class_names: Sequence[str | Sequence[str]], templates: str | Sequence[str]
     ) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -483,14 +520,18 @@ class Pretrained:
         if mode not in allowed:
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(allowed)}")
         if mode == "conditioned":
-            self._check_pooling("mode conditioned")
-        if mode == "regions" and not self.model.has_regions:
-            raise ValueError("mode regions needs a query decoder, and config.model.decoder is None")
+            self._check_pooling("scores of mode conditioned")
+        if mode == "regions":
+            self._check_decoder("scores of mode regions")
         return mode
 
     def _check_pooling(self, what: str) -> None:
         if not self.model.has_pooling:
             raise ValueError(f"{what} need text-conditioned pooling, and config.model.pooling is None")
+
+    def _check_decoder(self, what: str) -> None:
+        if not self.model.has_regions:
+            raise ValueError(f"{what} need a query decoder, and config.model.decoder is None")
 
     def _check_local(self, what: str) -> None:
         if not self.model.has_local:

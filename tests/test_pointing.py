@@ -54,6 +54,30 @@ def test_boxes_lie_where_the_model_s_resize_puts_them(image_size, resize):
     [moved] = preprocessing.fit_boxes(box[None], image_size, size)
     expected = [*seen.min(0)[::-1], *(seen.max(0)[::-1] + 1)]
     np.testing.assert_allclose(moved, expected, atol=1)
+    back = preprocessing.unfit_boxes(moved[None], image_size, size)[0]
+    seen = preprocessing.seen(image_size, size)
+    cut = np.clip(box.reshape(2, 2), seen[:2], seen[2:]).reshape(4)  # to what the crop shows
+    np.testing.assert_allclose(back, cut, atol=1e-6)
+
+
+@pytest.mark.parametrize("image_size", [(64, 64), (97, 61), (40, 130), (333, 500)])
+def test_what_is_seen_is_what_changes_the_pixels(image_size):
+    """Painting outside of it changes nothing, painting just inside of an edge does."""
+    size, (width, height) = (24, 32), image_size
+    assert Preprocessing(resize="squash").seen(image_size, size) == (0, 0, width, height)
+    x0, y0, x1, y1 = Preprocessing().seen(image_size, size)
+    assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height and (x0 == 0 or y0 == 0)
+    plain = Preprocessing().fit(Image.new("RGB", image_size), size)
+    reach = 2 * max(1, (x1 - x0) / size[1])  # of bicubic weights, in pixels of the image
+    for side, painted in ((x0, (0, 0, int(x0 - reach), height)), (y0, (0, 0, width, int(y0 - reach)))):
+        if side > reach:
+            image = Image.new("RGB", image_size)
+            image.paste((255, 255, 255), painted)
+            np.testing.assert_array_equal(Preprocessing().fit(image, size), plain)
+    for painted in ((x0, y0, x0 + reach, y1), (x0, y1 - reach, x1, y1)):
+        image = Image.new("RGB", image_size)
+        image.paste((255, 255, 255), tuple(round(side) for side in painted))
+        assert (Preprocessing().fit(image, size) != plain).any()
 
 
 def test_boxes_outside_of_the_crop_are_left_out():

@@ -55,18 +55,52 @@ def test_table_and_picture(checkpoint, photos, tmp_path, capsys):
     assert all(text in row for row, text in zip(rows, 2 * TEXTS, strict=True))  # a text with a comma is one text
     titles = head.split()[2:]
     columns = dict(zip(titles, np.array([row.split()[-len(titles) :] for row in rows], float).T, strict=True))
+    scale = np.exp(model.params["logit_scale"])
+    as_clip = np.asarray(model.get_logits_as_clip(pixels, model.tokenize(TEXTS)))
+    np.testing.assert_allclose(columns["global"], as_clip.reshape(-1) / scale, atol=1e-4)
     if checkpoint.stem == "flair":
-        assert list(columns) == ["conditioned", "cosine", "probability"]
+        assert titles == ["conditioned", "global", "probability"]
         np.testing.assert_allclose(columns["probability"], 1 / (1 + np.exp(-logits.reshape(-1))), atol=1e-4)
+        conditioned = (logits - model.params["logit_bias"]).reshape(-1) / scale
+        np.testing.assert_allclose(columns["conditioned"], conditioned, atol=1e-4)
     else:
-        assert list(columns) == ["cosine", "probability"]
+        assert titles == ["global", *(["regions"] if checkpoint.stem == "grain" else []), "probability"]
         np.testing.assert_allclose(columns["probability"].reshape(2, 2).sum(axis=1), 1, atol=2e-4)
-        scale = np.exp(model.params["logit_scale"])
-        np.testing.assert_allclose(scale * columns["cosine"], logits.reshape(-1), atol=1e-3 * scale)
-    if checkpoint.stem == "clip":
-        assert status == 1 and "no picture of it" in error and not sheet.exists()
-    else:
-        assert status == 0 and len(np.unique(np.asarray(Image.open(sheet)))) > 10
+    assert status == 0 and not error and len(np.unique(np.asarray(Image.open(sheet)))) > 10
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "view", "options", "words"),
+    [
+        ("flair", "attention", {"heads": 1}, None),
+        ("flair", "attention", {"heads": "each", "scale": "own"}, None),
+        ("flair", "attention", {"heads": "0,2", "scale": 3}, None),
+        ("flair", "values", {}, None),
+        ("flair", "attention", {"heads": 9}, "heads are [9]; the pooling has 4, 0 to 3"),
+        ("flair", "attention", {"scale": -1}, "scale is -1.0; expected 'shared', 'own' or a number above 0"),
+        ("flair", "regions", {}, "regions need a query decoder, and config.model.decoder is None"),
+        ("flair", "patches", {"heads": 1}, "heads is [1], but only the view 'attention' has heads"),
+        ("grain", "regions", {"scale": 3}, "boxes, which have neither heads nor a scale"),
+        ("grain", "queries", {"heads": 0}, None),
+        ("grain", "queries", {"heads": "each"}, "heads is 'each'"),
+        ("clip", "patches", {}, None),
+        ("clip", "attention", {}, "heat maps need text-conditioned pooling, and config.model.pooling is None"),
+        ("clip", "values", {}, "mode is 'value'; this model compares patches by projected"),
+    ],
+    indirect=["checkpoint"],
+)
+def test_views(checkpoint, view, options, words, photos, tmp_path, capsys):
+    """Each is another picture than the one without options."""
+    common = ["--checkpoint", checkpoint, "--image", photos / "wide.png", *(f"--text={text}" for text in TEXTS)]
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    status, _, error = run(capsys, *common, "--output", tmp_path / "a.png", "--view", view, *flags)
+    if words is not None:
+        assert status == 1 and words in error and not (tmp_path / "a.png").exists()
+        return
+    assert status == 0 and Image.open(tmp_path / "a.png").width > 400
+    if options:
+        run(capsys, *common, "--output", tmp_path / "b.png", "--view", view)
+        assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
 @pytest.mark.parametrize("checkpoint", ["clip"], indirect=True)

@@ -157,29 +157,32 @@ class _File(side_files.SideFile):
         return Replaceable(start, end, _Words(self, *span), _Weights(self, *span))
 
 
+class _Words(Sequence):
+    """The words of a list, of which a draw needs one."""
+
+    def __init__(self, file: _File, start: int, end: int):
+        self._file, self._entries = file, range(start, end)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, number: int) -> str:
+        entry = self._entries[number]
+        return self._file.word(int(self._file.values("lists", entry, entry + 1)[0]))
+
+
 class _Weights(Sequence):
     """The cumulative weights of a list, read when they are first asked for: a draw needs those of one part."""
 
-    name = "cumulative"
-
     def __init__(self, file: _File, start: int, end: int):
-        self.file, self._span = file, (start, end)
+        self._file, self._span = file, (start, end)
 
     def __len__(self) -> int:
         return self._span[1] - self._span[0]
 
     @functools.cached_property
-    def values(self) -> list[int]:
-        return self.file.values(self.name, *self._span).tolist()
+    def _values(self) -> np.ndarray:
+        return self._file.values("cumulative", *self._span)
 
-    def __getitem__(self, number: int):
-        return self.values[number]
-
-
-class _Words(_Weights):
-    """The words of a list."""
-
-    name = "lists"
-
-    def __getitem__(self, number: int) -> str:
-        return self.file.word(self.values[number])
+    def __getitem__(self, number: int) -> int:
+        return int(self._values[number])

@@ -23,14 +23,14 @@ class Example:
       image: (H, W, 3), uint8, or float in [0, 1].
       truth, found: (M, 4), left, top, right, bottom as shares of the image: what is there, and what is predicted.
         Without a truth, None, all lines are whole.
-      fit: (M,), printed beside the name, such as the IoU of both; NaN where nothing is predicted.
+      fit: (M,), printed before the name, such as the IoU of both; NaN where nothing is predicted. None: not printed.
       names: M texts.
     """
 
     image: np.ndarray
     truth: np.ndarray | None
     found: np.ndarray
-    fit: np.ndarray
+    fit: np.ndarray | None
     names: Sequence[str]
 
 
@@ -49,20 +49,24 @@ def _cell(example: Example) -> Image.Image:
     font, scale = ImageFont.load_default(FONT_SIZE), (TILE - 1, height - 1, TILE - 1, height - 1)
     draw = ImageDraw.Draw(picture)
     whole = example.found if example.truth is None else example.truth
-    for number, (one, found, fit) in enumerate(zip(whole, example.found, example.fit, strict=True)):
+    fits = np.zeros(len(whole)) if example.fit is None else example.fit
+    for number, (one, found, fit) in enumerate(zip(whole, example.found, fits, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
-        draw.rectangle(tuple(np.clip(one, 0, 1) * scale), outline=colour, width=2)
+        # Equal boxes lie within each other, so that each is seen.
+        inset = np.array([3, 3, -3, -3]) * sum(np.array_equal(one, earlier) for earlier in whole[:number])
+        left, top, right, bottom = np.clip(one, 0, 1) * scale + inset
+        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=2)
         if example.truth is not None and np.isfinite(fit):
             _dashed(draw, np.clip(found, 0, 1) * scale, colour)
     cell.paste(picture)
     text = ImageDraw.Draw(cell)
-    for number, (name, fit) in enumerate(zip(example.names, example.fit, strict=True)):
+    for number, (name, fit) in enumerate(zip(example.names, fits, strict=True)):
         top = height + LINE * number
         text.rectangle((2, top + 4, 10, top + 12), fill=COLOURS[number % len(COLOURS)], outline="black")
         longest = max(1, int((TILE - 60) / font.getlength("n")))
         shown = name if len(name) <= longest else f"{name[: longest - 1]}…"
-        number_of_it = f"{fit:.2f}" if np.isfinite(fit) else "none"
-        text.text((16, top), f"{number_of_it}  {shown}", fill="black", font=font)
+        number_of_it = "" if example.fit is None else f"{fit:.2f}  " if np.isfinite(fit) else "none  "
+        text.text((16, top), f"{number_of_it}{shown}", fill="black", font=font)
     return cell
 
 
