@@ -100,6 +100,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         (encoded(picture(), "PNG")[:-300], "cannot decode"),
+        (encoded(picture(1, 101), "PNG"), "101 x 1 pixels"),
         (png_of_size(40_000, 40_000), "pixels"),  # 1.6 gigapixels in a hundred bytes
     ],
 )
@@ -216,6 +217,19 @@ def test_scenes_come_with_what_is_in_them():
 # The command
 
 
+class Training:
+    """A process whose `wait` meets these events, one after the other: exceptions, or its status at the end."""
+
+    def __init__(self, *events):
+        self.events = list(events)
+
+    def wait(self):
+        event = self.events.pop(0)
+        if isinstance(event, BaseException):
+            raise event
+        return event
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -235,16 +249,12 @@ def test_without_a_checkpoint_and_a_terminal_nothing_is_trained(cache, capsys, m
 def test_the_user_is_asked_in_the_terminal(cache, monkeypatch, answer):
     commands = []
 
-    def run(command, check):
-        commands.append(command)
-        return type("Done", (), {"returncode": 0})
-
     def said(prompt):
         if answer is None:
             raise EOFError
         return answer
 
-    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command.subprocess, "Popen", lambda line: commands.append(line) or Training(0))
     monkeypatch.setattr("builtins.input", said)
     monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": staticmethod(lambda: True)}))
     if answer in ("n", None):
@@ -265,9 +275,11 @@ def test_a_training_is_kept_and_goes_on_until_its_last_step(cache, monkeypatch):
         with contextlib.closing(Checkpoints(cache, keep=None)) as saved:
             saved.save(state_of(step), [], config)
         assert command.is_trained(cache) == (step == 2) and command.knows_scenes(str(cache))
-    monkeypatch.setattr(command.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": 130}))
-    with pytest.raises(ValueError, match="status 130"):
+    training = Training(KeyboardInterrupt(), KeyboardInterrupt(), 130)  # it is waited for until it has saved
+    monkeypatch.setattr(command.subprocess, "Popen", lambda _: training)
+    with pytest.raises(ValueError, match="status 130; the same command goes on"):
         command.train_scenes(cache, agreed=True)
+    assert not training.events
 
 
 def test_errors_of_the_command(tmp_path, capsys):

@@ -38,14 +38,17 @@ CSS = """
 .answer th:first-child, .answer td:first-child { text-align: left; overflow-wrap: anywhere; }
 @media (max-width: 640px) {  /* the text above its scores */
   .answer tr { display: flex; flex-wrap: wrap; }
-  .answer th, .answer td { flex: 1; min-width: 0; padding: 4px 6px; text-align: left; }
+  .answer th, .answer td { flex: 1; min-width: 0; padding: 2px 4px !important; text-align: left; }
+  .answer th { font-size: 0.85em; }
   .answer th:first-child, .answer td:first-child { flex-basis: 100%; }
 }
 .answer .figures { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 210px), 1fr)); }
 .answer .small { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); }
 .answer figure { margin: 0; }
 .answer img { display: block; width: 100%; height: auto; }
-.answer img.legend, .answer img.sheet { width: auto; max-width: 100%; margin-bottom: 12px; }
+.answer img.legend, .answer img.sheet { width: auto; max-width: 100%; margin-bottom: 12px; background: white; }
+.answer img.legend { padding: 6px; }
+.answer img.regions { width: 420px; max-width: 100%; }
 .answer figcaption, .answer li { overflow-wrap: anywhere; }
 .answer figcaption small { font-size: 0.85em; opacity: 0.75; }
 .answer ul { list-style: none; margin: 12px 0 0; padding: 0; }
@@ -197,7 +200,7 @@ def _about_a_picture(model: Pretrained, scenes: bool) -> None:
 
     def regions(path, typed):
         texts = answers.lines(typed, answers.MAX_TEXTS) if (typed or "").strip() else []
-        return picture(answers.regions(model, answers.read_picture(path), texts), "regions", "sheet")
+        return picture(answers.regions(model, answers.read_picture(path), texts), "regions", "regions")
 
     def check(path):
         try:
