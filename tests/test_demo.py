@@ -425,7 +425,7 @@ def test_a_picture_that_browsers_do_not_show(user, tmp_path):
     user.page.wait_for_function("(document.querySelector('#upload img') || {}).naturalWidth == 90")
 
 
-def test_two_users_at_once(chromium, served, photos):
+def test_two_users_at_once(chromium, served, flair, photos):
     first, second = User(chromium, served), User(chromium, served, viewport={"width": 390, "height": 844})
     for user, text, name in ((first, "a red ring", "0.png"), (second, "a green cross", "1.png")):
         user.upload(photos / name)
@@ -433,7 +433,10 @@ def test_two_users_at_once(chromium, served, photos):
         user.write("Texts, one a line", text)
     first.click("Compare")
     second.click("Compare")
-    assert first.heat_maps("a red ring") != second.heat_maps("a green cross")
+    for user, text, name in ((first, "a red ring", "0.png"), (second, "a green cross", "1.png")):
+        _, (own,) = answers.heat_maps(flair, answers.read_picture(photos / name), [text], "mean")
+        (shown,) = user.heat_maps(text)
+        assert f'src="{shown}"' in optional.demo_page.picture(own.image, text)  # of their picture and their text
     # On a phone nothing is wider than the screen.
     assert second.page.evaluate("document.documentElement.scrollWidth") == 390
     for user in (first, second):
