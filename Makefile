@@ -8,7 +8,7 @@ WORKDIR ?= runs/scenes
 CORE := .venv/.core-$(VERSION)
 TEST := .venv/.test-$(VERSION)
 
-.PHONY: venv demo test clean
+.PHONY: venv demo test docs clean
 
 venv: $(CORE)
 
@@ -32,6 +32,10 @@ test: $(TEST)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m pytest -n 2 --dist worksteal
+
+docs: $(CORE)
+	.venv/bin/python -m pip install --quiet -e '.[docs]'
+	.venv/bin/python -m mkdocs build --strict
 
 clean:
 	rm -rf .venv runs

@@ -25,11 +25,16 @@ def get_config() -> ConfigDict:
     config.epochs = config_dict.placeholder(float)  # … or this
     config.init_from = config_dict.placeholder(str)  # weights to start from: a workdir, .safetensors or .pt
     config.init_partial = False  # True: take what fits of another model, initialise the rest, and print which is which
+    config.init_resized = False  # True: of the same model for other images or texts, with resized position embeddings
     config.log_every = 10  # steps, as all of these
     config.save_every = 1000
     config.keep = 2  # newest checkpoints that stay …
     config.keep_every = config_dict.placeholder(int)  # … beside those of every so many steps, which stay for ever
     config.eval_every = 0  # 0: only at the end; an evaluator may have an `every` of its own
+    config.evaluate_before = False  # True: evaluate the weights at the start, too, and compare them with the end
+    # Ends the run when a metric no longer improves, and keeps the best checkpoint in WORKDIR/best: {"evaluator": "val",
+    # "metric": "retrieval/val/global/text_to_image_R@1", "patience": 3}; see EarlyStoppingOptions, early_stopping.py.
+    config.early_stopping = config_dict.placeholder(object)
     config.profile_steps = config_dict.placeholder(tuple)  # (first, last): a trace for XProf in WORKDIR/profile
     config.mesh = ConfigDict(dict(data=-1, fsdp=1))  # -1: all devices
 

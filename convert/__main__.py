@@ -109,6 +109,21 @@ def check(source: Path, model: Mapping[str, Any] | None, gelu: str | None) -> bo
     return good
 
 
+def check_example(source: Path, image: Path) -> bool:
+    """Prints the logits of the model card's example beside the published ones; True if all agree."""
+    from flair_jax import published_example  # runs the model; nothing else here needs jax
+
+    found = published_example.compare(source, image)
+    print(f"\nlogits of the model card, which are of {published_example.WEIGHTS}")
+    for one in found:
+        apart = f"{one.ours - one.published:+9.4f}" + ("" if one.good else "  WRONG")
+        print(f"{one.method:20}{one.ours:10.4f}{one.published:10.4f}{apart}  {one.text[:40]}…")
+    good = all(one.good for one in found)
+    agree = "agree" if good else "do not agree"
+    row("example", f"ours, published and difference {agree} within {published_example.TOLERANCE}")
+    return good
+
+
 def row(name: str, value: Any) -> None:
     print(f"{name:{WIDTH}}{value}")
 
@@ -193,6 +208,12 @@ def parser() -> argparse.ArgumentParser:
         help="names of a CLIP: open_clip's, which are OpenAI's too (default), or those of its CustomTextCLIP, 'text.…'",
     )
     command("to-hf", "Flax to Hugging Face's transformers", source=written, target="a folder, made if it is not there")
+    readers[1].add_argument(
+        "--image",
+        metavar="PUPPY.jpg",
+        type=path_of,
+        help="assets/puppy.jpg of the reference: compares the logits of FLAIR's model card, for flair-cc3m-recap.pt",
+    )
     for reader in readers:
         reader.add_argument(
             "--model-config",
@@ -224,9 +245,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> bool:
     if hub.is_name(options.source):
+        options.gelu = getattr(options, "gelu", None) or hub.GELUS.get(options.source)
         options.source = hub.fetch(options.source)
+    options.source = flax_files.file_of(options.source)
     if options.command == "check":
-        return check(options.source, read_model(options.model_config), options.gelu)
+        good = check(options.source, read_model(options.model_config), options.gelu)
+        return check_example(options.source, options.image) and good if options.image else good
     if options.target.exists() and options.target.samefile(options.source):
         raise ValueError(f"{options.target} is the file that is read; give another name to write to")
     if options.command == "to-flax":

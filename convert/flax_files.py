@@ -15,6 +15,7 @@ from flair_jax.convert.tables import ConversionError, flatten, pair, refuse, unf
 
 KEY = "flair_jax"
 FORMAT = 1
+FOLDER_FILE = "model.safetensors"
 # Keys of a `model` section that do not change what given weights compute: starting values, what training alone does,
 # and how a result is computed.
 FREE = {
@@ -39,6 +40,12 @@ def write(path: str | os.PathLike, params: Mapping[str, Any], model: Mapping[str
 def is_flax(path: str | os.PathLike) -> bool:
     """Whether `write` wrote the file."""
     return torch_files.suffix_of(path) == ".safetensors" and KEY in torch_files.metadata(path)
+
+
+def file_of(path: str | os.PathLike) -> Path:
+    """The weights file of a folder of `flair_jax.push`; any other path as it is."""
+    inside = Path(path, FOLDER_FILE)
+    return inside if Path(path).is_dir() and inside.is_file() and is_flax(inside) else Path(path)
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -133,7 +140,8 @@ def load(
     """Reads weights of either side into Flax.
 
     Args:
-      path: a file of `write`, or a file or folder with PyTorch's names, see `released.read`.
+      path: a file of `write`, a folder of `flair_jax.push`, or a file or folder with PyTorch's names, see
+        `released.read`.
       model: the `model` section; None: the one in the file, or the one that PyTorch's shapes tell (`infer_config`).
       gelu: the activation, for a file that does not say it, where there is no `model` to say it.
       lora_scale: of pairs of LoRA in the file, see `released.read`.
@@ -145,7 +153,8 @@ def load(
       ConversionError: names, shapes or dtypes do not fit, a number is not finite, `model` or `gelu` is another one than
         the file says, or nobody says the activation. WeightsFileError, OSError: see `released.read`.
     """
-    if Path(path).is_dir() or not is_flax(path):
+    path = file_of(path)
+    if path.is_dir() or not is_flax(path):
         return from_torch(released.read(path, lora_scale), path, model, gelu)
     arrays, stored = read(path)
     refuse_not_finite(arrays, path)

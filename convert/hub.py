@@ -31,6 +31,24 @@ NAMES = {
     "clip-vit-large-patch14": "hf://openai/clip-vit-large-patch14",
     "clip-vit-large-patch14-336": "hf://openai/clip-vit-large-patch14-336",
 }
+# FSC-CLIP's twelve, by the names of its training scripts; https://github.com/ytaek-oh/fsc-clip, model zoo.
+_FSC_CLIP = {
+    "fsc-clip-coco": "coco_fsc-clip-ViT-B-32",
+    "fsc-clip-lora-coco": "coco_fsc-clip-lora-ViT-B-32",
+    "fsc-clip-cc3m": "cc3m_fsc-clip-ViT-B-32",
+    "fsc-clip-lora-cc3m": "cc3m_fsc-clip-lora-ViT-B-32",
+    "fsc-clip-laioncoco": "laioncoco_fsc-clip-ViT-B-32",
+    "fsc-clip-lora-laioncoco": "laioncoco_fsc-clip-lora-ViT-B-32",
+    "fsc-clip-vitb16-laioncoco": "laioncoco_fsc-clip-ViT-B-16",
+    "fsc-clip-lora-vitb16-laioncoco": "laioncoco_fsc-clip-lora-ViT-B-16",
+    "fsc-clip-vitl14-laioncoco": "laioncoco_fsc-clip-ViT-L-14",
+    "fsc-clip-lora-vitl14-laioncoco": "laioncoco_fsc-clip-lora-ViT-L-14",
+    "fsc-clip-dcxl-laioncoco": "dcxl_fsc-clip-ViT-B-32",
+    "fsc-clip-lora-dcxl-laioncoco": "dcxl_fsc-clip-lora-ViT-B-32",
+}
+NAMES |= {name: f"hf://ytaek-oh/fsc-clip/{file}.pt" for name, file in _FSC_CLIP.items()}
+# The activation of weights whose files do not say it: OpenAI's, but for the two that began with DataComp's.
+GELUS = {name: "exact" if "-dcxl-" in name else "quick" for name in _FSC_CLIP}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder, the first that is there
 _URL = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.+))?")
 
@@ -89,7 +107,7 @@ def kept(name: str, model: Mapping[str, Any] | None = None, gelu: str | None = N
     Raises:
       HubError, ValueError: see `fetch`. ConversionError, WeightsFileError, ImportError: see `flax_files.load`.
     """
-    source = fetch(name)
+    source, gelu = fetch(name), gelu or GELUS.get(name)
     folder = huggingface_hub.cached_assets_path("flair_jax", namespace="weights", subfolder="flax")
     # A snapshot's folder bears the number of the commit: another version is another file.
     snapshot = source if source.is_dir() else source.parent

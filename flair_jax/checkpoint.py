@@ -1,7 +1,7 @@
 """Everything a run needs to go on, saved and restored together."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from flair_jax.lora import LoraOptions
 from flair_jax.state import TrainState
 
 PARAMS, EMA, BASE, OPTIMIZER, POSITIONS, CONFIG = "params", "ema", "base", "optimizer", "positions", "config"
+EVALUATIONS = "evaluations"
 
 
 class SaveError(OSError):
@@ -51,10 +52,19 @@ class Checkpoints:
         """Step of the newest whole checkpoint."""
         return self.manager.latest_step()
 
-    def save(self, state: TrainState, positions: list[Mapping[str, Any]], config: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        state: TrainState,
+        positions: list[Mapping[str, Any]],
+        config: Mapping[str, Any],
+        evaluations: Sequence[tuple[int, float]] | None = None,
+    ) -> None:
         """Saves the state, the data position of every process and the config; nothing if this step is saved already.
 
         Returns once the arrays are copied; they are written in the background.
+
+        Args:
+          evaluations: of a run with `early_stopping`, see `EarlyStopping.evaluations`.
 
         Raises:
           SaveError: this save or the one before could not be written.
@@ -72,8 +82,11 @@ class Checkpoints:
             items[EMA] = ocp.args.StandardSave(state.ema)
         if state.base is not None:
             items[BASE] = ocp.args.StandardSave(state.base)
+        if evaluations is not None:
+            items[EVALUATIONS] = ocp.args.JsonSave([list(pair) for pair in evaluations])
         with self._explained():
-            self.manager.save(step, args=ocp.args.Composite(**items))
+            if not self.manager.save(step, args=ocp.args.Composite(**items)):
+                raise OSError(f"step {step} is not saved after a checkpoint of step {self.latest()}")
 
     def check(self) -> None:
         """Raises SaveError if the last save has failed by now; does not wait."""
@@ -121,6 +134,11 @@ class Checkpoints:
     def config(self, step: int) -> dict[str, Any]:
         """The config of the run that wrote the checkpoint, see `config.normalize`."""
         return normalize(self._json(step, CONFIG))
+
+    def evaluations(self, step: int) -> list[tuple[int, float]]:
+        """What `save` was given at that step; empty: nothing."""
+        there = (self.folder / str(step) / EVALUATIONS).exists()
+        return [(number, value) for number, value in self._json(step, EVALUATIONS)] if there else []
 
     def _json(self, step: int, item: str) -> Any:
         return self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from flair_jax import configs
 from flair_jax.configs import base
 from flair_jax.data.transforms.tokenizer import VOCAB_SIZE
+from flair_jax.early_stopping import EarlyStoppingOptions
 from flair_jax.lora import LoraOptions
 
 # Sections whose keys are not all listed in a config: options of an evaluator, of an objective.
@@ -32,17 +33,17 @@ NONE_TOO = ("model.init_logit_bias", "keep")  # keys that have a default and may
 
 # What a run may change when it goes on from a checkpoint; everything else would make the rest another experiment.
 MAY_CHANGE = {
-    "the length of the run": ("steps", "epochs"),
+    "the length of the run": ("steps", "epochs", "early_stopping", "early_stopping.*"),
     "the step size, the usual answer to a loss that is not finite": (
         "optimizer.learning_rate",
         "optimizer.warmup_steps",
         "optimizer.clip_norm",
     ),
     "when something is logged, saved or traced": (
-        "log_every", "save_every", "keep", "keep_every", "eval_every", "profile_steps",
+        "log_every", "save_every", "keep", "keep_every", "eval_every", "evaluate_before", "profile_steps",
     ),
     "what is measured, not what is trained": ("evaluators", "evaluators.*", "data_root", "feature_store"),
-    "read at step 0 only": ("init_from", "init_partial"),
+    "read at step 0 only": ("init_from", "init_partial", "init_resized"),
     "the hardware, and how a step is computed on it": (
         "mesh", "mesh.*", "model.scan_blocks", "model.remat", "model.attention", "model.micro_batches",
         "objectives.*.chunk_size",
@@ -200,6 +201,8 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"unknown config keys {sorted(unknown)}; there are {sorted(defaults)}")
     if missing := set(defaults) - set(config):
         raise ValueError(f"the config lacks {sorted(missing)}")
+    if "name" not in config["model"]:
+        raise ValueError("config.model has no name: it is completed by the weights of init_from when a run starts")
     values = flatten(config)
     for key, default in flatten(defaults).items():
         if default is not None and key not in NONE_TOO and key in values and values[key] is None:
@@ -212,6 +215,10 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"config.profile_steps is {profile}; expected the first and the last, such as (10, 12)")
     if config["lora"] is not None:
         LoraOptions.of(config["lora"])
+    if config["early_stopping"] is not None:
+        EarlyStoppingOptions.of(config["early_stopping"])
+    if config["init_partial"] and config["init_resized"]:
+        raise ValueError("set one of config.init_partial and config.init_resized: the first one resizes, too")
     if lacking := [tower for tower in ("vision", "text") if config["model"][tower] is None]:
         raise ValueError(f"config.model.{lacking[0]} is None: a tower alone is neither trained nor evaluated")
     if config["model"].get("micro_batches", 1) < 1:

@@ -243,6 +243,24 @@ def check(config: Mapping[str, Any]) -> None:
                 raise FileNotFoundError(f"evaluators.{name}.shards: {error}") from error
 
 
+def check_early_stopping(config: Mapping[str, Any]) -> None:
+    """Raises ValueError if a run would wait for an evaluator that is not there, is off or has no cadence."""
+    if config["early_stopping"] is None:
+        return
+    name, listed = config["early_stopping"]["evaluator"], sections(config)
+    problem = (
+        f"there is none of that name; there are {sorted(listed)}"
+        if name not in listed
+        else f"it is off: set {SOURCES[listed[name][0]][1].format(name)}, or --config.early_stopping=None"
+        if is_off(*listed[name])
+        else f"it has no cadence: set config.evaluators.{name}.every to a number of steps"
+        if not cadence(config, name)
+        else None
+    )
+    if problem:
+        raise ValueError(f"config.early_stopping.evaluator is {name!r}: {problem}")
+
+
 def _keywords(function: Callable) -> dict[str, bool]:
     """Keyword arguments that a config may set, and whether they have no default; `**options` are those of Retrieval."""
     found: dict[str, bool] = {}
@@ -254,11 +272,15 @@ def _keywords(function: Callable) -> dict[str, bool]:
     return found
 
 
+def cadence(config: Mapping[str, Any], name: str) -> int:
+    """Steps between evaluations by an evaluator: its own `every`, by default `eval_every`; 0: only at the end."""
+    every = config["evaluators"][name].get("every")
+    return config["eval_every"] if every is None else every
+
+
 def due(config: Mapping[str, Any], step: int) -> list[str]:
-    """The evaluators whose turn it is before a step: each has its own `every`, by default `eval_every`; 0: never."""
-    cadence = {name: section.get("every") for name, section in config["evaluators"].items()}
-    cadence = {name: config["eval_every"] if every is None else every for name, every in cadence.items()}
-    return [name for name, every in cadence.items() if every and step % every == 0]
+    """The evaluators whose turn it is before a step, see `cadence`."""
+    return [name for name in config["evaluators"] if (every := cadence(config, name)) and step % every == 0]
 
 
 @dataclasses.dataclass
@@ -271,6 +293,7 @@ class Findings:
     missing: list[report.Missing] = dataclasses.field(default_factory=list)
     notes: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    before: Mapping[str, float] | None = None
 
     def write(self, workdir: epath.PathLike) -> None:
         if jax.process_index() == 0:
@@ -286,6 +309,7 @@ def run(
     names: Sequence[str] | None = None,
     notes: Sequence[str] = (),
     warnings: Sequence[str] = (),
+    before: Mapping[str, float] | None = None,
 ) -> list[report.Result]:
     """All results of a config's evaluators, each built when its turn comes and dropped before the next one.
 
@@ -295,8 +319,9 @@ def run(
       workdir: where to write the report after each evaluator, for nothing to be lost; None: nowhere, and no figures.
       names: of the evaluators; None: all.
       notes, warnings: texts for the top of the report.
+      before: values of the weights that the run started from, see `report.write`.
     """
-    found = Findings(notes=notes, warnings=warnings)
+    found = Findings(notes=notes, warnings=warnings, before=before)
     for name, (kind, options) in sections(config).items():
         if (names is not None and name not in names) or is_off(kind, options):
             continue
@@ -342,7 +367,7 @@ def _figures(evaluator: Any, params: Any, result: report.Result) -> list[report.
 def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float]:
     """Evaluates the newest checkpoint in `workdir`, or the weights that `init_from` names, and writes the report.
 
-    With `config.model` None the model is the one that the weights say they are of.
+    With `config.model` None, or without a name, the model is the one that the weights say they are of.
 
     Returns:
       Values by name, as in report.json. Nothing is written if there is nothing to evaluate.
@@ -359,7 +384,10 @@ def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, fl
         keys = sorted({SOURCES[kind][1].format(name) for name, (kind, _) in listed.items()})
         raise ValueError(f"nothing to evaluate: set {' or '.join(keys)}")
     weights = config["init_from"] or workdir
-    params, section = pretrained.read(weights, config["model"])
+    section = config["model"]
+    if section is not None and "name" not in section:
+        section = pretrained.model_of(config, workdir)
+    params, section = pretrained.read(weights, section)
     config = {**config, "model": section}
     configuration.check(config)
     check(config)

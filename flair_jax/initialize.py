@@ -1,6 +1,7 @@
 """Starting from weights of another model: what fits is taken, positions are resized, and a table tells all of it."""
 
 import collections
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.core
@@ -33,8 +34,8 @@ def combine(fresh: Any, loaded: Any, grid: tuple[int, int], loaded_grid: tuple[i
 
     Returns:
       A tree like `fresh`, and the origin of every parameter of either tree: "loaded" where name and shape agree,
-      "resized" for position embeddings of another length, "fresh" where the file has none of that name or one of
-      another shape, "left over" for what only the file has.
+      "resized" for position embeddings of another number, see `resize_image_positions` and `resize_text_positions`,
+      "fresh" where the file has none of that name or one of another shape, "left over" for what only the file has.
     """
     there = {path_of(keys): np.asarray(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(loaded)}
     origins = []
@@ -92,9 +93,24 @@ def with_image_size(model: nn.Module, params: Any, size: tuple[int, int]) -> tup
 
 
 def resize_text_positions(positions: np.ndarray, length: int) -> np.ndarray:
-    """Position embeddings (T, W) for another context length, by linear interpolation, open_clip's rule for texts."""
-    resized = jax.image.resize(jnp.asarray(positions), (length, positions.shape[1]), "linear", antialias=False)
-    return np.asarray(resized)
+    """Position embeddings (T, W) for another context length: (length, W).
+
+    Of a shorter one the first ones: the tower is causal, so that texts that fit keep their features. Of a longer one
+    see `stretch_text_positions`: the first 20 stay, or the first half where there are fewer than 40.
+    """
+    old = positions.shape[0]
+    if length <= old:
+        return np.asarray(positions[:length])
+    return np.asarray(stretch_text_positions(positions, length, kept=min(20, old // 2)))
+
+
+def resized(section: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """A `model` section with the image size and the context length of another one."""
+    section = dict(section)
+    for tower, key in (("vision", "image_size"), ("text", "context_length")):
+        if section[tower] is not None and like[tower] is not None:
+            section[tower] = {**section[tower], key: like[tower][key]}
+    return section
 
 
 def stretch_text_positions(positions: jax.Array, length: int, kept: int = 20) -> jax.Array:

@@ -8,6 +8,7 @@
 checkpoint of the work directory.
 """
 
+import shlex
 import sys
 
 from absl import app, flags, logging
@@ -63,6 +64,10 @@ def main(arguments: list[str]) -> None:
         for key, value in configuration.flatten(config).items():
             print(f"config.{key} = {value!r}")
         sys.stdout.flush()
+    if jax.process_index() == 0 and _MODE.value == "train":
+        path = epath.Path(workdir) / "command.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(shlex.join(["python", "-m", "flair_jax.main", *sys.argv[1:]]) + "\n")
     try:
         results = (train.train if _MODE.value == "train" else evaluate.evaluate)(config, workdir)
     except distributed.Interrupted as stop:

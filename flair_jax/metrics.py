@@ -213,7 +213,8 @@ def draw_loss_curve(workdir: epath.PathLike, path: epath.PathLike, parts: Iterab
     axes.set(xlabel="step", ylabel="loss", title="Training loss")
     if len(lines) > 1 and np.ptp([line["loss"] for line in lines]) > 0:
         axes.set_yscale("log")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     axes.grid(alpha=0.3)
     with epath.Path(path).open("wb") as file:
         figure.savefig(file, format="png", dpi=120)

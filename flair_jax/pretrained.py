@@ -10,6 +10,7 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from flair_jax import checkpoint, lora, models, state
+from flair_jax.config import flatten as config_flat
 from flair_jax.config import normalize
 from flair_jax.convert import flax_files, hub, hugging_face, lora_files, released
 from flair_jax.convert.tables import flatten
@@ -28,7 +29,8 @@ def read(
     Args:
       path: a work directory of a run (its newest checkpoint, the average of the parameters where the run keeps one),
         a .safetensors file of either side, a .pt or .bin file (a state dict, or OpenAI's archive), or a folder of
-        Hugging Face's with config.json and model.safetensors; or a name on the hub, see `convert.hub`.
+        `flair_jax.push` or of Hugging Face's with config.json and model.safetensors; or a name on the hub, see
+        `convert.hub`.
       model: the `model` section; None: the one stored with the weights, or that of the published model
         whose widths a PyTorch file has.
       gelu: "quick" or "exact", where neither the file nor `model` says it: state dicts of CLIP do not.
@@ -85,6 +87,36 @@ def read(
     return params, found
 
 
+def model_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str, Any]:
+    """The `model` section of a config that has none of a whole model, but changes of that of its weights.
+
+    Args:
+      config: the whole config; keys of its `model` section that are None stay as the weights say.
+      workdir: its newest checkpoint counts, where there is one, and then `init_from`.
+
+    Raises:
+      ValueError, FileNotFoundError: there are no weights; see `read`.
+    """
+    changes = {key: value for key, value in config_flat(config["model"]).items() if value is not None}
+    saved = checkpoint.Checkpoints(workdir, keep=None) if (epath.Path(workdir) / "checkpoints").is_dir() else None
+    latest = None if saved is None else saved.latest()
+    if latest is not None:
+        section = saved.config(latest)["model"]
+    elif config["init_from"]:
+        section = read(config["init_from"], gelu=changes.get("gelu"))[1]
+    else:
+        raise ValueError("config.model has no name, and so is the model of the weights: set config.init_from")
+    section = dict(section)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = section
+        for parent in parents:
+            node[parent] = dict(node[parent] or {})
+            node = node[parent]
+        node[last] = value
+    return section
+
+
 def read_fine_tuned(
     path: str | os.PathLike,
     pretrained: str | os.PathLike | None,
@@ -112,7 +144,9 @@ def read_fine_tuned(
     """
     if not 0 <= wise_ft <= 1:
         raise ValueError(f"wise_ft is {wise_ft}; expected a share of the way, 0 <= wise_ft <= 1")
-    path = epath.Path(hub.fetch(path) if hub.is_name(path) else path).expanduser()
+    if hub.is_name(path):
+        gelu, path = gelu or hub.GELUS.get(path), hub.fetch(path)
+    path = epath.Path(path).expanduser()
     if _holds_pairs_and_weights(path):
         return read(path, model, gelu, lora_scale=wise_ft)
     if pretrained is None:

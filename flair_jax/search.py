@@ -29,6 +29,7 @@ import stat
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -59,6 +60,7 @@ TABLES = (
     "CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, "
     "read_ns INTEGER NOT NULL, row INTEGER, reason TEXT)",
 )
+META = {"schema", "fingerprint", "checkpoint", "width", "patches", "generation", "revision", "id"}
 BATCH = 32  # files that are read, encoded and committed together
 CANDIDATES = 200  # images that are ranked by the text-conditioned score
 RANKED = 64  # images that are scored in one program; the last group has padding
@@ -132,7 +134,7 @@ class _Batch(NamedTuple):
 class _Snapshot(NamedTuple):
     """The index as one transaction left it. `vectors`: of Faiss, an entry per file; None if there is no file."""
 
-    revision: str
+    state: tuple[str, str]  # see `_state`
     paths: list[pathlib.Path]
     rows: np.ndarray  # of each file, (F,)
     vectors: Any
@@ -304,7 +306,7 @@ class Index:
         with self._loading:
             for attempt in range(ATTEMPTS):
                 meta, files = self._files()
-                if self._snapshot is not None and self._snapshot.revision == meta["revision"]:
+                if self._snapshot is not None and self._snapshot.state == _state(meta):
                     break
                 try:
                     self._snapshot = self._read(meta, files)
@@ -323,7 +325,7 @@ class Index:
             if not meta:
                 raise FileNotFoundError(f"{self.at} is no index of photographs yet: index {self.folder} first")
             self._check(meta)
-            if self._snapshot is not None and self._snapshot.revision == meta["revision"]:
+            if self._snapshot is not None and self._snapshot.state == _state(meta):
                 return meta, []
             return meta, connection.execute(
                 "SELECT path, row FROM files WHERE row IS NOT NULL ORDER BY path"
@@ -332,10 +334,10 @@ class Index:
     def _read(self, meta: Mapping[str, str], files: Sequence[tuple[bytes, int]]) -> _Snapshot:
         rows = np.array([row for _, row in files], np.int64)
         if not files:
-            return _Snapshot(meta["revision"], [], rows, None, None)
+            return _Snapshot(_state(meta), [], rows, None, None)
         paths = [self.folder / _inside(path, self._catalogue) for path, _ in files]
         mapped = {name: part.mapped(int(rows.max()) + 1) for name, part in self._parts(meta).items()}
-        return _Snapshot(meta["revision"], paths, rows, _vectors(mapped["pooled"], rows), mapped.get("local"))
+        return _Snapshot(_state(meta), paths, rows, _vectors(mapped["pooled"], rows), mapped.get("local"))
 
     def _parts(self, meta: Mapping[str, str]) -> dict[str, "_Rows"]:
         """The files of features, by name."""
@@ -361,6 +363,7 @@ class Index:
             "patches": shapes.local.shape[1] if self._has_local else 0,
             "generation": 1,  # of the files of features
             "revision": 0,  # counts the transactions
+            "id": uuid.uuid4().hex,  # of this index; one that is made after it was removed counts anew
         }
         with _transaction(connection):
             for statement in TABLES:
@@ -663,7 +666,15 @@ def _meta(connection: sqlite3.Connection) -> dict[str, str]:
     """What the catalogue says of itself; empty if there are no tables yet."""
     if not connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'meta'").fetchone():
         return {}
-    return dict(connection.execute("SELECT key, value FROM meta"))
+    found = dict(connection.execute("SELECT key, value FROM meta"))
+    if missing := META - found.keys():
+        raise sqlite3.DatabaseError(f"the table meta lacks {', '.join(sorted(missing))}")
+    return found
+
+
+def _state(meta: Mapping[str, str]) -> tuple[str, str]:
+    """Identifies what a transaction left."""
+    return meta["id"], meta["revision"]
 
 
 def _forget(connection: sqlite3.Connection, names: Iterable[str]) -> None:

@@ -33,13 +33,17 @@ from flair_jax import (
     state,
 )
 from flair_jax import config as configuration
-from flair_jax.convert import lora_files
+from flair_jax.convert import flax_files, lora_files
 from flair_jax.data import iterator_state, loader, scenes
 from flair_jax.data.transforms import packing
+from flair_jax.early_stopping import EarlyStopping, EarlyStoppingOptions
 from flair_jax.lock import WorkdirLock
 from flair_jax.models.vision import grid
 from flair_jax.report import flat
 from flair_jax.step import step_of, text_slots
+
+BEFORE, BEST = "before", "best"  # folders in a work directory, see `train`
+NOTE_BEFORE = "weights: those that the run starts from"
 
 
 def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float]:
@@ -47,7 +51,9 @@ def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float
 
     Args:
       config: see `configs/`.
-      workdir: receives checkpoints, numbers, pictures and the report.
+      workdir: receives checkpoints, numbers, pictures and the report. With `evaluate_before` its folder `before` has
+        the report of the weights at the start. With `early_stopping` its folder `best` is a work directory of its own
+        with the best checkpoint, and the report is about that.
 
     Returns:
       The report, name -> value.
@@ -59,10 +65,12 @@ def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float
       lock.WorkdirInUse: another run trains in `workdir`.
       distributed.Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    config = configuration.normalize(config)
+    config, workdir = configuration.normalize(config), epath.Path(workdir)
+    if "name" not in config["model"]:
+        config["model"] = pretrained.model_of(config, workdir)
     configuration.check(config)
     evaluate.check(config)
-    workdir = epath.Path(workdir)
+    evaluate.check_early_stopping(config)
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.create_mesh(**config["mesh"])
     # One process holds the lock for all processes of the run.
@@ -85,6 +93,11 @@ def _train(config, workdir, mesh, signals, lock):
         position = iterator_state.redistribute(saved.positions(latest), jax.process_count())[jax.process_index()]
     elif config["lora"] and not config["init_from"]:
         raise ValueError("config.lora trains changes of weights that are there: set config.init_from")
+
+    stopping, best = None, None
+    if config["early_stopping"] is not None:
+        best = checkpoint.Checkpoints(workdir / BEST, keep=1, clean=True)
+        stopping = early_stopping(config, saved, best)
 
     # 2. Data: a position of its own for every process.
     try:
@@ -133,6 +146,14 @@ def _train(config, workdir, mesh, signals, lock):
             progress.show(numbers)
         return numbers
 
+    def judge(step, results):
+        """Takes the metric of early stopping, and keeps the checkpoint if it is the best one."""
+        # The same number in all processes, for none to stop alone.
+        value = float(multihost_utils.broadcast_one_to_all(np.float32(stopping.value_of(results))))
+        if stopping.add(step, value):
+            saved.wait()  # the best checkpoint is never newer than the one to go on from
+            best.save(current, gather_positions(stream.position), config, history(stopping))
+
     # The order is fixed: save and evaluate the state as it is, draw the batch, step, report the step before. So a
     # checkpoint holds the position of the very batch that comes next, and an accelerator never waits for the host.
     pending, tracing = None, False
@@ -140,7 +161,12 @@ def _train(config, workdir, mesh, signals, lock):
         for step in range(first, steps):
             stop = signals.stop(step)
             saved.check()
-            save = step > first and step % config["save_every"] == 0
+            names = evaluate.due(config, step) if step > first else []
+            if stopping is not None and step == first and not stopping.knows(step):
+                # The weights at the start; or a save was the last thing before a run was killed.
+                names = [name for name in evaluate.due(config, step) if name == stopping.options.evaluator]
+            judged = stopping is not None and stopping.options.evaluator in names
+            save = step > first and (step % config["save_every"] == 0 or judged)
             if (save or stop) and pending:
                 report(*pending)  # a state is only saved once the step that made it is known to be sound
                 pending = None
@@ -148,14 +174,21 @@ def _train(config, workdir, mesh, signals, lock):
                 if main_process:
                     lock.check()
                 with progress.clock.measure("saving"):
-                    saved.save(current, gather_positions(stream.position), config)
+                    saved.save(current, gather_positions(stream.position), config, history(stopping))
             if stop:
                 raise distributed.Interrupted(stop, step)
-            if step > first and (names := evaluate.due(config, step)):
-                results = evaluate.run(config, model, current.weights, names=names)
+            before = step == 0 and config["evaluate_before"]
+            if before or names:
+                into = dict(workdir=workdir / BEFORE, notes=[NOTE_BEFORE]) if before else dict(names=names)
+                results = flat(evaluate.run(config, model, current.weights, **into))
                 if writer is not None:
-                    writer.write_scalars(step, flat(results))
+                    writer.write_scalars(step, results)
                 progress.start()
+                if judged:
+                    judge(step, results)
+            if stopping is not None and stopping.evaluations and stopping.exhausted:
+                print(f"step {step}: {stopping}", flush=True)
+                break
             with progress.clock.measure("data"):
                 batch = next(stream)
             placed = sharding.global_batch(mesh, batch)
@@ -181,7 +214,13 @@ def _train(config, workdir, mesh, signals, lock):
                 jax.profiler.stop_trace()
                 tracing = False
         final = report(*pending) if pending else {}
-        saved.save(current, gather_positions(stream.position), config)
+        saved.save(current, gather_positions(stream.position), config, history(stopping))
+        if stopping is not None:
+            if not stopping.knows(last := int(current.step)):
+                judge(last, flat(evaluate.run(config, model, current.weights, names=[stopping.options.evaluator])))
+            best.wait()
+            if stopping.best[0] != int(current.step):
+                current = best.restore(stopping.best[0], current)
         if config["lora"] is not None:
             write_lora(workdir / "lora.safetensors", current, config, mesh)
     finally:
@@ -191,11 +230,14 @@ def _train(config, workdir, mesh, signals, lock):
         progress.close()
         stream.close()
         saved.close()
+        if best is not None:
+            best.close()
         if writer is not None:
             writer.close()
 
     # 4. What came of it.
-    results = evaluate.run(config, model, current.weights, workdir)
+    notes = [] if stopping is None else [f"weights: {BEST}/, {stopping}"]
+    results = evaluate.run(config, model, current.weights, workdir, notes=notes, before=values_before(workdir))
     evaluate.draw_attention_sheets(config, model, current.weights, workdir)
     if main_process:
         counts = {"skipped": stream.skipped.total(), "truncated": stream.truncated, "masked": stream.masked}
@@ -209,6 +251,31 @@ def _train(config, workdir, mesh, signals, lock):
     return flat(results)
 
 
+def early_stopping(
+    config: Mapping[str, Any], saved: checkpoint.Checkpoints, best: checkpoint.Checkpoints
+) -> EarlyStopping:
+    """The values of the metric of early stopping up to the checkpoint that the run goes on from.
+
+    A checkpoint is saved before its step is evaluated: what is known of that step is in the best one, if it is that.
+    """
+    if saved.latest() is None:  # the run starts anew, maybe from other weights
+        for step in best.manager.all_steps():
+            best.manager.delete(step)
+    kept = [one.evaluations(one.latest()) for one in (saved, best) if one.latest() is not None]
+    return EarlyStopping(EarlyStoppingOptions.of(config["early_stopping"]), max(kept, key=len, default=[]))
+
+
+def history(stopping: EarlyStopping | None) -> list[tuple[int, float]] | None:
+    """What a checkpoint keeps of early stopping; None: nothing."""
+    return None if stopping is None else stopping.evaluations
+
+
+def values_before(workdir: epath.Path) -> dict[str, float] | None:
+    """Values by name of the weights at the start of a run; None: they were not evaluated."""
+    path = workdir / BEFORE / "report.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def write_lora(path: epath.Path, current: state.TrainState, config: Mapping[str, Any], mesh: Mesh) -> None:
     """Writes what a run with `lora` has trained as a file of its own, for `flair_jax.load(path, pretrained=…)`."""
     whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(current.trained)
@@ -220,18 +287,21 @@ def write_lora(path: epath.Path, current: state.TrainState, config: Mapping[str,
 
 
 def initial_weights(config: Mapping[str, Any], fresh: Any) -> Any:
-    """The parameters of `init_from`; with `init_partial` those of another model too, see `initialize.combine`.
+    """The parameters of `init_from`; with `init_resized` those of the same model for other sizes of images and
+    texts, with `init_partial` those of any other model too, see `initialize.combine`.
 
     Args:
       config: of the run.
       fresh: its model's own parameters.
 
     Raises:
-      ValueError: the weights do not fit, and `init_partial` is not set.
+      ValueError: the weights do not fit, by what these two allow.
     """
-    if not config["init_partial"]:
+    if not config["init_partial"] and not config["init_resized"]:
         return pretrained.read(config["init_from"], config["model"])[0]
     loaded, section = pretrained.read(config["init_from"], gelu=config["model"].get("gelu", "exact"))
+    if config["init_resized"]:
+        flax_files.check_same_model(initialize.resized(section, config["model"]), config["model"], config["init_from"])
     towers = (model["vision"] for model in (config["model"], section))
     grids = (None if tower is None else grid(tower["image_size"], tower["patch_size"]) for tower in towers)
     params, origins = initialize.combine(fresh, loaded, *grids)

@@ -69,7 +69,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Files with tests of half a minute come first: what is left for the workers to share at the end is short."""
-    long = {f"test_{name}" for name in ("processes", "train", "gpu_check", "benchmark_train", "lora", "ema", "resume")}
+    names = ("processes", "train", "gpu_check", "benchmark_train", "lora", "ema", "resume", "readme", "fine_tuning")
+    long = {f"test_{name}" for name in names}
     items.sort(key=lambda item: item.path.stem not in long)
 
 

@@ -21,7 +21,7 @@ from flair_jax.data.benchmarks import table
 from flair_jax.data.transforms import base, captions
 
 ROOT = pathlib.Path(__file__).parents[1]
-TOOLS = {"__init__", "variants", "flair_recipe", "fsc_clip_recipe", "grain_recipe", "eval_all"}
+TOOLS = {"__init__", "variants", "flair_recipe", "fsc_clip_recipe", "grain_recipe", "eval_all", "finetune"}
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in TOOLS)
 # spec/flair.md section 1: GPUs, images a GPU, K, samples, steps an epoch, decay, epsilon. The length of PixelProse is
 # COSMOS's; all that is not in a script is CC12M's.

@@ -11,6 +11,7 @@ from conftest import TINY, fresh_params
 from optional import onnx, onnxruntime, torch
 from processes import one_device
 
+from benchmarks import export as benchmark
 from flair_jax import config as configuration
 from flair_jax import export, models, pretrained
 from flair_jax.configs import scenes
@@ -172,3 +173,15 @@ def test_the_command(flair, tmp_path, capsys):
     ]
     assert [line.rpartition("/")[2] for line in printed.splitlines()] == files
     assert export.main(arguments) == 1 and "is not empty" in capsys.readouterr().err
+
+
+def test_the_benchmark(flair):
+    config = {"model": dict(flair.config), "data": {"shards": None}}
+    figures = benchmark.measure(config, images=2, texts=3, turns=1, with_onnx=False)
+    assert float(figures["stablehlo_largest_difference"]) < 1e-4
+    assert {
+        "image.stablehlo_mib",
+        "score.stablehlo_mib",
+        "stablehlo_image_seconds",
+        "model_text_seconds",
+    } <= figures.keys()

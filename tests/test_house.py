@@ -18,7 +18,7 @@ ROOMS = {
 # Modules of flair_jax that may use the rooms beside it.
 DOORS = {
     *("predict", "main", "config", "step", "train", "evaluate", "evaluation_sets", "evaluation_tasks"),
-    *("pretrained", "inference", "search", "embed", "export", "demo"),
+    *("pretrained", "inference", "push", "search", "embed", "export", "demo"),
 }
 TRANSFORMS = "flair_jax.data.transforms"
 LEARNING = {"jax", "jaxlib", "flax", "optax", "orbax"}
@@ -83,7 +83,13 @@ def test_data_knows_neither_jax_nor_the_model():
 
 def test_convert_does_not_know_the_data_and_loads_torch_inside_functions():
     for path in files("convert"):
-        assert not roots(path) & {"flair_jax.data", "flair_jax", *LEARNING}, path
+        command = (
+            path == ROOT / "convert" / "__main__.py"
+        )  # `check --image` runs the model, and loads it for that alone
+        assert not roots(path, top_level_only=command) & {"flair_jax.data", "flair_jax", *LEARNING}, path
+        if command:
+            inside = {name for name in imports(path) if room_of(name) in ("flair_jax", "flair_jax.data")}
+            assert inside == {"flair_jax", "flair_jax.published_example"}
         if path.name != "torch_flair.py":  # a PyTorch module, which only its users import
             assert "torch" not in roots(path, top_level_only=True), path
             assert "flair_jax.convert.torch_flair" not in set(imports(path, top_level_only=True)), path

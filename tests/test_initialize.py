@@ -7,6 +7,7 @@ from conftest import TINY, fresh_params, load_golden
 from optional import torch
 
 from flair_jax import initialize, models
+from flair_jax.models.text import Text
 
 
 @pytest.mark.parametrize("new", [(24, 24), (7, 10), (14, 14), (3, 20)])
@@ -19,12 +20,30 @@ def test_image_positions_are_resized_as_pytorch_does(new):
     np.testing.assert_array_equal(found[0], positions[0])
 
 
-@pytest.mark.parametrize("length", [50, 77, 248])
-def test_text_positions_are_resized_as_pytorch_does(length):
-    positions = np.random.default_rng(0).normal(size=(77, 8)).astype(np.float32)
+@pytest.mark.parametrize(("old", "length", "kept"), [(77, 50, 50), (77, 77, 77), (77, 100, 20), (28, 40, 14)])
+def test_text_positions_of_another_context(old, length, kept):
+    """Against NumPy's interpolation, where that does not extrapolate."""
+    positions = np.random.default_rng(0).normal(size=(old, 8)).astype(np.float32)
     found = initialize.resize_text_positions(positions, length)
-    expected = torch.nn.functional.interpolate(torch.from_numpy(positions.T)[None], length, mode="linear")[0].T
-    np.testing.assert_allclose(found, expected, atol=2e-6)
+    assert found.shape == (length, 8)
+    np.testing.assert_array_equal(found[:kept], positions[:kept])
+    where = kept + (np.arange(kept, length) - kept) * (old - kept) / (length - kept)
+    inside = where <= old - 1
+    for column in range(8):
+        expected = np.interp(where, np.arange(old), positions[:, column])
+        np.testing.assert_allclose(found[kept:, column][inside], expected[inside], atol=1e-6)
+
+
+def test_a_shorter_context_keeps_the_features_of_texts_that_fit(tiny_model, tiny_params):
+    section = {**TINY, "text": {**TINY["text"], "context_length": 12}}
+    shorter = models.create(section)
+    params, _ = initialize.combine(fresh_params(shorter), tiny_params, (4, 4), (4, 4))
+    tokens = np.array([[1, 5, 9, 511, 0, 0, 0, 0, 0, 0, 0, 0]], np.int32)
+
+    def encode(model, params):
+        return model.apply({"params": params}, Text.padded(tokens), method="encode_text").pooled
+
+    np.testing.assert_allclose(encode(shorter, params), encode(tiny_model, tiny_params), atol=1e-6)
 
 
 def test_a_longer_context_is_stretched_as_long_clip_does():

@@ -17,6 +17,7 @@ from optional import faiss
 from PIL import Image
 from processes import one_device, wait_for
 
+from benchmarks import search as benchmark
 from flair_jax import models, pretrained, search
 from flair_jax.convert import flax_files
 from flair_jax.evaluators.features import call
@@ -327,6 +328,7 @@ def run_sql(*statements):
         (lambda at: (at / "catalogue.sqlite").write_bytes(b"no catalogue" * 100), OSError, "not a database"),
         (lambda at: os.truncate(at / "local-000001.f16", 1000), ValueError, "has 1000 bytes; the catalogue says"),
         (lambda at: (at / "pooled-000001.f16").unlink(), FileNotFoundError, "pooled-000001.f16"),
+        (run_sql("DELETE FROM meta WHERE key = 'width'"), OSError, "the table meta lacks width"),
         (run_sql("UPDATE meta SET value = '0' WHERE key = 'schema'"), ValueError, "has the schema '0'"),
         (run_sql("UPDATE files SET path = CAST('../out.png' AS BLOB)  WHERE row = 0"), ValueError, "outside of the"),
         (run_sql("UPDATE files SET path = CAST('/etc/passwd' AS BLOB) WHERE row = 0"), ValueError, "outside of the"),
@@ -435,6 +437,7 @@ def test_a_killed_process_goes_on(checkpoint, folder, flair, tmp_path):
     """Killed with SIGKILL in the middle of an update, which holds the lock; the next one takes over."""
     code = """
 import sys, time
+from benchmarks import search as benchmark
 from flair_jax import pretrained, search
 search.BATCH = 1
 def slowly(batches, total, title):
@@ -462,3 +465,11 @@ search.Index.open(sys.argv[1], pretrained.load(sys.argv[2])).update(slowly)
     time.sleep(0.1)
     assert index.update().added == COUNT - kept
     check(index, "conditioned", flair, folder)
+
+
+def test_the_benchmark(flair):
+    figures = benchmark.measure({"model": dict(flair.config)}, images=40, candidates=30, turns=1)
+    assert (figures["images"], figures["candidates"]) == (40, 30)
+    tokens = 4 * 4 * 64 * 2 * 40 / 2**20
+    np.testing.assert_allclose(figures["local_mib"], tokens)
+    assert {"global_1_texts_seconds", "conditioned_5_texts_seconds", "load_seconds"} <= figures.keys()

@@ -4,7 +4,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flair_jax.atomic import write_whole
@@ -28,6 +28,7 @@ def write(
     notes: Iterable[str] = (),
     missing: Iterable[Missing] = (),
     warnings: Iterable[str] = (),
+    before: Mapping[str, float] | None = None,
 ) -> str:
     """Writes the report into a folder, which is made if need be:
 
@@ -48,6 +49,7 @@ def write(
       notes: texts for the top, such as what was evaluated.
       missing: sets that were not evaluated.
       warnings: texts for the top, in red. One is added if all results are at chance, see `at_chance`.
+      before: values by name, see `flat`, of the weights that a run started from: a table compares the main metrics.
 
     Returns:
       The text of report.md; empty without results.
@@ -57,7 +59,7 @@ def write(
     results, workdir = list({result.name: result for result in results}.values()), epath.Path(workdir)
     if not results:
         return ""
-    document = layout.document(results, details, figures, notes, missing, warnings)
+    document = layout.document(results, details, figures, notes, missing, warnings, before or {})
     text = markdown.render(document)
     pictures = [pair for section in document.sections for pair in section.figures] + list(document.figures)
     (workdir / "pictures" if pictures else workdir).mkdir(parents=True, exist_ok=True)
@@ -118,6 +120,7 @@ def _details(document: layout.Document) -> dict[str, Any]:
         "warnings": document.warnings,
         "notes": document.notes,
         "sets": sets,
+        "before": {name: _number(value) for name, value in document.before.items()},
         "missing": missing,
         "pictures": _pictures(document.figures),
     }

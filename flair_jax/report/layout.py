@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from flair_jax.report.base import Figure, Missing, Published, Result, SetDetails
@@ -16,6 +16,7 @@ MAIN = {
 MARK = "*"
 AT_CHANCE = "at chance"
 UNITS = "Numbers are percentages, except for ranks, which count from 1. A difference is measured minus published."
+CHANGES = "Before is what the training started from, after is what it ended with; the difference is after minus before."
 NOT_WHOLE = f"{MARK} marks numbers of a set that is not whole, for the reason under its tables. Do not compare them."
 _NUMBER = re.compile(r"[-+]?[\d,.]+( to [\d,.]+)?\*?")
 
@@ -72,7 +73,7 @@ class Section:
 @dataclasses.dataclass(frozen=True)
 class Document:
     """The whole report. `summary`: a table for each task, with the sections that its rows stand for; `figures`: of no
-    section."""
+    section; `before`, `changes`: values by name of the weights before a training, and the table that compares them."""
 
     warnings: Sequence[str]
     notes: Sequence[str]
@@ -80,6 +81,8 @@ class Document:
     sections: Sequence[Section]
     missing: Sequence[Missing]
     figures: Sequence[tuple[str, Figure]]
+    before: Mapping[str, float]
+    changes: Table | None
 
 
 def document(
@@ -89,6 +92,7 @@ def document(
     notes: Iterable[str],
     missing: Iterable[Missing],
     warnings: Iterable[str],
+    before: Mapping[str, float],
 ) -> Document:
     """Lays out what `report.write` takes."""
     results, details = list(results), list(details)
@@ -123,7 +127,10 @@ def document(
         summary.append((task, _summary(task, own), own))
     shown = {(section.details.task, section.details.set) for section in sections}
     others = [(name, figure) for name, figure in pictures if (figure.task, figure.set) not in shown]
-    return Document(warnings, notes, summary, sections, missing, others)
+    changes = _changes(sections, before)
+    if changes:
+        notes.append(CHANGES)
+    return Document(warnings, notes, summary, sections, missing, others, before, changes)
 
 
 def _mark(details: SetDetails) -> str:
@@ -168,6 +175,27 @@ def compared(details: SetDetails, values: Values) -> Iterator[tuple[Published, f
         yield one, by_mode.get(mode)
 
 
+def main_metrics(task: str, values: Values) -> list[str]:
+    """Those metrics of a set that stand for it: the task's in `MAIN`, or the first one."""
+    return [name for name in MAIN.get(task, ()) if name in values.measured] or list(values.measured)[:1]
+
+
+def _changes(sections: Sequence[Section], before: Mapping[str, float]) -> Table | None:
+    """A row for each main metric and mode that was measured before, too; None: there are none."""
+    rows = []
+    for section in sections:
+        task, mark = section.details.task, _mark(section.details)
+        values = Values.of(section.results)
+        for metric in main_metrics(task, values):
+            for mode, now in values.measured[metric].items():
+                then = before.get(Result(task, section.details.set, metric, now, mode).name)
+                if then is not None:
+                    numbers = (text(metric, then), text(metric, now), difference(metric, now, then))
+                    rows.append((f"{task}: {section.title}", mode, metric, *(number + mark for number in numbers)))
+    head = ("before and after training", "mode", "metric", "before", "after", "difference")
+    return Table(head, tuple(rows)) if rows else None
+
+
 def _parts(details: SetDetails, values: Values) -> list[Table]:
     tables = []
     for metric, parts in values.parts.items():
@@ -193,7 +221,7 @@ def _summary(task: str, sections: Sequence[Section]) -> Table:
         values = Values.of(section.results)
         first_mode = next(iter(values.modes()), "")
         row = {("set",): section.title, ("mode",): first_mode}
-        for metric in [name for name in MAIN.get(task, ()) if name in values.measured] or list(values.measured)[:1]:
+        for metric in main_metrics(task, values):
             by_mode = values.measured[metric]
             value = by_mode.get(first_mode, next(iter(by_mode.values())))
             chance = values.chance.get(metric, {}).get("chance")

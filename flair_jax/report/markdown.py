@@ -11,6 +11,8 @@ def render(document: layout.Document) -> str:
     """The text of report.md; pictures are linked as `pictures/NAME`."""
     parts = [f"**{escape(warning)}**\n" for warning in document.warnings]
     parts += _list(document.notes)
+    if document.changes:
+        parts.append(table(document.changes))
     if len(document.sections) > 1:
         parts += [
             table(summary._replace(head=(f"summary: {task}", *summary.head[1:])))

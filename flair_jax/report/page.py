@@ -55,6 +55,8 @@ def render(document: layout.Document) -> str:
     parts.append(_list(document.notes, "soft"))
     parts.append(_contents(document))
     parts.append('<h2 id="summary">Summary</h2>\n')
+    if document.changes:
+        parts.append(_table(document.changes))
     for task, table, sections in document.summary:
         parts.append(f"<h3>{escape(task.capitalize())}</h3>\n")
         parts.append(_table(table, [anchors[section.name] for section in sections]))
