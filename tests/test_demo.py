@@ -9,6 +9,7 @@ import struct
 import urllib.parse
 import zlib
 
+import jax
 import numpy as np
 import optional
 import pytest
@@ -16,7 +17,7 @@ from conftest import fresh_params
 from PIL import ExifTags, Image
 from saver import state_of
 
-from flair_jax import models
+from flair_jax import models, state
 from flair_jax.checkpoint import Checkpoints
 from flair_jax.config import normalize, read
 from flair_jax.configs import scenes
@@ -28,13 +29,18 @@ from flair_jax.search import Index
 TEXTS = ["a large red circle, at the top left", "a <b>blue</b> square"]
 
 
-def small(kind: str) -> Pretrained:
+def small(kind: str, drawn: bool = True) -> Pretrained:
+    """A small model with random parameters, or, which needs no program, with zeros."""
     config = scenes.get_config(kind)
     config.model.vision.depth = config.model.text.depth = 1
     if config.model.decoder is not None:
         config.model.decoder.depth = 1
     section = normalize(config.model.to_dict())
-    return Pretrained(section, fresh_params(models.create(section)))
+    model = models.create(section)
+    if drawn:
+        return Pretrained(section, fresh_params(model))
+    shapes = jax.eval_shape(lambda: state.init_params(model, 0))
+    return Pretrained(section, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def grain():
 
 @pytest.fixture(scope="module")
 def clip():
-    return small("clip")
+    return small("clip", drawn=False)
 
 
 @pytest.fixture(scope="module")
@@ -385,6 +391,12 @@ def user(chromium, served):
     found = User(chromium, served)
     yield found
     found.page.context.close()
+
+
+def test_a_port_in_use_is_named(flair, served):
+    page, port = optional.demo_page, urllib.parse.urlsplit(served).port
+    with pytest.raises(OSError, match=f"port {port}: it is in use"), page.serve(page.build(flair, "again"), port=port):
+        pass
 
 
 def test_upload_type_and_see_a_heat_map_that_follows_the_head(user, photos, addresses):

@@ -296,33 +296,38 @@ def _plain(text: str) -> str:
 def serve(page: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
     """Serves a page in the context, which gets its address.
 
-    Uploaded files lie in a folder of this process alone, which is removed at the end.
+    Uploaded files lie in the folder that GRADIO_TEMP_DIR names; those of this page are removed at the end.
 
     Args:
       port: None: the first free one from 7860.
 
     Raises:
-      OSError: the port is in use.
+      OSError: the port is in use, or this machine has no such host.
     """
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    options = dict(
+        max_file_size=answers.MAX_BYTES,
+        theme=theme,
+        css=CSS,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        share=False,
+        mcp_server=False,
+        pwa=False,
+        inline=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
     try:
-        _, address, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            max_file_size=answers.MAX_BYTES,
-            theme=theme,
-            css=CSS,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            share=False,
-            mcp_server=False,
-            pwa=False,
-            inline=False,
-            quiet=True,
-            prevent_thread_lock=True,
-        )
+        try:
+            _, address, _ = page.launch(server_name=host, server_port=port, **options)
+        except OSError as error:
+            where = f"{host}, port {port or '7860 and the next ones'}"
+            raise OSError(
+                f"cannot serve at {where}: it is in use, or {host} is no address of this machine; see --host and --port"
+            ) from error
         yield address
     finally:
         page.close(verbose=False)
