@@ -9,6 +9,7 @@ import struct
 import urllib.parse
 import zlib
 
+import jax
 import numpy as np
 import optional
 import pytest
@@ -16,7 +17,7 @@ from conftest import fresh_params
 from PIL import ExifTags, Image
 from saver import state_of
 
-from flair_jax import models
+from flair_jax import models, state
 from flair_jax.checkpoint import Checkpoints
 from flair_jax.config import normalize, read
 from flair_jax.configs import scenes
@@ -28,13 +29,18 @@ from flair_jax.search import Index
 TEXTS = ["a large red circle, at the top left", "a <b>blue</b> square"]
 
 
-def small(kind: str) -> Pretrained:
+def small(kind: str, drawn: bool = True) -> Pretrained:
+    """A small model with random parameters, or, which needs no program, with zeros."""
     config = scenes.get_config(kind)
     config.model.vision.depth = config.model.text.depth = 1
     if config.model.decoder is not None:
         config.model.decoder.depth = 1
     section = normalize(config.model.to_dict())
-    return Pretrained(section, fresh_params(models.create(section)))
+    model = models.create(section)
+    if drawn:
+        return Pretrained(section, fresh_params(model))
+    shapes = jax.eval_shape(lambda: state.init_params(model, 0))
+    return Pretrained(section, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def grain():
 
 @pytest.fixture(scope="module")
 def clip():
-    return small("clip")
+    return small("clip", drawn=False)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +106,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         (encoded(picture(), "PNG")[:-300], "cannot decode"),
+        (encoded(picture(1, 101), "PNG"), "101 x 1 pixels"),
         (png_of_size(40_000, 40_000), "pixels"),  # 1.6 gigapixels in a hundred bytes
     ],
 )
@@ -216,6 +223,19 @@ def test_scenes_come_with_what_is_in_them():
 # The command
 
 
+class Training:
+    """A process whose `wait` meets these events, one after the other: exceptions, or its status at the end."""
+
+    def __init__(self, *events):
+        self.events = list(events)
+
+    def wait(self):
+        event = self.events.pop(0)
+        if isinstance(event, BaseException):
+            raise event
+        return event
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -235,16 +255,12 @@ def test_without_a_checkpoint_and_a_terminal_nothing_is_trained(cache, capsys, m
 def test_the_user_is_asked_in_the_terminal(cache, monkeypatch, answer):
     commands = []
 
-    def run(command, check):
-        commands.append(command)
-        return type("Done", (), {"returncode": 0})
-
     def said(prompt):
         if answer is None:
             raise EOFError
         return answer
 
-    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command.subprocess, "Popen", lambda line: commands.append(line) or Training(0))
     monkeypatch.setattr("builtins.input", said)
     monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": staticmethod(lambda: True)}))
     if answer in ("n", None):
@@ -265,9 +281,11 @@ def test_a_training_is_kept_and_goes_on_until_its_last_step(cache, monkeypatch):
         with contextlib.closing(Checkpoints(cache, keep=None)) as saved:
             saved.save(state_of(step), [], config)
         assert command.is_trained(cache) == (step == 2) and command.knows_scenes(str(cache))
-    monkeypatch.setattr(command.subprocess, "run", lambda *_, **__: type("Done", (), {"returncode": 130}))
-    with pytest.raises(ValueError, match="status 130"):
+    training = Training(KeyboardInterrupt(), KeyboardInterrupt(), 130)  # it is waited for until it has saved
+    monkeypatch.setattr(command.subprocess, "Popen", lambda _: training)
+    with pytest.raises(ValueError, match="status 130; the same command goes on"):
         command.train_scenes(cache, agreed=True)
+    assert not training.events
 
 
 def test_errors_of_the_command(tmp_path, capsys):
@@ -375,6 +393,12 @@ def user(chromium, served):
     found.page.context.close()
 
 
+def test_a_port_in_use_is_named(flair, served):
+    page, port = optional.demo_page, urllib.parse.urlsplit(served).port
+    with pytest.raises(OSError, match=f"port {port}: it is in use"), page.serve(page.build(flair, "again"), port=port):
+        pass
+
+
 def test_upload_type_and_see_a_heat_map_that_follows_the_head(user, photos, addresses):
     user.click("Compare")
     user.page.get_by_role("alert").filter(has_text="Write at least one text").first.wait_for()
@@ -413,7 +437,7 @@ def test_a_picture_that_browsers_do_not_show(user, tmp_path):
     user.page.wait_for_function("(document.querySelector('#upload img') || {}).naturalWidth == 90")
 
 
-def test_two_users_at_once(chromium, served, photos):
+def test_two_users_at_once(chromium, served, flair, photos):
     first, second = User(chromium, served), User(chromium, served, viewport={"width": 390, "height": 844})
     for user, text, name in ((first, "a red ring", "0.png"), (second, "a green cross", "1.png")):
         user.upload(photos / name)
@@ -421,7 +445,10 @@ def test_two_users_at_once(chromium, served, photos):
         user.write("Texts, one a line", text)
     first.click("Compare")
     second.click("Compare")
-    assert first.heat_maps("a red ring") != second.heat_maps("a green cross")
+    for user, text, name in ((first, "a red ring", "0.png"), (second, "a green cross", "1.png")):
+        _, (own,) = answers.heat_maps(flair, answers.read_picture(photos / name), [text], "mean")
+        (shown,) = user.heat_maps(text)
+        assert f'src="{shown}"' in optional.demo_page.picture(own.image, text)  # of their picture and their text
     # On a phone nothing is wider than the screen.
     assert second.page.evaluate("document.documentElement.scrollWidth") == 390
     for user in (first, second):

@@ -8,6 +8,7 @@ The page is at http://127.0.0.1:7860, for this machine alone unless `--host` say
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -76,7 +77,10 @@ def train_scenes(workdir: pathlib.Path, agreed: bool) -> None:
         if answer.strip().lower() not in ("", "y", "yes"):
             raise ValueError("without a model there is no page: give --checkpoint")
     # A process of its own: the loader's workers import the main module again, and this one is the page's.
-    status = subprocess.run(command, check=False).returncode
+    process, status = subprocess.Popen(command), None
+    while status is None:
+        with contextlib.suppress(KeyboardInterrupt):  # the training gets it too, and saves where it is
+            status = process.wait()
     if status:
         raise ValueError(f"the training ended with status {status}; the same command goes on where it was")
 
@@ -124,6 +128,8 @@ def run(options: argparse.Namespace) -> None:
     if options.index is not None:
         index = search.Index.open(options.index, model, checkpoint=checkpoint)
         changes = index.update()
+        if not len(index):
+            raise ValueError(f"{options.index} has no picture to search for; {len(changes.skipped):,} files skipped")
         print(f"{len(index):,} pictures in the index of {options.index}, {len(changes.skipped):,} files skipped")
     title = pathlib.Path(checkpoint).name if options.checkpoint else "scenes"
     built = page.build(model, f"flair_jax: {title}", index=index, scenes=knows_scenes(checkpoint))

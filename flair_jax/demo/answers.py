@@ -17,6 +17,7 @@ from flair_jax.inference import Pretrained
 from flair_jax.search import Index
 
 MAX_BYTES = 32 * 2**20  # of a picture's file
+MAX_RATIO = 100  # of a picture's sides: resized to cover a model's square, a longer one has too many pixels
 MAX_TEXTS, MAX_CLASSES = 12, 30
 MAX_CHARACTERS = 2000  # of a text; the model's context ends before
 SIDE, LEGEND_WIDTH = 448, 320  # pixels: width of a result's picture, and of what its colours stand for
@@ -57,7 +58,8 @@ def read_picture(path: str | os.PathLike | None) -> Image.Image:
     """An uploaded file as a picture, upright and RGB. What it is follows from its bytes; its name is not asked.
 
     Raises:
-      Refused: there is no file; it is no image, damaged, or has more than `MAX_BYTES` or `image_rules.MAX_PIXELS`.
+      Refused: there is no file; it is no image, damaged, too narrow, or has more than `MAX_BYTES` or
+        `image_rules.MAX_PIXELS`.
     """
     if path is None:
         raise Refused("Give a picture first: drop one into the field, or choose a file.")
@@ -68,9 +70,15 @@ def read_picture(path: str | os.PathLike | None) -> Image.Image:
             "allowed. Give a smaller copy."
         )
     try:
-        return image_rules.to_rgb(image_rules.decode(pathlib.Path(path).read_bytes(), upright=True))
+        image = image_rules.to_rgb(image_rules.decode(pathlib.Path(path).read_bytes(), upright=True))
     except image_rules.ImageError as error:
         raise Refused(f"This file cannot be used as a picture: {error}.") from error
+    if max(image.size) > MAX_RATIO * min(image.size):
+        raise Refused(
+            f"This picture has {image.width} x {image.height} pixels; at most {MAX_RATIO} times as many are allowed in "
+            "one direction as in the other. Cut it."
+        )
+    return image
 
 
 def stored_format(path: str | os.PathLike) -> str:

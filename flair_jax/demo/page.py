@@ -38,14 +38,17 @@ CSS = """
 .answer th:first-child, .answer td:first-child { text-align: left; overflow-wrap: anywhere; }
 @media (max-width: 640px) {  /* the text above its scores */
   .answer tr { display: flex; flex-wrap: wrap; }
-  .answer th, .answer td { flex: 1; min-width: 0; padding: 4px 6px; text-align: left; }
+  .answer th, .answer td { flex: 1; min-width: 0; padding: 2px 4px !important; text-align: left; }
+  .answer th { font-size: 0.85em; }
   .answer th:first-child, .answer td:first-child { flex-basis: 100%; }
 }
 .answer .figures { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 210px), 1fr)); }
 .answer .small { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); }
 .answer figure { margin: 0; }
 .answer img { display: block; width: 100%; height: auto; }
-.answer img.legend, .answer img.sheet { width: auto; max-width: 100%; margin-bottom: 12px; }
+.answer img.legend, .answer img.sheet { width: auto; max-width: 100%; margin-bottom: 12px; background: white; }
+.answer img.legend { padding: 6px; }
+.answer img.regions { width: 420px; max-width: 100%; }
 .answer figcaption, .answer li { overflow-wrap: anywhere; }
 .answer figcaption small { font-size: 0.85em; opacity: 0.75; }
 .answer ul { list-style: none; margin: 12px 0 0; padding: 0; }
@@ -197,7 +200,7 @@ def _about_a_picture(model: Pretrained, scenes: bool) -> None:
 
     def regions(path, typed):
         texts = answers.lines(typed, answers.MAX_TEXTS) if (typed or "").strip() else []
-        return picture(answers.regions(model, answers.read_picture(path), texts), "regions", "sheet")
+        return picture(answers.regions(model, answers.read_picture(path), texts), "regions", "regions")
 
     def check(path):
         try:
@@ -293,33 +296,38 @@ def _plain(text: str) -> str:
 def serve(page: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None) -> Iterator[str]:
     """Serves a page in the context, which gets its address.
 
-    Uploaded files lie in a folder of this process alone, which is removed at the end.
+    Uploaded files lie in the folder that GRADIO_TEMP_DIR names; those of this page are removed at the end.
 
     Args:
       port: None: the first free one from 7860.
 
     Raises:
-      OSError: the port is in use.
+      OSError: the port is in use, or this machine has no such host.
     """
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    options = dict(
+        max_file_size=answers.MAX_BYTES,
+        theme=theme,
+        css=CSS,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        share=False,
+        mcp_server=False,
+        pwa=False,
+        inline=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
     try:
-        _, address, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            max_file_size=answers.MAX_BYTES,
-            theme=theme,
-            css=CSS,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            share=False,
-            mcp_server=False,
-            pwa=False,
-            inline=False,
-            quiet=True,
-            prevent_thread_lock=True,
-        )
+        try:
+            _, address, _ = page.launch(server_name=host, server_port=port, **options)
+        except OSError as error:
+            where = f"{host}, port {port or '7860 and the next ones'}"
+            raise OSError(
+                f"cannot serve at {where}: it is in use, or {host} is no address of this machine; see --host and --port"
+            ) from error
         yield address
     finally:
         page.close(verbose=False)
