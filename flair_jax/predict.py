@@ -58,6 +58,8 @@ def draw(
         has = model.model.has_pooling, model.model.has_regions
         view = "attention" if has[0] else "regions" if has[1] else "patches"
     if view == "regions":
+        if (heads, scale) != ("mean", "shared"):
+            raise ValueError("the view 'regions' shows boxes, which have neither heads nor a scale")
         return visualize.regions(model, images, texts)
     if view == "queries":
         return visualize.query_maps(model, images, heads=heads, scale=scale)

@@ -49,6 +49,8 @@ def heat_maps(
     """
     if view not in VIEWS:
         raise ValueError(f"view is {view!r}; expected one of {', '.join(VIEWS)}")
+    if view != "attention" and heads != "mean":
+        raise ValueError(f"heads is {heads!r}, but only the view 'attention' has heads; this is {view!r}")
     pictures, texts = Pictures(images), [texts] if isinstance(texts, str) else list(texts)
     if view == "attention":
         maps, mass = model.heat_maps(pictures, texts, heads=heads)

@@ -79,6 +79,8 @@ def test_table_and_picture(checkpoint, photos, tmp_path, capsys):
         ("flair", "attention", {"heads": 9}, "heads are [9]; the pooling has 4, 0 to 3"),
         ("flair", "attention", {"scale": -1}, "scale is -1.0; expected 'shared', 'own' or a number above 0"),
         ("flair", "regions", {}, "regions need a query decoder, and config.model.decoder is None"),
+        ("flair", "patches", {"heads": 1}, "heads is [1], but only the view 'attention' has heads"),
+        ("grain", "regions", {"scale": 3}, "boxes, which have neither heads nor a scale"),
         ("grain", "queries", {"heads": 0}, None),
         ("grain", "queries", {"heads": "each"}, "heads is 'each'"),
         ("clip", "patches", {}, None),

@@ -200,7 +200,8 @@ class Pointing:
 
     def figures(self, params: Any) -> Iterator[tuple[str, Image.Image]]:
         """A picture per mode of what `run` found, with its title: heat, boxes and the peak of some phrases."""
-        from flair_jax.figures import pointing as drawing  # here, since it knows attention maps, which know evaluators
+        from flair_jax.figures import heat as heats
+        from flair_jax.figures import pointing as drawing  # here, since it knows the features' module
 
         data = self._data
         for mode, (heat, hit) in self._found.items():
@@ -216,7 +217,8 @@ class Pointing:
                 )
                 for text in np.concatenate(chosen)
             ]
-            yield f"hits and misses ({mode})", drawing.sheet(examples)
+            scale_of = {"attention": heats.attention_scale, "projected": heats.cosine_scale}[mode]
+            yield f"hits and misses ({mode})", drawing.sheet(examples, scale_of)
 
 
 def image_size(images: Sequence[np.ndarray]) -> tuple[int, int]:

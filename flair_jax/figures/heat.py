@@ -17,7 +17,7 @@ TALLEST = 1.5  # height of a picture in a sheet, in widths
 STOPS = (0.0, 0.25, 0.6, 1.0)
 OPACITY = (0.0, 0.2, 0.65, 0.85)
 COLOURS = np.array([(255, 235, 60), (255, 200, 0), (250, 90, 0), (190, 0, 40)], np.float32)
-GREY = 0.75  # of the picture's colours under the heat, which would be taken for it
+GREY = 0.75  # how much of a picture's colours goes under the heat: they would be taken for it
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 # Of what the model does not see: its brightness, pixels from line to line over it, and the grey of these lines.
 UNSEEN, HATCH, HATCHED = 0.35, 9, 80
@@ -118,6 +118,7 @@ def overlay(
     heat: np.ndarray,
     scale: Scale = OWN,
     part: tuple[float, float, float, float] | None = None,
+    grey: float = GREY,
 ) -> Image.Image:
     """Lays a heat map over a picture, which turns grey under it: from yellow for little to dark red for much.
 
@@ -129,6 +130,7 @@ def overlay(
       scale: of the colours; by default from 0 to the map's own largest value.
       part: x0, y0, x1, y1 in pixels, what the map covers, see `Preprocessing.seen`; the rest is dark and hatched. None:
         the whole picture.
+      grey: how much of the picture's colours goes.
 
     Returns:
       RGB, the size of the picture.
@@ -138,7 +140,7 @@ def overlay(
     """
     picture = _rgb(image)
     pixels = np.asarray(picture, np.float32)
-    pixels = GREY * (pixels @ LUMA)[..., None] + (1 - GREY) * pixels
+    pixels = grey * (pixels @ LUMA)[..., None] + (1 - grey) * pixels
     rows, columns = _part(part, pixels.shape[:2])
     share = Image.fromarray(scale.share(np.asarray(heat, np.float32)))
     size = columns.stop - columns.start, rows.stop - rows.start
@@ -272,10 +274,18 @@ def text_block(text: str, width: int) -> Image.Image:
 
 def with_title(picture: Image.Image, title: str) -> Image.Image:
     """A picture with a line or two above it."""
-    words = text_block(title, picture.width - MARGIN)
-    page = Image.new("RGB", (picture.width, words.height + MARGIN + picture.height), "white")
-    page.paste(words, (MARGIN, 0))
-    page.paste(picture, (0, words.height + MARGIN))
+    return _below(text_block(title, picture.width - MARGIN), picture)
+
+
+def with_legend(picture: Image.Image, scale: Scale) -> Image.Image:
+    """A picture with the scale of its overlays above it."""
+    return _below(legend(scale, picture.width - MARGIN), picture)
+
+
+def _below(head: Image.Image, picture: Image.Image) -> Image.Image:
+    page = Image.new("RGB", (picture.width, head.height + 2 * MARGIN + picture.height), "white")
+    page.paste(head, (MARGIN, MARGIN))
+    page.paste(picture, (0, head.height + 2 * MARGIN))
     return page
 
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from flair_jax.evaluators.features import patch_grid
 from flair_jax.figures import as_pixels, in_rows
-from flair_jax.figures.heat import overlay
+from flair_jax.figures import heat as heats
 
 TILE = 224  # width of an image in pixels
 LINE, FONT_SIZE = 16, 12
@@ -34,22 +34,30 @@ class Example:
     text: str
 
 
-def sheet(examples: Sequence[Example]) -> Image.Image:
-    """Examples in rows: boxes green, the peak a yellow circle, the phrase green for a hit and red for a miss."""
-    return in_rows([_cell(example) for example in examples], COLUMNS)
+def sheet(examples: Sequence[Example], scale_of: Callable[[Sequence[np.ndarray]], heats.Scale]) -> Image.Image:
+    """Examples in rows below their scale: boxes green, the peak a yellow circle, phrases green for hits, else red.
+
+    Args:
+      examples: phrases.
+      scale_of: all maps (h, w) -> their scale, `heats.attention_scale` or `heats.cosine_scale`.
+    """
+    grids = [patch_grid(*example.image.shape[:2], len(example.heat)) for example in examples]
+    maps = [example.heat.reshape(grid) for example, grid in zip(examples, grids, strict=True)]
+    scale = scale_of(maps)
+    cells = [_cell(example, heat, scale) for example, heat in zip(examples, maps, strict=True)]
+    return heats.with_legend(in_rows(cells, COLUMNS), scale)
 
 
-def _cell(example: Example) -> Image.Image:
+def _cell(example: Example, heat: np.ndarray, colours: heats.Scale) -> Image.Image:
     image = as_pixels(example.image)
-    height, width = image.shape[:2]
-    grid = patch_grid(height, width, len(example.heat))
-    heat = (example.heat - min(0, example.heat.min())).reshape(grid)  # cosines may be negative
+    (height, width), grid = image.shape[:2], heat.shape
     scale = TILE / width
-    picture = overlay(Image.fromarray(image).resize((TILE, round(scale * height))), heat)
+    # In colour, of which the phrases speak: the picture itself does not stand beside it.
+    picture = heats.overlay(Image.fromarray(image).resize((TILE, round(scale * height))), heat, colours, grey=0.0)
     draw = ImageDraw.Draw(picture)
     for box in example.boxes:
         draw.rectangle([scale * side for side in box], outline=BOX, width=2)
-    row, column = np.unravel_index(example.heat.argmax(), grid)
+    row, column = np.unravel_index(heat.argmax(), grid)
     x, y = (column + 0.5) * TILE / grid[1], (row + 0.5) * scale * height / grid[0]
     draw.ellipse([x - 5, y - 5, x + 5, y + 5], outline=PEAK, width=3)
     font = ImageFont.load_default(FONT_SIZE)

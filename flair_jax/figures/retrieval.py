@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from flair_jax.figures import to_image
-from flair_jax.figures.heat import overlay
+from flair_jax.figures.heat import attention_scale, overlay, with_legend
 
 DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 WIDTH = 110  # characters of a line of text
@@ -47,13 +47,16 @@ def recall_curves(curves: Mapping[str, Mapping[str, np.ndarray]]) -> Image.Image
 
 
 def examples(rows: Sequence[Example]) -> Image.Image:
-    """A row per text: its own image and the best one of the others, each beside its heat map where there is one.
+    """A row per text: its own image and the best one of the others, each beside its heat map where there is one, and
+    above them the scale of the maps.
 
     Raises:
       ValueError: there is nothing to draw.
     """
     if not rows:
         raise ValueError("examples need at least one text")
+    maps = [heat for row in rows for _, heat in (row.own, row.rival) if heat is not None]
+    scale = attention_scale(maps) if maps else None
     columns = sum(1 if heat is None else 2 for _, heat in (rows[0].own, rows[0].rival))
     figure = Figure(figsize=(2.6 * columns, 3.2 * len(rows)), layout="constrained")
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
@@ -65,8 +68,9 @@ def examples(rows: Sequence[Example]) -> Image.Image:
             image = Image.fromarray(_uint8(pixels))
             _show(next(panels), image, title)
             if heat is not None:
-                _show(next(panels), overlay(image, heat), "where the text looks")
-    return to_image(figure)
+                _show(next(panels), overlay(image, heat, scale), "where the text looks")
+    picture = to_image(figure)
+    return with_legend(picture, scale) if maps else picture
 
 
 def _show(panel, image: Image.Image, title: str) -> None:

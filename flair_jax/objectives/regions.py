@@ -160,7 +160,10 @@ def groups_of(features: Features, group_size: int | None, name: str) -> int:
     images = features.image.pooled.shape[0]
     size = images if group_size is None else group_size
     if size < 1 or images % size:
-        raise ValueError(f"config.objectives.{name}.group_size {size} does not divide the batch of {images} images")
+        raise ValueError(
+            f"config.objectives.{name}.group_size {size} does not divide the batch of {images} images; None takes all "
+            "of them as one group"
+        )
     return images // size
 
 
