@@ -56,6 +56,9 @@ EXTRAS = {
     # Boxes for descriptions by OWLv2.
     "regions": ["torch>=2.13", "transformers>=5.23"],
     "cuda": ["jax[cuda12]>=0.10.2"],
+    # python -m flair_jax.export --onnx, and onnxruntime to run what it writes.
+    "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2", "torch>=2.13"],
+    "search": ["faiss-cpu>=1.15.1"],  # python -m flair_jax.search
     "tpu": ["jax[tpu]>=0.10.2"],
     # The reference's kind of loader, to measure beside: the newest webdataset with its way of reading.
     "bench": ["psutil>=7.2", "regex>=2026.9", "torch>=2.13", "webdataset==0.2.86"],
@@ -76,6 +79,7 @@ EXTRAS["test"] = [
     *(requirement for requirement in EXTRAS["bench"] if requirement not in EXTRAS["torch"]),
     *EXTRAS["notebook"],
     *EXTRAS["prepare"],
+    *EXTRAS["search"],
     *EXTRAS["tf"],
 ]
 

@@ -256,7 +256,8 @@ class TorchFLAIR(nn.Module):
 
 def at_end(states: Tensor, tokens: Tensor) -> Tensor:
     """States at the first largest id, which is end-of-text in CLIP's vocabulary: (N, T, W) -> (N, W)."""
-    return states[torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)]
+    # Not len(tokens): it is a plain number, which would fix N in an exported program.
+    return states[torch.arange(tokens.shape[0], device=tokens.device), tokens.argmax(dim=-1)]
 
 
 def rows(x: Tensor, indices: Tensor) -> Tensor:

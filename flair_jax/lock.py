@@ -37,10 +37,12 @@ class WorkdirLock:
 
     Args:
       workdir: an existing folder, any path that `etils.epath` opens.
+      work, otherwise: what the run does there, and what a second one can use; of messages.
     """
 
-    def __init__(self, workdir: epath.PathLike):
+    def __init__(self, workdir: epath.PathLike, *, work: str = "trains", otherwise: str = "another --workdir"):
         self.path = epath.Path(workdir) / "lock.json"
+        self._work, self._otherwise = work, otherwise
         self._own = {
             "id": uuid.uuid4().hex,
             "user": getpass.getuser() if hasattr(os, "getuid") else "",
@@ -65,8 +67,9 @@ class WorkdirLock:
                 continue  # released in between
             if self._is_alive(other):
                 raise WorkdirInUse(
-                    f"{self.path.parent} is in use: {_owner(other)} trains there since {other.get('since')}. Wait for "
-                    f"that run, stop it, or use another --workdir. If it is dead for certain, remove {self.path}"
+                    f"{self.path.parent} is in use: {_owner(other)} {self._work} there since {other.get('since')}. "
+                    f"Wait for that run, stop it, or use {self._otherwise}. If it is dead for certain, remove "
+                    f"{self.path}"
                 )
             logging.warning("%s is stale: %s is gone; this run takes over", self.path, _owner(other))
             self.path.unlink(missing_ok=True)

@@ -185,6 +185,8 @@ class Encoder:
       image_batch, text_batch: largest batches, of images and of rows of texts; they are rounded up to a multiple of the
         devices.
       mesh: None: `evaluation_mesh()`.
+      full_batches: whether all batches have the largest size, padded where need be: one program for any number of
+        images and of texts.
     """
 
     def __init__(
@@ -195,11 +197,13 @@ class Encoder:
         image_batch: int,
         text_batch: int,
         mesh: Mesh | None = None,
+        full_batches: bool = False,
     ):
         if image_batch < 1 or text_batch < 1:
             raise ValueError(f"image_batch {image_batch} and text_batch {text_batch} must be at least 1")
         self.mesh = evaluation_mesh() if mesh is None else mesh
         self._model, self._image_batch, self._text_batch = model, image_batch, text_batch
+        self._full_batches = full_batches
         axes = tuple(axis for axis in sharding.BATCH_AXES if axis in self.mesh.axis_names)
         self._split, self.whole = (NamedSharding(self.mesh, PartitionSpec(*spec)) for spec in ((axes,), ()))
         self._shards = int(np.prod([self.mesh.shape[axis] for axis in axes], dtype=int))
@@ -234,6 +238,7 @@ class Encoder:
     def _rows(self, limit: int, total: int) -> int:
         """Rows of a batch: as few batches as the limit allows, equally full, on equally many rows per device."""
         batches = -(-total // limit)
+        total = batches * limit if self._full_batches else total
         return -(-total // (batches * self._shards)) * self._shards
 
     def text_rows(self, total: int) -> int:

@@ -111,7 +111,7 @@ class QueryDecoder(nn.Module):
         memory = layers.LayerNorm(dtype=dtype, name="ln_memory")(memory)
         queries = self.param("queries", nn.initializers.normal(1.0), (self.regions + 1, self.width)).astype(dtype)
 
-        x, states, attention = jnp.zeros((len(tokens), *queries.shape), dtype), [], []
+        x, states, attention = jnp.zeros((tokens.shape[0], *queries.shape), dtype), [], []
         layer = layers.block_class(self.compute.remat, DecoderLayer)
         ln_final = layers.LayerNorm(dtype=dtype, name="ln_final")
         for i in range(self.depth):

@@ -263,6 +263,17 @@ class DualEncoder(nn.Module):
             cosine = jnp.einsum("bnd,nd->bn", layers.normalize(pooled), text)
         return jnp.exp(self.logit_scale) * cosine
 
+    def score_few_texts(self, image_features: ImageFeatures, text_features: TextFeatures) -> jax.Array:
+        """`score` with less work for few texts and many images, see `TextConditionedPooling.pool_few_texts`.
+
+        Raises:
+          ValueError: the model has no text-conditioned pooling.
+        """
+        self._needs_pooling("text-conditioned scores")
+        pooled = self.pooling.pool_few_texts(text_features.pooled, image_features.local)  # (B, N, D)
+        text = layers.normalize(text_features.pooled)
+        return jnp.exp(self.logit_scale) * jnp.einsum("bnd,nd->bn", layers.normalize(pooled), text)
+
     def _cosine_by_image(self, image: ImageFeatures, text: TextFeatures, normalized: jax.Array) -> jax.Array:
         """The cosines of `score`, one image after the other: its (N, D) stay in the caches of a CPU."""
         parts = self._pooling_features(image, text)

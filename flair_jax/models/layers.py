@@ -222,6 +222,12 @@ class Attention(nn.Module):
         key, value = self._heads(self.qkv(keys, 1)), self._heads(self.qkv(values, 2))
         return self.k_norm(key) if self.qk_norm else key, value
 
+    def key_value_projections(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Kernel (W, H, W/H) and bias (H, W/H) of the keys, and those of the values."""
+        kernel, bias = (self._heads(x.reshape(*x.shape[:-1], 3, self.width)) for x in (self.qkv.kernel, self.qkv.bias))
+        kernel, bias = kernel.astype(self.compute.dtype), bias.astype(self.compute.dtype)
+        return kernel[:, 1], bias[1], kernel[:, 2], bias[2]
+
     def output(self, x: jax.Array) -> jax.Array:
         """What each head attended to, (…, H, W/H) -> (…, W)."""
         return self.out(x.reshape(*x.shape[:-2], self.width))

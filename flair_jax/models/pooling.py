@@ -48,6 +48,23 @@ class TextConditionedPooling(nn.Module):
         queries = jnp.broadcast_to(queries, (local.shape[0], *queries.shape))  # (B, N, H, D/H)
         return self.attend(queries, *self.keys_values(local))
 
+    def pool_few_texts(self, text: jax.Array, local: jax.Array) -> jax.Array:
+        """`__call__` with its products in another order, which is less work for fewer texts than a head has numbers.
+
+        A query times a key's projection is the tokens times (the projection times the query), and the projected values'
+        mean is the projection of the mean: so no token is projected, D * D products each, but H directions a text are.
+        """
+        queries = self.queries(text)  # (N, H, D/H)
+        key_kernel, key_bias, value_kernel, value_bias = self.attention.key_value_projections()
+        logits = jnp.einsum("bld,nhd->bnhl", self.ln_k(local), jnp.einsum("nhe,dhe->nhd", queries, key_kernel))
+        logits = logits + jnp.einsum("nhe,he->nh", queries, key_bias)[..., None]
+        logits = jnp.pad(logits, ((0, 0), (0, 0), (0, 0), (0, 1)))  # of the zero key
+        weights = jax.nn.softmax(logits.astype(jnp.float32) * (self.width // self.heads) ** -0.5, axis=-1)[..., :-1]
+        weights = weights.astype(local.dtype)
+        attended = jnp.einsum("bnhl,bld->bnhd", weights, self.ln_v(local))
+        pooled = jnp.einsum("bnhd,dhe->bnhe", attended, value_kernel) + weights.sum(-1)[..., None] * value_bias
+        return self.attention.output(pooled)
+
     def weights(self, text: jax.Array, local: jax.Array) -> jax.Array:
         """Attention of every head, the zero key last: (N, D), (B, L, D) -> (B, N, H, L + 1) float32."""
         keys, _ = self.keys_values(local)
