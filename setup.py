@@ -56,13 +56,16 @@ EXTRAS = {
     # Boxes for descriptions by OWLv2.
     "regions": ["torch>=2.13", "transformers>=5.23"],
     "cuda": ["jax[cuda12]>=0.10.2"],
+    "demo": ["gradio>=6.31"],  # python -m flair_jax.demo
+    "demo-test": ["gradio>=6.31", "playwright>=1.65"],  # its tests in a browser, with the system's chromium
     # python -m flair_jax.export --onnx, and onnxruntime to run what it writes.
     "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2", "torch>=2.13"],
     "search": ["faiss-cpu>=1.15.1"],  # python -m flair_jax.search
     "tpu": ["jax[tpu]>=0.10.2"],
     # The reference's kind of loader, to measure beside: the newest webdataset with its way of reading.
     "bench": ["psutil>=7.2", "regex>=2026.9", "torch>=2.13", "webdataset==0.2.86"],
-    "torch-test": ["torchmetrics>=1.9"],  # beside PyTorch: metrics that tests compare with
+    # Beside PyTorch: metrics that tests compare with, and what runs exported models.
+    "torch-test": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2", "torchmetrics>=1.9"],
     "docs": ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],  # `make docs`
     "notebook": ["nbformat>=5.11", "nbclient>=0.11", "ipykernel>=7.4"],
 }
@@ -77,6 +80,8 @@ EXTRAS["test"] = [
     "tensorboard>=2.21",
     "transformers>=5.23",
     *(requirement for requirement in EXTRAS["bench"] if requirement not in EXTRAS["torch"]),
+    *EXTRAS["demo-test"],
+    *EXTRAS["docs"],
     *EXTRAS["notebook"],
     *EXTRAS["prepare"],
     *EXTRAS["search"],

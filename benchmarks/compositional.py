@@ -3,6 +3,7 @@
     pip install -e '.[prepare,negatives]'      # with a model of spaCy and WordNet, see data/README.md
     JAX_PLATFORMS=cpu python -m benchmarks.compositional run DIR --seeds 0 1 2
     python -m benchmarks.compositional table DIR/runs.jsonl
+    python -m benchmarks.compositional probe DIR/clip_0 DIR/fsc_clip_0      # does a tower know left from right?
 
 Runs are those of `configs/scenes_compositional.py`: of each seed first CLIP from scratch, then the fine-tunings of its
 weights, in one process on one core. Every run ends with the config's own evaluators, whose figures are appended to
@@ -34,6 +35,7 @@ METRICS = {  # column of the table -> name in a report
     "T2I R@1": f"retrieval/{SET}/global/text_to_image_R@1",
     "I2T R@1": f"retrieval/{SET}/global/image_to_text_R@1",
 }
+PROBED, RIDGE = 3000, 30.0  # scenes that a probe is fitted to, and its penalty
 TUNING_SEED = 2  # of the scenes that weights are fine-tuned on; those from scratch are the config's own
 
 
@@ -94,6 +96,56 @@ def figures_of(report: Mapping[str, float]) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# A linear probe: where an image's features lose what lies where
+
+
+def sides(drawn: Sequence[scenes.Scene]) -> np.ndarray:
+    """Where the only shape of each colour lies: 1 left, -1 right, 0 neither or not one shape; float32 (N, colours)."""
+    sides = np.zeros((len(drawn), len(scenes.COLOURS)), np.float32)
+    for row, scene in zip(sides, drawn, strict=True):
+        for column, colour in enumerate(scenes.COLOURS):
+            places = [shape.place for shape in scene.objects if shape.colour == colour]
+            if len(places) == 1:
+                row[column] = ("left" in places[0]) - float("right" in places[0])
+    return sides
+
+
+def linear_accuracy(train: np.ndarray, truth: np.ndarray, test: np.ndarray, expected: np.ndarray) -> float:
+    """Share of the nonzero `expected` whose sign ridge regression tells.
+
+    Args:
+      train, test: features (N, F) and (M, F). truth, expected: (N, C) and (M, C), see `sides`.
+    """
+    mean, deviation = train.mean(axis=0), train.std(axis=0) + 1e-6
+    train, test = ((x - mean) / deviation for x in (train, test))
+    penalty = RIDGE * np.eye(train.shape[1])
+    weights = np.linalg.solve(train.T @ train + penalty, train.T @ (truth - truth.mean(axis=0)))
+    predicted = test @ weights + truth.mean(axis=0)
+    return float((np.sign(predicted) == expected)[expected != 0].mean())
+
+
+def probe(weights: str, count: int = PROBED, unseen: int = 512) -> dict[str, float]:
+    """By kind of image features, the share of shapes whose side a linear map of them tells; 0.5 is chance.
+
+    Args:
+      weights: what `flair_jax.load` takes.
+      count, unseen: scenes that the map is fitted to, and scenes that it is asked about.
+    """
+    import flair_jax
+
+    model = flair_jax.load(weights)
+    size = scenes_compositional.get_config(SCRATCH).model.vision.image_size
+    of_each = {}
+    for split, number, seed in (("train", count, 5), ("evaluation", unseen, 1)):
+        drawn = [scenes.draw(seed, index, size, split) for index in range(number)]
+        image = model.encode_image(np.stack([scene.image for scene in drawn]))
+        features = {"pooled": np.asarray(image.pooled), "local": np.asarray(image.local).reshape(number, -1)}
+        of_each[split] = features, sides(drawn)
+    (fitted, truth), (asked, expected) = of_each["train"], of_each["evaluation"]
+    return {kind: linear_accuracy(fitted[kind], truth, asked[kind], expected) for kind in fitted}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The table
 
 
@@ -131,9 +183,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="(all)")
     shown = commands.add_parser("table", help="what the runs say")
     shown.add_argument("file", type=pathlib.Path, metavar="FILE")
+    probed = commands.add_parser("probe", help="whether image features say what is left and what is right")
+    probed.add_argument("weights", nargs="+", metavar="WEIGHTS", help="work directories of runs")
     chosen = parser.parse_args(arguments)
     if chosen.command == "run":
         run_all(chosen.folder, chosen.seeds, chosen.methods)
+    elif chosen.command == "probe":
+        for weights in chosen.weights:
+            print(weights, *(f"{kind} {100 * share:.1f}" for kind, share in probe(weights).items()), flush=True)
     else:
         print(table(quality.read(chosen.file)))
 

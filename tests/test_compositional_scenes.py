@@ -179,3 +179,23 @@ def test_the_table_compares_runs_of_the_same_seed():
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[:3] for row in cells[:2]] == [["`clip_tuned`", "2", "55.0 ± 7.1"], ["`negclip`", "2", "59.0 ± 9.9"]]
     assert cells[2][:3] == ["`negclip`", "2", "+4.0 ± 25.4"]  # 2 and 6 points; Student's t is 12.7 for one degree
+
+
+def test_the_probe_tells_features_that_know_sides_from_features_that_do_not():
+    rng = np.random.default_rng(0)
+    drawn = [scenes.draw(SEED, index, SIZE) for index in range(400)]
+    truth = compositional.sides(drawn)
+    assert {-1, 0, 1} == set(truth.ravel().tolist())
+    # A red shape alone in its colour lies left where the word says so.
+    red = list(scenes.COLOURS).index("red")
+    for scene, row in zip(drawn, truth, strict=True):
+        (*places,) = (shape.place for shape in scene.objects if shape.colour == "red")
+        if len(places) == 1:
+            assert row[red] == (1 if "left" in places[0] else -1 if "right" in places[0] else 0)
+    knowing = truth @ rng.normal(size=(truth.shape[1], 20)) + 0.01 * rng.normal(size=(400, 20))
+    blind = np.abs(truth) @ rng.normal(size=(truth.shape[1], 20))  # which colours are there, and nothing else
+    half = slice(None, 200), slice(200, None)
+    accuracy = [
+        compositional.linear_accuracy(x[half[0]], truth[half[0]], x[half[1]], truth[half[1]]) for x in (knowing, blind)
+    ]
+    assert accuracy[0] > 0.95 and 0.35 < accuracy[1] < 0.65
