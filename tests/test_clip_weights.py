@@ -970,7 +970,7 @@ def test_one_tower_of_a_state_dict(tmp_path):
 def partial(path, model):
     """What a run with `init_partial` starts from; fresh parameters are shapes alone."""
     fresh = jax.eval_shape(lambda: state.init_params(models.create(model), 0))
-    return train.initial_weights(dict(init_from=str(path), init_partial=True, model=model), fresh)
+    return train.initial_weights(dict(init_from=str(path), init_partial=True, init_resized=False, model=model), fresh)
 
 
 @pytest.mark.parametrize("patches", [5, 2])

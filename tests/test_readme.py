@@ -27,6 +27,7 @@ NEEDS = {
     "flair-cc3m-recap": "the released weights",
     "flair-cc3m-recap.pt": "the released weights",
     "flair.safetensors": "the released weights",
+    "hits.png": "an index by the released weights",
     "--config.data_root=DIR": "public evaluation sets",
 }
 
