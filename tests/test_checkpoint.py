@@ -126,11 +126,11 @@ def test_a_run_stops_where_a_save_has_failed(tmp_path, monkeypatch):
     """In the steps behind the save, not at the end of the run."""
     save = checkpoint.Checkpoints.save
 
-    def save_and_wait(self, state, positions, config):
+    def save_and_wait(self, state, positions, config, evaluations):
         """With a disk that is full from step 4 on."""
         if state.step == 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, limits[1]))
-        save(self, state, positions, config)
+        save(self, state, positions, config, evaluations)
         assert wait_for(lambda: not self.manager.is_saving_in_progress(), 30)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", save_and_wait)

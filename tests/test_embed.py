@@ -145,13 +145,13 @@ def test_what_a_killed_process_left_is_completed(model, shards, whole, tmp_path)
     assert contents(tmp_path) == contents(whole[0])
 
 
-def test_killed_with_sigkill_and_started_again(model, shards, tmp_path):
+def test_killed_with_sigkill_and_completed_by_two_processes(model, shards, tmp_path):
     flax_files.write(tmp_path / "tiny.safetensors", jax.device_get(model.params), model.config)
     flags = dict(checkpoint=tmp_path / "tiny.safetensors", shards=shards, chunk=1, image_batch=1)
     output, unbroken = tmp_path / "out", tmp_path / "unbroken"
 
-    def command(output):
-        given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    def command(output, **process):
+        given = [part for name, value in {**flags, **process}.items() for part in (f"--{name}", str(value))]
         return [sys.executable, "-m", "flair_jax.embed", *given, "--output", str(output)]
 
     def files():
@@ -162,9 +162,16 @@ def test_killed_with_sigkill_and_started_again(model, shards, tmp_path):
         process.send_signal(signal.SIGKILL)
     done = files()
     assert 1 <= done <= sum(RECORDS)
-    for folder in (output, unbroken):
-        printed = subprocess.check_output(command(folder), env=one_device(), text=True)
-    assert "10 images in 12 files, 0 of them made before; 2 records skipped" in printed
+    both = [  # at the same time, where one was before
+        subprocess.Popen(command(output, process_id=number, num_processes=2), env=one_device(), stdout=subprocess.PIPE)
+        for number in range(2)
+    ]
+    printed = [process.communicate(timeout=120)[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert "8 images in 9 files" in printed[0]
+    assert "2 images in 3 files" in printed[1]  # of shard 1, with one that is damaged
+    whole = subprocess.check_output(command(unbroken), env=one_device(), text=True)
+    assert "10 images in 12 files, 0 of them made before; 2 records skipped" in whole
     assert contents(output) == contents(unbroken)
 
 

@@ -37,6 +37,7 @@ def test_runs_to_the_end_and_finds_parity(tmp_path, monkeypatch):
     printed, drawn = execute(nbformat.read(PATH, as_version=4), tmp_path)
     assert "there and back equal bit for bit" in printed
     assert "equal: 11 outputs and 73 gradients, each within" in printed
+    assert "CLIP equal: 4 outputs and" in printed and "GRAIN equal: 6 outputs" in printed
     assert drawn
 
 
