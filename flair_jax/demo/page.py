@@ -324,9 +324,9 @@ def serve(page: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None)
         try:
             _, address, _ = page.launch(server_name=host, server_port=port, **options)
         except OSError as error:
-            where = f"{host}, port {port or '7860 and the next ones'}"
             raise OSError(
-                f"cannot serve at {where}: it is in use, or {host} is no address of this machine; see --host and --port"
+                f"cannot serve at {host}, port {port or '7860 and the next ones'}: it is in use, or {host} is "
+                "no address of this machine; see --host and --port"
             ) from error
         yield address
     finally:
