@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+from scipy.special import softmax
 
 from flair_jax import attention_maps, boxes, models
 from flair_jax.attention_maps import IMAGE_BATCH, TEXT_BATCH
@@ -187,9 +188,7 @@ class Pretrained:
         )
         with _showing_progress():
             task = Classification(self.model, data, preprocess=self.model.preprocessing, modes=[name], **_BATCHES)
-        logits = task.scores(self.params)[name]
-        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return shifted / shifted.sum(axis=1, keepdims=True)
+        return softmax(task.scores(self.params)[name], axis=1)
 
     def segment(
         self,

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
+from scipy.special import expit, softmax
 
 from flair_jax import pretrained, visualize
 from flair_jax.convert import names
@@ -38,10 +39,9 @@ def table(model: Pretrained, images: Sequence[Picture], texts: Sequence[str]) ->
     columns = {mode: model.score(images, texts, mode=mode) for mode in MODES if there[mode]}
     logits = np.exp(np.float32(model.params["logit_scale"])) * next(iter(columns.values()))
     if "logit_bias" in model.params:
-        probability = 1 / (1 + np.exp(-logits - np.float32(model.params["logit_bias"])))
+        probability = expit(logits + np.float32(model.params["logit_bias"]))
     else:
-        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probability = shifted / shifted.sum(axis=1, keepdims=True)
+        probability = softmax(logits, axis=1)
     return {**columns, "probability": probability}
 
 

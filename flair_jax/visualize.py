@@ -92,13 +92,11 @@ def regions(model: Pretrained, images: Picture | Sequence[Picture], texts: str |
     pictures, texts = Pictures(images), [texts] if isinstance(texts, str) else list(texts)
     examples, hatched = [], False
     for picture, found in zip(pictures, model.regions(pictures, texts), strict=True):
-        shares, fit, names = (
-            found.boxes / np.tile(picture.size, 2),
-            None,
-            [f"query {n}" for n in range(len(found.boxes))],
-        )
+        shares = found.boxes / np.tile(picture.size, 2)
         if texts:
             shares, fit, names = shares[found.cosines.argmax(axis=0)], found.cosines.max(axis=0), texts
+        else:
+            fit, names = None, [f"query {n}" for n in range(len(found.boxes))]
         part = _part(model, picture)
         hatched |= part != (0, 0, *picture.size)
         small, factor = heat.fit_tile(picture, region_figures.TILE)
