@@ -1,16 +1,18 @@
 """Heat maps: where in an image the pooling looks for a text, and which patches are similar to it."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
 import numpy as np
 
 from flair_jax.evaluators.features import Encoder, patch_grid
+from flair_jax.models.dual_encoder import ImageFeatures, TextFeatures
 from flair_jax.models.layers import normalize
 
 IMAGE_BATCH, TEXT_BATCH = 64, 512  # images, rows of texts
+Batches: TypeAlias = Iterable[tuple[np.ndarray, ImageFeatures]]  # numbers of images (n,), and features of n or more
 
 
 class HeatMaps(NamedTuple):
@@ -54,88 +56,97 @@ def heat_maps(
         time.
       tokens: int32 (N, T), padded texts.
       preprocess: images -> the model's input, of the same height and width.
-      heads: "mean" of all heads, as FLAIR's own pictures show it; "each" of them; a number, from 0; or several numbers,
-        of which the mean is taken.
+      heads: see `heat_maps_of_features`.
 
     Raises:
       ValueError: there is no such head.
     """
+    encoder = Encoder(model, preprocess, image_batch=IMAGE_BATCH, text_batch=TEXT_BATCH)
+    params = encoder.place(params)
+    batches, text = encoder.images(params, images), encoder.texts(params, tokens)
+    return heat_maps_of_features(encoder, params, batches, text, size=images.shape[1:3], heads=heads)
 
-    def weights(encoder, params, image, text):
+
+def heat_maps_of_features(
+    encoder: Encoder,
+    params: Any,
+    batches: Batches,
+    text: TextFeatures,
+    *,
+    size: tuple[int, int],
+    heads: str | int | Sequence[int] = "mean",
+) -> HeatMaps:
+    """`heat_maps` of images and texts that are encoded already.
+
+    Args:
+      encoder: of a model with `attention_maps`.
+      params: its parameters, from `encoder.place`.
+      batches: as `encoder.images` yields them, with `local`.
+      text: from `encoder.texts`.
+      size: height and width of the images.
+      heads: "mean" of all heads, as FLAIR's own pictures show it; "each" of them; a number, from 0; or several numbers,
+        of which the mean is taken.
+    """
+
+    def weights(image):
         return [_of_heads(np.asarray(x), heads) for x in encoder.apply("attention_maps", params, image, text)]
 
-    maps, zero_mass = _over_patches(model, params, images, tokens, preprocess, weights)
-    return HeatMaps(_on_grid(maps, images), zero_mass)
+    maps, zero_mass = _in_order(batches, weights)
+    return HeatMaps(_on_grid(maps, size), zero_mass)
 
 
 def patch_similarity(
-    model: nn.Module,
+    encoder: Encoder,
     params: Any,
-    images: Sequence[np.ndarray],
-    tokens: np.ndarray,
+    batches: Batches,
+    text: TextFeatures,
     *,
-    preprocess: Callable[[jax.Array], jax.Array],
+    size: tuple[int, int],
     mode: str = "projected",
 ) -> np.ndarray:
     """Cosine of every patch of every image with every text, float32 (B, N, h, w).
 
     Args:
-      model: a module with `encode_image`, `encode_text` and, for value, `dense_features`.
-      params, images, tokens, preprocess: as for `heat_maps`.
+      encoder: of a model with, for value, `dense_features`.
+      params, batches, text, size: as for `heat_maps_of_features`.
       mode: "projected": the projected patches. "value": `model.dense_features`, what the pooling would give if all
         attention rested on one patch.
     """
+    pooled = np.asarray(normalize(text.pooled), np.float32)
 
-    def cosines(encoder, params, image, text):
+    def cosines(image):
         local = encoder.apply("dense_features", params, image) if mode == "value" else image.local
-        local, pooled = (np.asarray(normalize(x), np.float32) for x in (local, text.pooled))
+        local = np.asarray(normalize(local), np.float32)
         return (np.einsum("bld,nd->bnl", local, pooled, optimize=True),)
 
-    (found,) = _over_patches(model, params, images, tokens, preprocess, cosines)
-    return _on_grid(found, images)
+    (found,) = _in_order(batches, cosines)
+    return _on_grid(found, size)
 
 
-def query_maps(
-    model: nn.Module,
-    params: Any,
-    images: Sequence[np.ndarray],
-    *,
-    preprocess: Callable[[jax.Array], jax.Array],
-    heads: str | int | Sequence[int] = "mean",
-) -> QueryMaps:
+def query_maps(batches: Batches, *, size: tuple[int, int], heads: str | int | Sequence[int] = "mean") -> QueryMaps:
     """Attention of a decoder's queries over the tokens of every image, in the decoder's last layer.
 
     Args:
-      model: a module with `query_attention`.
-      params, images, preprocess, heads: as for `heat_maps`.
+      batches: as `Encoder.images` yields them, with `attention`.
+      size, heads: as for `heat_maps_of_features`.
     """
-    encoder = Encoder(model, preprocess, image_batch=IMAGE_BATCH, text_batch=TEXT_BATCH)
-    params = encoder.place(params)
-    parts = []
-    for start in range(0, len(images), IMAGE_BATCH):
-        pixels = np.stack([images[number] for number in range(start, min(start + IMAGE_BATCH, len(images)))])
-        weights = np.asarray(encoder.apply("query_attention", params, preprocess(pixels))[-1])  # (B, Q + 1, H, 1 + L)
-        parts.append(_of_heads(weights, heads))
-    weights = np.concatenate(parts)
-    return QueryMaps(_on_grid(weights[..., 1:], images), weights[..., 0])
+    (weights,) = _in_order(batches, lambda image: (_of_heads(np.asarray(image.attention[:, -1]), heads),))
+    return QueryMaps(_on_grid(weights[..., 1:], size), weights[..., 0])
 
 
-def _over_patches(model, params, images, tokens, preprocess, maps: Callable[..., tuple[np.ndarray, ...]]):
-    """Arrays that `maps(encoder, params, image, text)` gives of batches of images, joined in the images' order."""
-    encoder = Encoder(model, preprocess, image_batch=IMAGE_BATCH, text_batch=TEXT_BATCH)
-    params = encoder.place(params)
-    text = encoder.texts(params, tokens)
+def _in_order(batches: Batches, maps: Callable[[ImageFeatures], Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """Arrays that `maps` gives of batches of images, joined in the images' order."""
     order, parts = [], []
-    for numbers, image in encoder.images(params, images):
+    for numbers, image in batches:
         order.append(numbers)
-        parts.append([x[: len(numbers)] for x in maps(encoder, params, image, text)])
+        parts.append([x[: len(numbers)] for x in maps(image)])
     order = np.argsort(np.concatenate(order))
     return [np.concatenate(part)[order] for part in zip(*parts, strict=True)]
 
 
-def _on_grid(maps: np.ndarray, images: Sequence[np.ndarray]) -> np.ndarray:
-    """(…, L) -> (…, h, w), as the patches lie in images (B, H, W, 3)."""
-    return maps.reshape(*maps.shape[:-1], *patch_grid(*images.shape[1:3], maps.shape[-1]))
+def _on_grid(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(…, L) -> (…, h, w), as the patches lie in images of that height and width."""
+    return maps.reshape(*maps.shape[:-1], *patch_grid(*size, maps.shape[-1]))
 
 
 def _of_heads(weights: np.ndarray, heads: str | int | Sequence[int]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """A model with its parameters, to use from Python: score, search, classify, segment, and see where a text looks."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -29,7 +29,7 @@ from flair_jax.evaluators.features import Encoder
 from flair_jax.models import layers
 from flair_jax.models.dual_encoder import ImageFeatures, TextFeatures
 from flair_jax.models.text import Text
-from flair_jax.pictures import Fitted, Picture, Pictures
+from flair_jax.pictures import Fitted, Picture, Pictures, as_pictures
 from flair_jax.progress import progress
 
 Item = TypeVar("Item")
@@ -59,16 +59,48 @@ class Regions(NamedTuple):
     cosines: np.ndarray
 
 
+class EncodedPictures(Pictures):
+    """Pictures with their features, which `Pretrained.encoded` gives.
+
+    Attributes:
+      encoder: what encoded them.
+      batches: as `Encoder.images` yields them.
+      sizes: width and height of each picture, by its number.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        encoder: Encoder,
+        batches: Sequence[tuple[np.ndarray, ImageFeatures]],
+        sizes: Mapping[int, tuple[int, int]],
+    ):
+        super().__init__(pictures)
+        self.encoder, self.batches, self.sizes = encoder, batches, sizes
+
+
+class EncodedTexts(tuple):
+    """Strings with their features, which `Pretrained.encoded` gives.
+
+    Attributes:
+      encoder: what encoded them.
+      features: `pooled` (N, D); None of no texts.
+    """
+
+    encoder: Encoder
+    features: TextFeatures | None
+
+
 class Pretrained:
     """A model with its parameters. Its methods work in batches over all devices of the mesh, as the evaluators do, and
     are compiled once per shape.
 
-    `score`, `search`, `classify`, `segment`, `heat_maps`, `patch_similarity`, `regions` and `query_maps` take pictures
-    and strings. A picture is a path, a PIL image or a uint8 array (H, W, 3), and several are a sequence of these,
-    mixed. They are decoded batch by batch, so that the host's memory does not grow with their pixels, and turned
+    `score`, `scores`, `search`, `classify`, `segment`, `heat_maps`, `patch_similarity`, `regions` and `query_maps` take
+    pictures and strings. A picture is a path, a PIL image or a uint8 array (H, W, 3), and several are a sequence of
+    these, mixed. They are decoded batch by batch, so that the host's memory does not grow with their pixels, and turned
     upright by their EXIF orientation, see `pictures.Pictures`; more than a few batches show their progress on stderr.
     Pictures that cannot be used end the call with `BrokenImages`, a ValueError that knows all of them; a model without
-    the part that is asked for raises ValueError.
+    the part that is asked for raises ValueError. To ask several of these for the same pictures, see `encoded`.
 
     `preprocess`, `tokenize`, `encode_image`, `encode_text`, `get_logits`, `get_logits_as_clip` and `attention_maps`
     take and give arrays, with the numbers of the original code.
@@ -89,6 +121,12 @@ class Pretrained:
             self._encoder = Encoder(self.model, self.model.preprocessing, **_BATCHES)
         self.params = self._encoder.place(params)
 
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes of `score` that this model has, first the one that it has without a mode."""
+        has = {"conditioned": self.model.has_pooling, "global": True, "regions": self.model.has_regions}
+        return tuple(mode for mode in MODES if has[mode])
+
     def score(
         self, images: Picture | Sequence[Picture], texts: str | Sequence[str], *, mode: str | None = None
     ) -> np.ndarray:
@@ -106,22 +144,44 @@ class Pretrained:
           >>> scores.shape, scores.dtype
           ((2, 2), dtype('float32'))
         """
-        mode = self._checked_mode(mode)
-        pictures, texts = Pictures(images), _as_list(texts)
-        scores = np.empty((len(pictures), len(texts)), np.float32)
-        if not scores.size:
+        (scores,) = self.scores(images, texts, [self._checked_mode(mode)]).values()
+        return scores
+
+    def scores(
+        self, images: Picture | Sequence[Picture], texts: str | Sequence[str], modes: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """`score` by several modes, of images and texts that are encoded once: mode -> float32 (B, N).
+
+        Args:
+          images, texts: as for `score`.
+          modes: some modes of `score`; None: all that the model has, see `modes`.
+
+        Example:
+          >>> model = flair_jax.load("flair.safetensors")
+          >>> scores = model.scores("fox.jpg", ["a red fox in the snow", "a dog, asleep"])
+          >>> {mode: cosines.shape for mode, cosines in scores.items()}
+          {'conditioned': (1, 2), 'global': (1, 2)}
+        """
+        modes = self.modes if modes is None else [self._checked_mode(mode) for mode in modes]
+        pictures, texts = as_pictures(images), as_texts(texts)
+        scores = {mode: np.empty((len(pictures), len(texts)), np.float32) for mode in modes}
+        if not len(pictures) or not texts:
             return scores
-        blocks = self._encoder.blocks(self._encoder.texts(self.params, self.tokenize(texts)))
-        local = mode == "conditioned"
+        blocks = self._encoder.blocks(self._text(texts))
+        encoded, _ = self._batches(pictures, local="conditioned" in modes)
 
-        def batches():
-            for numbers, image in self._encoder.images(self.params, self._fitted(pictures), local=local):
-                yield numbers, [self._encoder.apply(MODES[mode], self.params, image, block) for block in blocks]
+        def started():
+            for numbers, image in encoded:
+                apply = self._encoder.apply
+                parts = {mode: [apply(MODES[mode], self.params, image, block) for block in blocks] for mode in modes}
+                yield numbers, parts
 
-        for numbers, parts in features.lookahead(batches()):
-            found = np.concatenate([np.asarray(part) for part in parts], axis=-1)[: len(numbers), ..., : len(texts)]
-            scores[numbers] = found.max(axis=1) if mode == "regions" else found
-        return scores / np.exp(np.float32(self.params["logit_scale"]))
+        for numbers, parts in features.lookahead(started()):
+            for mode, blocks_of_mode in parts.items():
+                found = np.concatenate([np.asarray(block) for block in blocks_of_mode], axis=-1)
+                found = found[: len(numbers), ..., : len(texts)]
+                scores[mode][numbers] = found.max(axis=1) if mode == "regions" else found
+        return {mode: x / np.exp(np.float32(self.params["logit_scale"])) for mode, x in scores.items()}
 
     def search(
         self,
@@ -179,7 +239,7 @@ class Pretrained:
           ((1, 3), 1.0)
         """
         mode = self._checked_mode(mode, ("conditioned", "global"))
-        pictures, (classes, tokens, owner) = Pictures(images), self._prompts(class_names, templates)
+        pictures, (classes, tokens, owner) = as_pictures(images), self._prompts(class_names, templates)
         if not len(pictures):
             return np.empty((0, len(classes)), np.float32)
         name = {"conditioned": "flair_before", "global": "global"}[mode]
@@ -266,11 +326,10 @@ class Pretrained:
           1.0
         """
         self._check_pooling("heat maps")
-        fitted, tokens = self._some(images, texts)
-        with _showing_progress():
-            return attention_maps.heat_maps(
-                self.model, self.params, fitted, tokens, preprocess=self.model.preprocessing, heads=heads
-            )
+        encoded = self._some(images, texts)
+        return attention_maps.heat_maps_of_features(
+            self._encoder, self.params, *encoded, size=self.model.image_size, heads=heads
+        )
 
     def patch_similarity(
         self, images: Picture | Sequence[Picture], texts: str | Sequence[str], *, mode: str = "projected"
@@ -290,11 +349,10 @@ class Pretrained:
         self._check_local("patch similarity")
         if mode not in (modes := ("projected", "value") if self.model.has_pooling else ("projected",)):
             raise ValueError(f"mode is {mode!r}; this model compares patches by {' or '.join(modes)}")
-        fitted, tokens = self._some(images, texts)
-        with _showing_progress():
-            return attention_maps.patch_similarity(
-                self.model, self.params, fitted, tokens, preprocess=self.model.preprocessing, mode=mode
-            )
+        encoded = self._some(images, texts)
+        return attention_maps.patch_similarity(
+            self._encoder, self.params, *encoded, size=self.model.image_size, mode=mode
+        )
 
     def regions(self, images: Picture | Sequence[Picture], texts: str | Sequence[str] = ()) -> list[Regions]:
         """The regions that a query decoder (GRAIN) finds in each image, and how near they are to each text.
@@ -312,23 +370,22 @@ class Pretrained:
           ((3, 4), (3, 1))
         """
         self._check_decoder("regions")
-        fitted, texts = self._fitted(Pictures(images)), _as_list(texts)
-        if not len(fitted):
+        pictures, texts = as_pictures(images), as_texts(texts)
+        if not len(pictures):
             return []
         unit = np.zeros((0, self.model.embed_dim), np.float32)
         if texts:
-            text = self._encoder.texts(self.params, self.tokenize(texts))
-            unit = np.asarray(layers.normalize(text.pooled), np.float32)
-        found = {}
-        for numbers, image in self._encoder.images(self.params, fitted, local=False):
+            unit = np.asarray(layers.normalize(self._text(texts).pooled), np.float32)
+        height, width = self.model.image_size
+        found, (encoded, sizes) = {}, self._batches(pictures, local=False)
+        for numbers, image in encoded:
             cosines = np.asarray(layers.normalize(image.regions), np.float32) @ unit.T  # (B, Q, N)
             corners = np.asarray(boxes.corners(image.boxes))  # (B, Q, 4), shares
-            height, width = self.model.image_size
             for row, number in enumerate(numbers.tolist()):
                 pixels = corners[row] * np.float32([width, height, width, height])
-                own = self.model.preprocessing.unfit_boxes(pixels, fitted.sizes[number], (height, width))
+                own = self.model.preprocessing.unfit_boxes(pixels, sizes[number], (height, width))
                 found[number] = Regions(own.astype(np.float32), cosines[row])
-        return [found[number] for number in range(len(fitted))]
+        return [found[number] for number in range(len(pictures))]
 
     def query_maps(
         self, images: Picture | Sequence[Picture], *, heads: str | int | Sequence[int] = "mean"
@@ -350,10 +407,40 @@ class Pretrained:
           ((1, 4, 4, 4), (1, 4))
         """
         self._check_decoder("attention of queries")
-        fitted, _ = self._some(images, "")
-        return attention_maps.query_maps(
-            self.model, self.params, fitted, preprocess=self.model.preprocessing, heads=heads
-        )
+        if not len(pictures := as_pictures(images)):
+            raise ValueError("there are 0 images; expected at least one")
+        batches, _ = self._batches(pictures, local=False, attention=True)
+        return attention_maps.query_maps(batches, size=self.model.image_size, heads=heads)
+
+    def encoded(
+        self, images: Picture | Sequence[Picture], texts: str | Sequence[str] = ()
+    ) -> tuple[EncodedPictures, EncodedTexts]:
+        """Pictures and texts with their features, to ask several questions about them.
+
+        `score`, `scores`, `search`, `heat_maps`, `patch_similarity`, `regions` and `query_maps` of this model take them
+        in place of pictures and strings, and neither decode nor encode them again. (`classify` and `segment` make other
+        texts and other pixels of theirs.) Features stay on the devices: for B/16 0.4 MB a picture.
+
+        Args:
+          images, texts: as for `score`.
+
+        Example:
+          >>> model = flair_jax.load("flair.safetensors")
+          >>> images, texts = model.encoded("fox.jpg", ["a red fox in the snow", "a dog, asleep"])
+          >>> scores, heat = model.score(images, texts), model.heat_maps(images, texts)
+          >>> bool((scores == model.score("fox.jpg", texts)).all())
+          True
+        """
+        pictures, texts = as_pictures(images), as_texts(texts)
+        if not isinstance(pictures, EncodedPictures):
+            options = {"local": self.model.has_local, "attention": self.model.has_regions}
+            batches, sizes = self._batches(pictures, **options) if len(pictures) else ((), {})
+            pictures = EncodedPictures(pictures, self._encoder, list(batches), sizes)
+        if not isinstance(texts, EncodedTexts):
+            features = self._text(texts) if texts else None
+            texts = EncodedTexts(texts)
+            texts.encoder, texts.features = self._encoder, features
+        return pictures, texts
 
     def preprocess(self, images: Sequence[Image.Image] | Image.Image) -> np.ndarray:
         """Images of any size and mode -> (B, H, W, 3) float32, as the reference evaluates them.
@@ -493,12 +580,36 @@ class Pretrained:
     def _fitted(self, pictures: Pictures) -> Fitted:
         return Fitted(pictures, self.model.preprocessing.fit, self.model.image_size)
 
-    def _some(self, images: Picture | Sequence[Picture], texts: str | Sequence[str]) -> tuple[Fitted, np.ndarray]:
-        """Pictures for the model and tokens of texts. Raises ValueError: there are none."""
-        fitted, texts = self._fitted(Pictures(images)), _as_list(texts)
-        if not len(fitted) or not texts:
-            raise ValueError(f"there are {len(fitted)} images and {len(texts)} texts; expected at least one of each")
-        return fitted, self.tokenize(texts)
+    def _batches(
+        self, pictures: Pictures, *, local: bool, attention: bool = False
+    ) -> tuple[Iterator[tuple[np.ndarray, ImageFeatures]], Mapping[int, tuple[int, int]]]:
+        """Pictures, at least one, as `Encoder.images` yields them; and the sizes of those that it yielded."""
+        if isinstance(pictures, EncodedPictures):
+            self._check_own(pictures, "images")
+            return iter(pictures.batches), pictures.sizes
+        fitted = self._fitted(pictures)
+        return self._encoder.images(self.params, fitted, local=local, attention=attention), fitted.sizes
+
+    def _text(self, texts: Sequence[str]) -> TextFeatures:
+        """Features of texts, at least one: `pooled` (N, D)."""
+        if isinstance(texts, EncodedTexts):
+            self._check_own(texts, "texts")
+            return texts.features
+        return self._encoder.texts(self.params, self.tokenize(texts))
+
+    def _some(
+        self, images: Picture | Sequence[Picture], texts: str | Sequence[str]
+    ) -> tuple[Iterator[tuple[np.ndarray, ImageFeatures]], TextFeatures]:
+        """Features of pictures, patches too, and of texts. Raises ValueError: there are none."""
+        pictures, texts = as_pictures(images), as_texts(texts)
+        if not len(pictures) or not texts:
+            raise ValueError(f"there are {len(pictures)} images and {len(texts)} texts; expected at least one of each")
+        batches, _ = self._batches(pictures, local=True)
+        return batches, self._text(texts)
+
+    def _check_own(self, encoded: EncodedPictures | EncodedTexts, what: str) -> None:
+        if encoded.encoder is not self._encoder:
+            raise ValueError(f"these {what} were encoded by another model; give them to `encoded` of this one")
 
     def _prompts(
         self, class_names: Sequence[str | Sequence[str]], templates: str | Sequence[str]
@@ -515,7 +626,7 @@ class Pretrained:
 
     def _checked_mode(self, mode: str | None, allowed: Sequence[str] = tuple(MODES)) -> str:
         if mode is None:
-            return "conditioned" if self.model.has_pooling else "global"
+            return self.modes[0]
         if mode not in allowed:
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(allowed)}")
         if mode == "conditioned":
@@ -570,7 +681,10 @@ class Pretrained:
 _BATCHES = {"image_batch": IMAGE_BATCH, "text_batch": TEXT_BATCH}
 
 
-def _as_list(texts: str | Sequence[str]) -> list[str]:
+def as_texts(texts: str | Sequence[str]) -> Sequence[str]:
+    """One text or several as a sequence of texts. Raises TypeError: something else."""
+    if isinstance(texts, EncodedTexts):
+        return texts
     texts = [texts] if isinstance(texts, str) else list(texts)
     for number, text in enumerate(texts):
         if not isinstance(text, str):

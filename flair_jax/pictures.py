@@ -80,6 +80,11 @@ class Pictures(Sequence[Image.Image]):
             raise
 
 
+def as_pictures(pictures: Picture | Iterable[Picture]) -> Pictures:
+    """What `Pictures` takes as `Pictures`; those that are some already stay as they are."""
+    return pictures if isinstance(pictures, Pictures) else Pictures(pictures)
+
+
 class Fitted(Sequence[np.ndarray]):
     """Pictures as a model takes them, uint8 (H, W, 3) of one size, by index; decoded when asked for.
 

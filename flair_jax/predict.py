@@ -22,7 +22,7 @@ from scipy.special import expit, softmax
 
 from flair_jax import pretrained, visualize
 from flair_jax.convert import names
-from flair_jax.inference import MODES, Pretrained
+from flair_jax.inference import Pretrained
 from flair_jax.pictures import Picture
 
 VIEWS = (*visualize.VIEWS, "regions", "queries")
@@ -35,9 +35,8 @@ def table(model: Pretrained, images: Sequence[Picture], texts: Sequence[str]) ->
       For each mode of `Pretrained.score` that the model has its cosines; and `probability`, of the pair by the sigmoid
       of the model's ranking score, or without a bias of the text among these texts, by the softmax.
     """
-    there = {"conditioned": model.model.has_pooling, "global": True, "regions": model.model.has_regions}
-    columns = {mode: model.score(images, texts, mode=mode) for mode in MODES if there[mode]}
-    logits = np.exp(np.float32(model.params["logit_scale"])) * next(iter(columns.values()))
+    columns = model.scores(images, texts)
+    logits = np.exp(np.float32(model.params["logit_scale"])) * columns[model.modes[0]]
     if "logit_bias" in model.params:
         probability = expit(logits + np.float32(model.params["logit_bias"]))
     else:
@@ -98,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         model = pretrained.load(options.checkpoint, gelu=options.gelu)
-        columns = table(model, options.image, options.text)
+        images, texts = model.encoded(options.image, options.text)
+        columns = table(model, images, texts)
         pairs = [(path.name, text) for path in options.image for text in options.text]
         widths = [max(len(pair[side]) for pair in [("image", "text"), *pairs]) for side in (0, 1)]
         print(f"{'image':{widths[0]}}  {'text':{widths[1]}}  " + "  ".join(f"{name:>11}" for name in columns))
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for (image, text), row in zip(pairs, rows, strict=True):
             print(f"{image:{widths[0]}}  {text:{widths[1]}}  " + "  ".join(f"{x:11.4f}" for x in row))
         if options.output is not None:
-            picture = draw(model, options.image, options.text, options.view, options.heads, options.scale)
+            picture = draw(model, images, texts, options.view, options.heads, options.scale)
             picture.save(options.output.expanduser(), "PNG")
             print(f"picture: {options.output}")
     except (ValueError, OSError, ImportError) as error:

@@ -7,8 +7,8 @@ from PIL import Image
 
 from flair_jax.figures import heat
 from flair_jax.figures import regions as region_figures
-from flair_jax.inference import Pretrained
-from flair_jax.pictures import Picture, Pictures
+from flair_jax.inference import Pretrained, as_texts
+from flair_jax.pictures import Picture, as_pictures
 
 VIEWS = ("attention", "patches", "values")
 TILE = 224
@@ -51,7 +51,7 @@ def heat_maps(
         raise ValueError(f"view is {view!r}; expected one of {', '.join(VIEWS)}")
     if view != "attention" and heads != "mean":
         raise ValueError(f"heads is {heads!r}, but only the view 'attention' has heads; this is {view!r}")
-    pictures, texts = Pictures(images), [texts] if isinstance(texts, str) else list(texts)
+    pictures, texts = as_pictures(images), as_texts(texts)
     if view == "attention":
         maps, mass = model.heat_maps(pictures, texts, heads=heads)
         scale = heat.attention_scale([maps], scale)
@@ -89,7 +89,7 @@ def regions(model: Pretrained, images: Picture | Sequence[Picture], texts: str |
       >>> model = flair_jax.load("grain.safetensors")
       >>> visualize.regions(model, "fox.jpg", ["a red fox in the snow", "the sky"]).save("regions.png")
     """
-    pictures, texts = Pictures(images), [texts] if isinstance(texts, str) else list(texts)
+    pictures, texts = as_pictures(images), as_texts(texts)
     examples, hatched = [], False
     for picture, found in zip(pictures, model.regions(pictures, texts), strict=True):
         shares = found.boxes / np.tile(picture.size, 2)
@@ -130,7 +130,7 @@ def query_maps(
     """
     if isinstance(heads, str) and heads == "each":
         raise ValueError("heads is 'each'; a sheet of queries shows the mean, a head or the mean of several")
-    pictures = Pictures(images)
+    pictures, _ = model.encoded(images)  # for both questions
     maps, class_mass = model.query_maps(pictures, heads=heads)
     rows = []
     for picture, own, mass, found in zip(pictures, maps, class_mass, model.regions(pictures), strict=True):

@@ -7,7 +7,7 @@ from conftest import load_golden, nhwc
 
 from flair_jax import attention_maps
 from flair_jax.attention_maps import heat_maps, patch_similarity
-from flair_jax.evaluators.features import patch_grid
+from flair_jax.evaluators.features import Encoder, patch_grid
 
 IMAGES = nhwc(load_golden("tiny_inputs.npz")["images"])
 TOKENS = load_golden("tiny_inputs.npz")["tokens"]
@@ -70,8 +70,10 @@ def test_maps_of_each_head_and_of_many_batches(monkeypatch):
 
 def test_similarity_of_patches():
     image = canvas(16, 24, green=(8, 16, 8, 8), red=(0, 0, 8, 8))
-    found = patch_similarity(ColourModel(8), {}, image[None], texts(1, 0), preprocess=identity)
+    encoder = Encoder(ColourModel(8), identity, image_batch=1, text_batch=8)
+    batches, text = list(encoder.images({}, image[None])), encoder.texts({}, texts(1, 0))
+    found = patch_similarity(encoder, {}, batches, text, size=(16, 24))
     np.testing.assert_allclose(found[0, 0], [[0, 0, 0], [0, 0, 1]], atol=1e-5)
     np.testing.assert_allclose(found[0, 1], [[1, 0, 0], [0, 0, 0]], atol=1e-5)
-    values = patch_similarity(ColourModel(8), {}, image[None], texts(1, 0), preprocess=identity, mode="value")
+    values = patch_similarity(encoder, {}, batches, text, size=(16, 24), mode="value")
     np.testing.assert_allclose(values[0, 0], found[0, 1], atol=1e-5)  # its values are the channels, moved by one

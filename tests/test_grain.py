@@ -144,7 +144,7 @@ def test_forward():
     def run(params):
         apply = functools.partial(golden_model().apply, {"params": params})
         features = apply(batch["images"], Text(**batch["texts"]), method="features")
-        return features, apply(batch["images"], method="query_attention")
+        return features, apply(batch["images"], attention=True, method="encode_image").attention
 
     features, attention = run(golden_params())
     text = features.text.pooled.reshape(len(batch["images"]), -1, features.text.pooled.shape[-1])
@@ -161,7 +161,8 @@ def test_forward():
         np.testing.assert_allclose(array, golden[name], rtol=0, atol=2e-5, err_msg=name)
     assert features.image.local is None
     queries, tokens = golden["out.decoder_hidden"].shape[2], golden["out.vision_tokens"].shape[1]
-    assert attention.shape[1:] == (len(text), queries, section()["decoder"]["heads"], tokens)
+    decoder = section()["decoder"]
+    assert attention.shape == (len(text), decoder["depth"], queries, decoder["heads"], tokens)
     np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
 
 

@@ -12,10 +12,11 @@ import pytest
 from conftest import fresh_params
 
 import flair_jax
-from flair_jax import attention_maps, inference, models, pictures, visualize
+from flair_jax import inference, models, pictures, predict, visualize
 from flair_jax.config import normalize
 from flair_jax.configs import scenes
 from flair_jax.convert import flax_files
+from flair_jax.evaluators import features
 from flair_jax.pretrained import Pretrained
 
 METHODS = [found for name, found in vars(Pretrained).items() if callable(found) and not name.startswith("_")]
@@ -105,7 +106,6 @@ def test_pictures_in_every_form_have_the_scores_of_their_arrays(flair, grain, tm
 def test_many_pictures_are_decoded_batch_by_batch(folder, monkeypatch, tmp_path):
     """Few are in memory at a time, more than a few batches show their progress, and the order stays."""
     monkeypatch.setitem(inference._BATCHES, "image_batch", 8)
-    monkeypatch.setattr(attention_maps, "IMAGE_BATCH", 8)
     totals, alive, most = [], set(), [0]
     monkeypatch.setattr(inference, "progress", lambda items, total, title: totals.append(total) or items)
     decode = pictures.Pictures.__getitem__
@@ -130,6 +130,75 @@ def test_many_pictures_are_decoded_batch_by_batch(folder, monkeypatch, tmp_path)
     model.heat_maps(paths, TEXTS)
     model.classify(paths, ["red", "blue"])
     assert totals == [5, 5, 5]
+
+
+@pytest.fixture
+def encodings(monkeypatch):
+    """How many batches of images and of texts the towers of models that are loaded from now on encode."""
+    counts, towers = {"image": 0, "text": 0}, features._towers
+
+    def counted(tower, which):
+        def run(*arguments, **options):
+            counts[which] += 1
+            return tower(*arguments, **options)
+
+        return run
+
+    def towers_counted(*arguments):
+        return [counted(tower, which) for tower, which in zip(towers(*arguments), counts, strict=True)]
+
+    monkeypatch.setattr(features, "_towers", towers_counted)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "ask"),
+    [
+        ("flair", 1, lambda m, x: m.scores(x, TEXTS)),
+        ("grain", 1, lambda m, x: m.scores(x, TEXTS)),
+        ("flair", 1, lambda m, x: predict.table(m, x, TEXTS)),
+        ("grain", 0, lambda m, x: visualize.query_maps(m, x)),
+        ("flair", 1, lambda m, x: predict.main(_arguments("flair", x))),
+        ("grain", 1, lambda m, x: predict.main(_arguments("grain", x))),
+        ("grain", 1, lambda m, x: predict.main([*_arguments("grain", x), "--view", "queries"])),
+    ],
+)
+def test_pictures_and_texts_are_encoded_once(folder, monkeypatch, encodings, kind, texts, ask):
+    """Whatever is asked of them together."""
+    monkeypatch.chdir(folder)
+    assert ask(flair_jax.load(f"{kind}.safetensors"), ["fox.jpg", "dog.jpg"]) is not None
+    assert encodings == {"image": 1, "text": texts}
+
+
+def _arguments(kind, images):
+    flags = [f"--checkpoint={kind}.safetensors", "--output=once.png", *(f"--image={image}" for image in images)]
+    return [*flags, *(f"--text={text}" for text in TEXTS)]
+
+
+@pytest.mark.parametrize("kind", ["flair", "grain", "clip"])
+def test_encoded_pictures_and_texts_have_the_answers_of_their_own(folder, kind):
+    model, forms = _loaded(folder / f"{kind}.safetensors"), [picture(64, 64), folder / "fox.jpg"]
+    images, texts = model.encoded(forms, TEXTS)
+    assert model.encoded(images, texts) == (images, texts) and list(texts) == TEXTS and len(images) == 2
+    assert (
+        model.modes == {"flair": ("conditioned", "global"), "grain": ("global", "regions"), "clip": ("global",)}[kind]
+    )
+    for mode, found in model.scores(images, texts).items():
+        np.testing.assert_allclose(found, model.score(forms, TEXTS, mode=mode), atol=1e-6)
+    questions = {
+        "flair": [lambda x, y: model.heat_maps(x, y, heads="each"), lambda x, y: [model.patch_similarity(x, y)]],
+        "grain": [lambda x, y: model.query_maps(x), lambda x, y: [part for one in model.regions(x, y) for part in one]],
+        "clip": [lambda x, y: [model.patch_similarity(x, y)]],
+    }[kind]
+    for ask in questions:
+        for own, plain in zip(ask(images, texts), ask(forms, TEXTS), strict=True):
+            np.testing.assert_allclose(own, plain, atol=1e-5)
+    assert [len(x) for x in model.encoded([])] == [0, 0]
+    other = Pretrained(model.config, model.params)
+    with pytest.raises(ValueError, match="these images were encoded by another model"):
+        other.score(images, TEXTS)
+    with pytest.raises(ValueError, match="these texts were encoded by another model"):
+        other.score(forms, texts)
 
 
 def test_photographs_are_seen_upright(flair, grain, tmp_path):

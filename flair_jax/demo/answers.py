@@ -14,6 +14,7 @@ from flair_jax.data.benchmarks import prompts
 from flair_jax.data.transforms import images as image_rules
 from flair_jax.figures import heat, segmentation
 from flair_jax.inference import Pretrained
+from flair_jax.pictures import Pictures, as_pictures
 from flair_jax.search import Index
 
 MAX_BYTES = 32 * 2**20  # of a picture's file
@@ -107,9 +108,11 @@ def lines(typed: str | None, most: int, what: str = "text") -> list[str]:
 # What they get
 
 
-def scores(model: Pretrained, picture: Image.Image, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Scores of a picture with N texts by column, float32 (N,): those of `predict.table`."""
-    return {name: column[0] for name, column in predict.table(model, [picture], texts).items()}
+def scores(model: Pretrained, picture: Image.Image | Pictures, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Scores of a picture, alone or as one of `Pictures`, with N texts by column, float32 (N,): those of
+    `predict.table`.
+    """
+    return {name: column[0] for name, column in predict.table(model, picture, texts).items()}
 
 
 def views(model: Pretrained) -> dict[str | int, str]:
@@ -124,24 +127,27 @@ def views(model: Pretrained) -> dict[str | int, str]:
 
 
 def heat_maps(
-    model: Pretrained, picture: Image.Image, texts: Sequence[str], view: str | int
+    model: Pretrained, picture: Image.Image | Pictures, texts: Sequence[str], view: str | int
 ) -> tuple[Image.Image, list[Figure]]:
     """The scale of the colours, and for each text the picture under its heat map; all of them on that scale.
 
     Args:
+      picture: alone, or as one of `Pictures`.
       view: a key of `views`.
     """
     if view not in views(model):
         raise Refused(f"This model has no heat map {view!r}. Choose another one.")
+    pictures = as_pictures(picture)
+    (picture,) = pictures
     shown, factor = heat.fit_tile(picture, SIDE)
     seen = model.model.preprocessing.seen(picture.size, model.model.image_size)
     part = tuple(factor * side for side in seen)
     if view == PATCHES:
-        (maps,) = model.patch_similarity(picture, texts)
+        (maps,) = model.patch_similarity(pictures, texts)
         scale = heat.cosine_scale([maps])
         notes = [f"cosine {one.min():.2f} to {one.max():.2f}" for one in maps]
     else:
-        (maps,), (mass,) = model.heat_maps(picture, texts, heads=view)
+        (maps,), (mass,) = model.heat_maps(pictures, texts, heads=view)
         scale = heat.attention_scale([maps])
         notes = [heat.attention_caption(*pair) for pair in zip(maps, mass, strict=True)]
     figures = [

@@ -181,17 +181,22 @@ def _about_a_picture(model: Pretrained, scenes: bool) -> None:
                     find = gradio.Button("Find regions", variant="primary")
                     found = _result("regions")
 
-    def compare(path, typed):
-        texts = answers.lines(typed, answers.MAX_TEXTS)
-        return table(texts, answers.scores(model, answers.read_picture(path), texts))
+    def scores_of(shown, texts):
+        return table(texts, answers.scores(model, shown, texts))
 
-    def look(path, typed, view):
-        texts = answers.lines(typed, answers.MAX_TEXTS)
-        scale, figures = answers.heat_maps(model, answers.read_picture(path), texts, view)
+    def maps_of(shown, texts, view):
+        scale, figures = answers.heat_maps(model, shown, texts, view)
         return picture(scale, "what the colours stand for", "legend") + gallery(figures)
 
+    def compare(path, typed, view=None):
+        lines = answers.lines(typed, answers.MAX_TEXTS)
+        shown, texts = model.encoded(answers.read_picture(path), lines)
+        return (scores_of(shown, texts), maps_of(shown, texts, view)) if views else scores_of(shown, texts)
+
     def look_again(path, typed, view):
-        return look(path, typed, view) if path and typed else ""
+        if not path or not typed:
+            return ""
+        return maps_of(answers.read_picture(path), answers.lines(typed, answers.MAX_TEXTS), view)
 
     def segment(path, typed, template, mode):
         names = answers.lines(typed, answers.MAX_CLASSES, "class")
@@ -215,10 +220,11 @@ def _about_a_picture(model: Pretrained, scenes: bool) -> None:
         return image, "", *("\n".join(values[field]) for field in fields)
 
     upload.upload(check, upload, [upload, message], api_visibility="private", show_progress="hidden")
-    _answer(ask, compare, [upload, fields["texts"]], scores)
     if views:
-        _answer(ask, look, [upload, fields["texts"], view], maps)
+        _answer(ask, compare, [upload, fields["texts"], view], scores, maps)
         _answer(view, look_again, [upload, fields["texts"], view], maps)
+    else:
+        _answer(ask, compare, [upload, fields["texts"]], scores)
     if "classes" in fields:
         _answer(divide, segment, [upload, fields["classes"], of_class, by], segments)
     if "descriptions" in fields:
@@ -273,18 +279,23 @@ def _result(name: str) -> gradio.HTML:
     return gradio.HTML(elem_id=name, elem_classes="answer", min_height=20)
 
 
-def _answer(asked: Any, answer: Callable[..., str], inputs: Sequence[Any], result: gradio.HTML) -> None:
-    """Shows the answer when a button is clicked or a choice changes; or the message, where the input is refused."""
+def _answer(asked: Any, answer: Callable[..., Any], inputs: Sequence[Any], *results: gradio.HTML) -> None:
+    """Shows the answer, a text per result, when a button is clicked or a choice changes; where the input is refused,
+    the message as the first result, and no others.
+    """
 
     @functools.wraps(answer)
     def answered(*values):
         try:
             return answer(*values)
         except answers.Refused as error:
-            return refused(str(error))
+            message = refused(str(error))
+            return [message, *[""] * (len(results) - 1)] if len(results) > 1 else message
 
     event = asked.click if isinstance(asked, gradio.Button) else asked.input
-    event(answered, inputs, result, concurrency_id="model", concurrency_limit=AT_A_TIME, api_visibility="private")
+    event(
+        answered, inputs, list(results), concurrency_id="model", concurrency_limit=AT_A_TIME, api_visibility="private"
+    )
 
 
 def _plain(text: str) -> str:

@@ -138,8 +138,9 @@ def _towers(
 ) -> tuple[Callable, Callable]:
     """The jitted towers; evaluators of one model share them, and their compilation."""
 
-    def encode_image(params, images, local):
-        features = call(model, "encode_image", params, preprocess(images))
+    def encode_image(params, images, local, attention):
+        options = {"attention": True} if attention else {}
+        features = model.apply({"params": params}, preprocess(images), method="encode_image", **options)
         return features if local else features.replace(local=None)
 
     def encode_text(params, text):
@@ -147,7 +148,7 @@ def _towers(
         features = model.apply({"params": params}, text, local=False, method="encode_text")
         return features.replace(mask=None)
 
-    images = jax.jit(encode_image, static_argnames="local", out_shardings=split)
+    images = jax.jit(encode_image, static_argnames=("local", "attention"), out_shardings=split)
     return images, jax.jit(encode_text, out_shardings=whole)
 
 
@@ -246,7 +247,7 @@ class Encoder:
         return self._rows(self._text_batch, total)
 
     def images(
-        self, params: Any, images: Sequence[np.ndarray], *, local: bool = True
+        self, params: Any, images: Sequence[np.ndarray], *, local: bool = True, attention: bool = False
     ) -> Iterator[tuple[np.ndarray, ImageFeatures]]:
         """Encodes images; each process loads those of its own devices alone.
 
@@ -256,6 +257,7 @@ class Encoder:
             have an attribute `keys`, a text per image that identifies its pixels, and the session has a store, then
             what is in the store is taken from there, and the rest is added to it.
           local: whether the features of patches are needed too.
+          attention: whether the attention of a decoder's queries is needed too; no store has it.
 
         Yields:
           The numbers (n,) of a batch's images, and its ImageFeatures, split over the devices, at least n rows: those
@@ -265,7 +267,8 @@ class Encoder:
           BrokenImages: at the end, with all images that could not be loaded; until then they count as black.
         """
         rows = self._rows(self._image_batch, len(images))
-        keys = getattr(images, "keys", None) if self._session.store is not None else None
+        from_store = self._session.store is not None and not attention
+        keys = getattr(images, "keys", None) if from_store else None
         kind = opened = (
             None if keys is None else self._session.store.open("images" if local else "pooled", self._model, params)
         )
@@ -284,7 +287,7 @@ class Encoder:
                     continue
                 pixels = self._load(images, numbers, rows, broken)
                 with jax.set_mesh(self.mesh):
-                    yield numbers, known, self._encode_image(params, pixels, local=local)
+                    yield numbers, known, self._encode_image(params, pixels, local=local, attention=attention)
 
         for numbers, known, features in self._session.progress(lookahead(started()), len(batches)):
             if kind is not None and not known:

@@ -28,7 +28,9 @@ class ImageFeatures:
 
     `pooled`: (B, D), the class token, or the image query of a decoder. `local`: (B, L, D), the patches row by row; None
     where the model does not project them. Of a decoder, else None: `regions`, (B, Q, D); `boxes`, float32 (B, Q, 4),
-    centre x, centre y, width, height as shares of the picture; in training `layer_boxes`, (depth, B, Q, 4), too.
+    centre x, centre y, width, height as shares of the picture; in training `layer_boxes`, (depth, B, Q, 4), too; and
+    where it was asked for `attention`, float32 (B, depth, Q + 1, H, 1 + L), where the queries look: by layer and head,
+    the image query last, the class token first; the weights of a query sum to 1.
     """
 
     pooled: jax.Array
@@ -36,6 +38,7 @@ class ImageFeatures:
     regions: jax.Array | None = None
     boxes: jax.Array | None = None
     layer_boxes: jax.Array | None = None
+    attention: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -184,10 +187,25 @@ class DualEncoder(nn.Module):
         """Touches every parameter, for initialisation: scores of padded tokens (N, T)."""
         return self.score(self.encode_image(images), self.encode_text(Text.padded(tokens)))
 
-    def encode_image(self, images: jax.Array, *, rng: jax.Array | None = None, micro_batches: int = 1) -> ImageFeatures:
-        """Normalised images (B, H, W, 3) -> features; `rng` and `micro_batches` are training's, see `VisionTower`."""
-        image, _ = self._image_features(images, rng, micro_batches)
-        return image
+    def encode_image(
+        self, images: jax.Array, *, rng: jax.Array | None = None, micro_batches: int = 1, attention: bool = False
+    ) -> ImageFeatures:
+        """Normalised images (B, H, W, 3) -> features.
+
+        Args:
+          images: to encode.
+          rng, micro_batches: of training, see `VisionTower`.
+          attention: whether the attention of a decoder's queries is asked for too.
+
+        Raises:
+          ValueError: attention of queries is asked for, and the model has no decoder.
+        """
+        image, decoded = self._image_features(images, rng, micro_batches)
+        if not attention:
+            return image
+        if decoded is None:
+            raise ValueError("attention of queries needs a query decoder, and config.model.decoder is None")
+        return image.replace(attention=jnp.moveaxis(decoded.attention, 0, 1))
 
     def _image_features(
         self, images: jax.Array, rng: jax.Array | None = None, micro_batches: int = 1
@@ -312,18 +330,6 @@ class DualEncoder(nn.Module):
         self._needs_pooling("attention maps")
         weights = self.pooling.weights(text_features.pooled, image_features.local)
         return weights[..., :-1], weights[..., -1]
-
-    def query_attention(self, images: jax.Array) -> jax.Array:
-        """Where the decoder's queries look in normalised images (B, H, W, 3): float32 (depth, B, Q + 1, H, 1 + L).
-
-        By layer and head, the image query last, the class token first; the weights of a query sum to 1.
-
-        Raises:
-          ValueError: the model has no decoder.
-        """
-        if self.decoder_options is None:
-            raise ValueError("attention of queries needs a query decoder, and config.model.decoder is None")
-        return self._image_features(images)[1].attention
 
     def dense_features(self, image_features: ImageFeatures) -> jax.Array:
         """Patch tokens in the space that texts are compared in: (B, L, D) -> (B, L, D).
