@@ -29,7 +29,7 @@ from flair_jax.evaluators.features import Encoder
 from flair_jax.models import layers
 from flair_jax.models.dual_encoder import ImageFeatures, TextFeatures
 from flair_jax.models.text import Text
-from flair_jax.pictures import Fitted, Picture, Pictures, as_pictures
+from flair_jax.pictures import Fitted, Picture, Pictures, as_pictures, is_one
 from flair_jax.progress import progress
 
 Item = TypeVar("Item")
@@ -252,25 +252,28 @@ class Pretrained:
 
     def segment(
         self,
-        image: Picture,
+        images: Picture | Sequence[Picture],
         class_names: Sequence[str | Sequence[str]],
         templates: str | Sequence[str] = TEMPLATES,
         *,
         mode: str | None = None,
         short_side: float | None = SHORT_SIDE,
         whole_image: bool = False,
-    ) -> np.ndarray:
+    ) -> np.ndarray | list[np.ndarray]:
         """The class of every pixel, int32 (H, W) at the picture's own size; -1 where several share the best score.
 
         Every patch is compared with every class, see `evaluators.Segmentation`.
 
         Args:
-          image: one picture, see the class.
+          images: pictures, see the class.
           class_names, templates: as for `classify`. Every pixel gets one of them: name what else is in the picture.
           mode: "projected": the projected patches, FLAIR's published way. "value": what the pooling makes of each
             patch. "attention": the weight that it gives each patch. None: projected.
           short_side: of the resized picture, in sides of the model's images; None: the picture keeps its size.
           whole_image: whether the model takes the whole picture with resized position embeddings, instead of windows.
+
+        Returns:
+          For one picture its classes; for several, be it a list of one, a list of such arrays.
 
         Example:
           >>> model = flair_jax.load("flair.safetensors")
@@ -278,27 +281,28 @@ class Pretrained:
           (80, 60)
           >>> model.segment("fox.jpg", ["fox", "snow", "sky"]).shape
           (60, 80)
+          >>> [mask.shape for mask in model.segment(["fox.jpg", "dog.jpg"], ["fox", "snow", "sky"])]
+          [(60, 80), (70, 50)]
         """
-        pictures, (classes, tokens, owner) = Pictures(image), self._prompts(class_names, templates)
-        if len(pictures) != 1:
-            raise ValueError(f"there are {len(pictures)} images; segment takes one at a time")
+        pictures, (classes, tokens, owner) = as_pictures(images), self._prompts(class_names, templates)
         self._check_local("segmentation")
         available = segmentation.MODES if self.model.has_pooling else ("projected",)
         mode = available[0] if mode is None else mode
         if mode not in available:
             raise ValueError(f"mode is {mode!r}; this model segments by {' or '.join(available)}")
-        try:
-            pixels = np.asarray(pictures[0])
-        except (SampleError, OSError) as error:
-            raise features.BrokenImages({0: str(error)}) from error
-        unlabelled = np.broadcast_to(np.uint8(segmentation.IGNORE), pixels.shape[:2])
-        data = SegmentationSet("picture", classes, [pixels], [unlabelled], tokens, owner)
+        if not len(pictures):
+            return []
+        sizes = np.array([self._stored_size(pictures, number) for number in range(len(pictures))])
+        unlabelled = [np.broadcast_to(np.uint8(segmentation.IGNORE), size) for size in sizes]
+        data = SegmentationSet("pictures", classes, pictures, unlabelled, tokens, owner, sizes=sizes)
         options = dict(modes=[mode], short_side=short_side, whole_image=whole_image, **_BATCHES)
+        masks = {}
         with _showing_progress():
             task = Segmentation(self.model, data, preprocess=self.model.preprocessing, **options)
-            ((_, found),) = task.masks(self.params)
-        mask = found[mode].astype(np.int32)
-        return np.where(mask == segmentation.UNDECIDED, -1, mask)
+            for number, found in task.masks(self.params):
+                mask = found[mode].astype(np.int32)
+                masks[number] = np.where(mask == segmentation.UNDECIDED, -1, mask)
+        return masks[0] if is_one(images) else [masks[number] for number in range(len(pictures))]
 
     def heat_maps(
         self,
@@ -579,6 +583,14 @@ class Pretrained:
 
     def _fitted(self, pictures: Pictures) -> Fitted:
         return Fitted(pictures, self.model.preprocessing.fit, self.model.image_size)
+
+    def _stored_size(self, pictures: Pictures, number: int) -> tuple[int, int]:
+        """Height and width of a picture; of one that cannot be used any: it is named when its turn comes."""
+        try:
+            width, height = pictures.size(number)
+        except (SampleError, OSError):
+            return self.model.image_size
+        return height, width
 
     def _batches(
         self, pictures: Pictures, *, local: bool, attention: bool = False

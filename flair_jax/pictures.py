@@ -34,10 +34,8 @@ class Pictures(Sequence[Image.Image]):
     def __init__(self, pictures: Picture | Iterable[Picture]):
         if isinstance(pictures, Pictures):
             pictures = pictures._items
-        elif isinstance(pictures, str | os.PathLike | Image.Image):
+        elif is_one(pictures):
             pictures = [pictures]
-        elif isinstance(pictures, np.ndarray):
-            pictures = pictures[None] if pictures.ndim == 3 else pictures
         elif not isinstance(pictures, Iterable):
             raise TypeError(f"images are a {type(pictures).__name__}; {EXPECTED}, or several of them")
         self._items = list(pictures)
@@ -56,6 +54,17 @@ class Pictures(Sequence[Image.Image]):
         """What messages call a picture: its path, or its number."""
         item = self._items[index]
         return os.fspath(item) if isinstance(item, str | os.PathLike) else f"images[{index}]"
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height of a picture, upright; most files are not decoded for it. Raises as `[index]` does."""
+        item = self._items[index]
+        if not isinstance(item, str | os.PathLike):
+            return self[index].size
+        try:
+            width, height, orientation = image_rules.stored_size(pathlib.Path(item).expanduser().read_bytes())
+        except image_rules.ImageError as error:
+            raise image_rules.ImageError(f"{self.name(index)}: {error}") from error
+        return (height, width) if orientation > 4 else (width, height)  # these swap the axes
 
     def __getitem__(self, index: int) -> Image.Image:
         """
@@ -78,6 +87,13 @@ class Pictures(Sequence[Image.Image]):
             if isinstance(item, Image.Image):  # Pillow meets damaged bytes with a dozen types of exception
                 raise image_rules.ImageError(f"{self.name(index)}: cannot decode the image: {error}") from error
             raise
+
+
+def is_one(pictures: Picture | Iterable[Picture]) -> bool:
+    """Whether what `Pictures` takes is one picture, not several of which there may be one."""
+    if isinstance(pictures, np.ndarray):
+        return pictures.ndim == 3
+    return isinstance(pictures, str | os.PathLike | Image.Image)
 
 
 def as_pictures(pictures: Picture | Iterable[Picture]) -> Pictures:
