@@ -50,6 +50,7 @@ EXTRAS = {
     "tf": ["importlib_resources>=7.1", "tensorflow>=2.21", "tensorflow-datasets>=4.9.10"],
     # Shards and work directories in gs:// and s3:// (boto3: TensorBoard's files there), shards behind https://.
     "remote": ["aiohttp>=3.14", "boto3>=1.43", "gcsfs>=2026.9", "s3fs>=2026.9"],
+    "parquet": ["pyarrow>=25.0"],  # python -m flair_jax.embed --format parquet
     "prepare": ["apache-beam>=2.77", "pyarrow>=25.0"],
     # Parses of captions for hard negatives; they need a model of spaCy and WordNet too, see data/README.md.
     "negatives": ["nltk>=3.8.1", "pyinflect>=0.5.1", "spacy>=3.8.18"],

@@ -37,6 +37,8 @@ def start(
     coordinator_address: str | None = None,
     process_id: int | None = None,
     num_processes: int | None = None,
+    *,
+    shutdown_timeout: int = 300,
 ) -> None:
     """Joins the processes of a run. jax reads who is who from the environment of a cluster, or it is given by hand.
 
@@ -45,6 +47,7 @@ def start(
         which would wait for it for ever.
       coordinator_address: "host:port" of process 0, where no cluster tells it.
       process_id, num_processes: which process this is, from 0, and of how many; with `coordinator_address` alone.
+      shutdown_timeout: seconds that a process waits at its end until all others end too.
 
     Raises:
       ValueError: only some of the three are given, or none, and no cluster is known by its environment.
@@ -58,7 +61,8 @@ def start(
     if 0 < len(missing) < len(by_hand):
         raise ValueError(f"{', '.join(missing)} missing; without a cluster all of --{', --'.join(by_hand)} are needed")
     try:
-        jax.distributed.initialize(**by_hand, heartbeat_timeout_seconds=heartbeat_timeout)
+        timeouts = {"heartbeat_timeout_seconds": heartbeat_timeout, "shutdown_timeout_seconds": shutdown_timeout}
+        jax.distributed.initialize(**by_hand, **timeouts)
     except ValueError as error:
         if not missing or "should be defined" not in str(error):
             raise

@@ -7,13 +7,16 @@ Each process takes every NUM-th shard, uses all devices that it sees, and knows 
 ends no other. The same command goes on where it was killed, with any number of processes, and leaves the same files:
 
     DIR/embed.json                               what all files have in common: weights, shards, options
-    DIR/00012-cc3m-0012.tar-00000.safetensors    shard 12, its records 0 to 4,095
+    DIR/00012-cc3m-0012.tar-00000.safetensors    shard 12, its records 0 to 4,095; or .parquet
+
+Where the processes have to start as one run of jax, as on the hosts of a TPU pod, or a cluster is to tell each which it
+is, `--distributed` starts them so; each still encodes its own shards on its own devices.
 
 A file holds `image/pooled` (n, D) of its n records that could be used, projected and not normalised; with `local`,
 `image/local` (n, L, D) and what else the model has of an image; with `texts`, `text/pooled` (m, D) of all their
 sentences, and `text/image` int32 (m,), the row of the image of each. Its metadata `about` is JSON: `keys`, of the n
-records; `texts`, the m sentences; `skipped`, [key, reason] of each record that could not be used. docs/serving.md shows
-how to read them.
+records; `texts`, the m sentences; `skipped`, [key, reason] of each record that could not be used. `--format parquet`
+makes a row per record of the same, see feature_files.py; docs/serving.md shows how to read both.
 """
 
 import argparse
@@ -29,11 +32,10 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors
 
-from flair_jax import inference, pretrained
+from flair_jax import distributed, feature_files, inference, pretrained, sharding
 from flair_jax.atomic import write_whole
-from flair_jax.convert import names, torch_files
+from flair_jax.convert import names
 from flair_jax.data.sources.base import RecordError, ShardError, Source
 from flair_jax.data.sources.open import Shards, expand, open_source
 from flair_jax.data.transforms import captions
@@ -44,10 +46,11 @@ from flair_jax.evaluators.store import fingerprint
 from flair_jax.progress import progress
 
 SETTINGS = "embed.json"
-ABOUT = "about"  # the one key of a file's metadata; several would be written in any order
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 CHUNK = 4096  # records of a file
 NAMED = 10  # records without features that the command names
+HEARTBEAT = 60  # seconds without a sign of life after which a process of several counts as dead
+WAIT = 30 * 24 * 3600  # seconds that a process of several waits at its end for those that have more to do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +64,11 @@ class Options:
       dtype: of all features, a key of `DTYPES`.
       upright: whether photographs are turned as their EXIF orientation says. Training does not unless told so.
       chunk: records of a file; what a killed process does again, at most.
+      format: of the files, one of `feature_files.FORMATS`.
 
     Raises:
-      ValueError: there is no such dtype, or the chunk is not positive.
+      ValueError: there is no such dtype or format, the format lacks the dtype, or the chunk is not positive.
+      ImportError: the format's library is not installed.
     """
 
     local: bool = False
@@ -72,12 +77,16 @@ class Options:
     dtype: str = "float32"
     upright: bool = False
     chunk: int = CHUNK
+    format: str = "safetensors"
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if self.chunk < 1:
             raise ValueError(f"chunk is {self.chunk}; expected a positive number of records")
+        feature_files.check(self.format)
+        if (self.format, self.dtype) == ("parquet", "bfloat16"):
+            raise ValueError("dtype is bfloat16, which parquet does not have; give float16 or float32")
 
 
 @dataclasses.dataclass
@@ -185,17 +194,18 @@ def embed(
             continue
         counts.left_out += source.skipped
         for chunk, start in enumerate(range(0, len(source), options.chunk)):
-            file = output / f"{prefix}-{chunk:05d}.safetensors"
+            file = output / f"{prefix}-{chunk:05d}.{options.format}"
             stop = min(start + options.chunk, len(source))
             if file.exists():
-                about = _about(file, source, start, stop)
+                about, (images, texts) = _about(file, source, start, stop)
                 counts.kept += 1
             else:
                 tensors, about = _chunk(encoder, model, source, start, stop, options)
-                torch_files.write(file, tensors, {ABOUT: json.dumps(about)})
+                feature_files.write(file, tensors, about)
+                images, texts = len(about["keys"]), len(about["texts"])
                 counts.written += 1
-            counts.images += len(about["keys"])
-            counts.texts += len(about["texts"])
+            counts.images += images
+            counts.texts += texts
             counts.without_texts += about["without_texts"]
             counts.skipped += [(paths[number], key, reason) for key, reason in about["skipped"]]
     return counts
@@ -242,25 +252,24 @@ def _chunk(
     return tensors, about
 
 
-def _about(file: pathlib.Path, source: Source, start: int, stop: int) -> dict[str, Any]:
-    """The metadata of a file that an earlier process wrote.
+def _about(file: pathlib.Path, source: Source, start: int, stop: int) -> tuple[dict[str, Any], tuple[int, int]]:
+    """What a file that an earlier process wrote says of itself, and how many images and texts it has.
 
     Raises:
       ShardError: it was made of other records: the shard changed since.
     """
     try:
-        with safetensors.safe_open(file, "numpy") as opened:
-            about = json.loads(opened.metadata()[ABOUT])
+        about, counts = feature_files.read_about(file)
         made_of = about["records"], about["checksum"]
-        about = {name: about[name] for name in ("keys", "texts", "skipped", "without_texts")}
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        about = {name: about[name] for name in ("skipped", "without_texts")}
+    except (feature_files.DamagedFile, KeyError) as error:
         raise ValueError(f"{file} is damaged, or none of this command's files: {error}. Remove it") from error
     if made_of != ([start, stop], source.checksum):
         raise ShardError(
             f"{file} has records {made_of[0]} of a shard with the checksum {made_of[1]}; {source.shards} has "
             f"{source.checksum} now. Remove the files of this shard to encode it again"
         )
-    return about
+    return about, counts
 
 
 def _stem(path: str) -> str:
@@ -288,9 +297,9 @@ def _settle(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
     if not path.exists():
         write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
     try:
-        stored = json.loads(path.read_text())
+        stored = {"format": "safetensors", **json.loads(path.read_text())}  # of before there was another one
         differs = [name for name in settings if stored.get(name) != settings[name]]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}. Give another folder") from error
     if differs:
         name = differs[0]
@@ -303,6 +312,17 @@ def _settle(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
 def _short(value: Any) -> str:
     text = f"{len(value)} of them, {value}" if isinstance(value, list) else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _join(given: argparse.Namespace) -> tuple[int, int]:
+    """The number of this process, and how many there are; with `--distributed` jax starts them and tells."""
+    if not given.distributed:
+        if given.coordinator_address is not None:
+            raise ValueError("--coordinator_address needs --distributed")
+        return given.process_id or 0, 1 if given.num_processes is None else given.num_processes
+    by_hand = given.coordinator_address, given.process_id, given.num_processes
+    distributed.start(HEARTBEAT, *by_hand, shutdown_timeout=WAIT)
+    return jax.process_index(), jax.process_count()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -321,19 +341,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunk", type=int, default=CHUNK, metavar="N", help="records of a file (%(default)s)")
     parser.add_argument("--image_batch", type=int, default=inference.IMAGE_BATCH, metavar="N", help="(%(default)s)")
     parser.add_argument("--text_batch", type=int, default=inference.TEXT_BATCH, metavar="N", help="rows (%(default)s)")
-    parser.add_argument("--process_id", type=int, default=0, metavar="I", help="which share of the shards, from 0")
-    parser.add_argument("--num_processes", type=int, default=1, metavar="N", help="among which the shards are shared")
+    parser.add_argument("--format", choices=feature_files.FORMATS, default=Options.format, help="(%(default)s)")
+    parser.add_argument("--process_id", type=int, metavar="I", help="which share of the shards, from 0")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="among which the shards are shared")
+    parser.add_argument(
+        "--distributed", action="store_true", help="start jax.distributed, from a cluster's environment or as told"
+    )
+    parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0, where no cluster tells it")
     parser.add_argument("--index_dir", metavar="DIR", help="for the index of each shard; absent: beside it")
     parser.add_argument("--gelu", choices=names.GELU, help="where the checkpoint does not say it")
     given = parser.parse_args(arguments)
     try:
         options = Options(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Options)})
-        shared = {
-            name: getattr(given, name)
-            for name in ("process_id", "num_processes", "index_dir", "image_batch", "text_batch")
-        }
-        model = pretrained.load(given.checkpoint, gelu=given.gelu)
-        counts = embed(model, given.shards, given.output, options, **shared)
+        shared = {name: getattr(given, name) for name in ("index_dir", "image_batch", "text_batch")}
+        process_id, num_processes = _join(given)
+        with jax.set_mesh(sharding.create_mesh(devices=jax.local_devices())):  # processes share no batch
+            model = pretrained.load(given.checkpoint, gelu=given.gelu)
+            process = dict(process_id=process_id, num_processes=num_processes)
+            counts = embed(model, given.shards, given.output, options, **process, **shared)
     except (ValueError, OSError, ImportError, ShardError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

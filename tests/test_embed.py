@@ -1,8 +1,10 @@
 """Features of shards as files: what they hold, and that neither processes nor a kill change them."""
 
+import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +13,14 @@ import time
 import jax
 import ml_dtypes
 import numpy as np
+import pyarrow.parquet
 import pytest
 import safetensors
 from conftest import TINY, fresh_params
 from PIL import Image
 from processes import one_device, wait_for
 from shard_files import write_array_record, write_tar
+from test_processes import as_slurm, free_port
 
 from flair_jax import embed, models, pretrained
 from flair_jax.convert import flax_files
@@ -88,7 +92,7 @@ def whole(model, shards, tmp_path_factory):
 def read(file):
     with safetensors.safe_open(file, "numpy") as opened:
         arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return arrays, json.loads(opened.metadata()[embed.ABOUT])
+        return arrays, json.loads(opened.metadata()["about"])
 
 
 def contents(output):
@@ -143,6 +147,85 @@ def test_what_a_killed_process_left_is_completed(model, shards, whole, tmp_path)
     counts = run(model, shards, tmp_path)
     assert (counts.written, counts.kept) == (1, 3)
     assert contents(tmp_path) == contents(whole[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_parquet_has_a_row_for_each_image(model, shards, whole, tmp_path, dtype):
+    options = dataclasses.replace(ALL, format="parquet", dtype=dtype)
+    counts = run(model, shards, tmp_path, options=options)
+    assert dataclasses.replace(counts, written=4, kept=0) == whole[1]
+    files = sorted(tmp_path.glob("*.parquet"))
+    assert [file.stem for file in files] == [file.stem for file in sorted(whole[0].glob("*.safetensors"))]
+    for file in files:
+        arrays, about = read(whole[0] / f"{file.stem}.safetensors")
+        table = pyarrow.parquet.read_table(file)
+        rows = table.to_pylist()
+        assert table["key"].to_pylist() == about["keys"] and table.column_names == [
+            *("key", "image/pooled", "image/local", "texts", "text/pooled")
+        ]
+        for name in ("image/pooled", "image/local"):
+            shape = arrays[name].shape
+            found = table[name].combine_chunks().flatten(recursive=True).to_numpy().reshape(shape)
+            assert found.dtype == dtype and table[name].type.list_size == shape[1]
+            np.testing.assert_array_equal(found, arrays[name].astype(dtype))
+        assert [text for row in rows for text in row["texts"]] == about["texts"]
+        assert [row for row, own in enumerate(rows) for _ in own["texts"]] == arrays["text/image"].tolist()
+        found = [vector for row in rows for vector in row["text/pooled"]]
+        np.testing.assert_array_equal(
+            np.reshape(found, arrays["text/pooled"].shape), arrays["text/pooled"].astype(dtype)
+        )
+        said = json.loads(table.schema.metadata[b"about"])
+        assert {name: said[name] for name in ("skipped", "records", "checksum")}.items() <= about.items()
+    before = contents(tmp_path)
+    files[1].unlink()
+    again = run(model, shards, tmp_path, options=options)
+    assert (again.written, again.kept) == (1, 3) and contents(tmp_path) == before
+    assert (again.images, again.texts, again.skipped) == (counts.images, counts.texts, counts.skipped)
+    with pytest.raises(ValueError, match="format was 'parquet'"):
+        run(model, shards, tmp_path, options=dataclasses.replace(options, format="safetensors"))
+    files[1].write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=rf"{files[1].name} is damaged"):
+        run(model, shards, tmp_path, options=options)
+
+
+def test_a_folder_of_before_there_were_formats_goes_on(model, shards, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / embed.SETTINGS).read_text())
+    del settings["format"]
+    (tmp_path / "out" / embed.SETTINGS).write_text(json.dumps(settings))
+    assert run(model, shards, tmp_path / "out").kept == 4
+    with pytest.raises(ValueError, match="format was 'safetensors'"):
+        run(model, shards, tmp_path / "out", options=dataclasses.replace(ALL, format="parquet"))
+
+
+def test_formats_and_their_dtypes():
+    with pytest.raises(ValueError, match="format is 'csv'; expected one of safetensors, parquet"):
+        Options(format="csv")
+    with pytest.raises(ValueError, match="bfloat16, which parquet does not have"):
+        Options(format="parquet", dtype="bfloat16")
+
+
+def test_processes_of_jax_distributed_write_the_same_files(model, shards, whole, tmp_path):
+    """One is through long before the other, waits for it, and neither needs the other's devices."""
+    flax_files.write(tmp_path / "tiny.safetensors", jax.device_get(model.params), model.config)
+    flags = ["--checkpoint", tmp_path / "tiny.safetensors", "--shards", shards, "--output", tmp_path / "out"]
+    flags += ["--texts", "--local", "--chunk", "4", "--image_batch", "8", "--text_batch", "8", "--distributed"]
+    command = [sys.executable, "-m", "flair_jax.embed", *map(str, flags)]
+    port = free_port()
+    both = [
+        subprocess.Popen(command, env=one_device(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for extra in as_slurm(2, port)
+    ]
+    printed = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert "in 3 files, 0 of them made before" in printed[0] and "in 1 files, 0 of them made before" in printed[1]
+    found = contents(tmp_path / "out")
+    assert found.keys() == contents(whole[0]).keys()
+    for file in sorted(whole[0].glob("*.safetensors")):
+        (arrays, about), (own, own_about) = read(file), read(tmp_path / "out" / file.name)
+        assert about == own_about
+        for name, x in arrays.items():
+            np.testing.assert_allclose(own[name], x, atol=1e-5, err_msg=name)  # of eight devices and of one
 
 
 def test_killed_with_sigkill_and_completed_by_two_processes(model, shards, tmp_path):

@@ -18,7 +18,7 @@ ROOMS = {
 # Modules of flair_jax that may use the rooms beside it.
 DOORS = {
     *("predict", "main", "config", "step", "train", "evaluate", "evaluation_sets", "evaluation_tasks"),
-    *("pretrained", "inference", "push", "search", "embed", "export", "demo"),
+    *("pretrained", "inference", "push", "search", "embed", "feature_files", "export", "demo"),
 }
 TRANSFORMS = "flair_jax.data.transforms"
 LEARNING = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -48,10 +48,13 @@ class BrokenImages(ValueError):
         )
 
 
-def raise_broken(broken: Mapping[int, str], count: int) -> None:
-    """Raises BrokenImages on every process if one of them met some of `count` images: number -> why."""
+def raise_broken(broken: Mapping[int, str], count: int, mesh: Mesh | None = None) -> None:
+    """Raises BrokenImages on every process of a mesh if one of them met some of `count` images: number -> why.
+
+    None: `evaluation_mesh()`.
+    """
     found = dict(broken)
-    if jax.process_count() > 1:
+    if (evaluation_mesh() if mesh is None else mesh).is_multi_process:
         mine = np.isin(np.arange(count), list(broken))
         for number in np.flatnonzero(multihost_utils.process_allgather(mine).any(0)):
             found.setdefault(int(number), f"image {number} cannot be read by another process, see its log")
@@ -294,7 +297,7 @@ class Encoder:
                 with _without_disk():
                     self._to_store(kind, keys, numbers, features, broken)
             yield numbers, features
-        raise_broken(broken, len(images))
+        raise_broken(broken, len(images), self.mesh)
 
     def _local_rows(self, rows: int) -> list[int]:
         """The rows of a batch that this process's devices hold."""
