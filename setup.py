@@ -60,7 +60,7 @@ EXTRAS = {
     "demo": ["gradio>=6.31"],  # python -m flair_jax.demo
     "demo-test": ["gradio>=6.31", "playwright>=1.65"],  # its tests in a browser, with the system's chromium
     # python -m flair_jax.export --onnx, and onnxruntime to run what it writes.
-    "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2", "torch>=2.13"],
+    "onnx": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7.2", "torch>=2.13", "transformers>=5.23"],
     "search": ["faiss-cpu>=1.15.1"],  # python -m flair_jax.search
     "tpu": ["jax[tpu]>=0.10.2"],
     # The reference's kind of loader, to measure beside: the newest webdataset with its way of reading.

@@ -45,6 +45,8 @@ KEYS = {  # ours -> theirs
         heads="num_attention_heads",
     ),
 }  # fmt: skip
+# What towers of ours compute as OpenCLIP's and Hugging Face's do; of the text tower there is no other option.
+OPENCLIP = {"text": {}, "vision": dict(pre_norm=True, patch_bias=False, qk_norm=False, norm_eps=1e-5)}
 TOWERS = {"clip": ("vision", "text"), "clip_text_model": ("text",), "clip_vision_model": ("vision",)}  # by model_type
 SIGLIP = (
     "a SigLIP, whose towers are not CLIP's: its image tower has no class token, no LayerNorm before the blocks and a "
@@ -179,8 +181,10 @@ def config_of(model: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a `model` section.
 
     Raises:
-      ConversionError: images are not square, which `transformers` has no name for.
+      ConversionError: images are not square, or towers compute what `transformers` has no name for.
     """
+    if differing := differing_options(model):
+        raise ConversionError(f"Hugging Face's CLIP computes other towers: this model has {differing}")
     act = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[model.get("gelu", "exact")]
     found = {}
     for part, keys in KEYS.items():
@@ -207,6 +211,17 @@ def config_of(model: Mapping[str, Any]) -> dict[str, Any]:
         text_config=found["text"],
         vision_config=found["vision"],
     )
+
+
+def differing_options(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a `model` section by which its towers compute something else than OpenCLIP's, by dotted key."""
+    found = {}
+    for part, expected in OPENCLIP.items():
+        tower = model.get(part) or {}
+        found |= {f"{part}.{key}": tower[key] for key, value in expected.items() if tower.get(key, value) != value}
+        if tower.get("gelu") not in (None, model.get("gelu", "exact")):
+            found[f"{part}.gelu"] = tower["gelu"]
+    return found
 
 
 def _side(size: Any) -> int:

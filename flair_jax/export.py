@@ -192,7 +192,7 @@ def write(model: inference.Pretrained, folder: str | os.PathLike, *, onnx: bool 
 
     Raises:
       FileExistsError: the folder is not empty.
-      ValueError: the model lacks a tower, or ONNX is asked for of another model than FLAIR.
+      ValueError: the model lacks a tower, or ONNX is asked for of a model that no module of PyTorch computes.
       ImportError: of ONNX: PyTorch or onnx is not installed.
     """
     folder = pathlib.Path(folder).expanduser()

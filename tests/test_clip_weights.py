@@ -886,6 +886,9 @@ def test_what_transformers_has_no_class_for_is_not_written(tmp_path):
     clip["vision"]["image_size"] = (224, 448)
     with pytest.raises(ConversionError, match="has square images only"):
         hugging_face.config_of(clip)
+    laclip = variants.laclip().to_dict()  # some options leave no trace in the weights
+    with pytest.raises(ConversionError, match=r"this model has .*'vision\.norm_eps': 1e-06.*'text\.gelu': 'quick'"):
+        hugging_face.config_of(laclip)
 
 
 def test_the_command_takes_a_folder_and_writes_other_names(folder, tmp_path, capsys):

@@ -15,10 +15,11 @@ from benchmarks import export as benchmark
 from flair_jax import config as configuration
 from flair_jax import export, models, pretrained
 from flair_jax.configs import scenes
-from flair_jax.convert import flax_files
+from flair_jax.convert import flax_files, onnx_files
 
 FLAIR = {**TINY, "text": {**TINY["text"], "depth": 1}, "vision": {**TINY["vision"], "depth": 1}}
-CLIP = {**FLAIR, "name": "clip", "pooling": None, "init_logit_bias": None}
+CLIP = {**FLAIR, "name": "clip", "pooling": None, "init_logit_bias": None, "gelu": "quick"}
+SIGLIP = {**CLIP, "name": "siglip", "init_logit_bias": -10.0, "gelu": "exact"}
 SIZES = [(3, 2), (1, 5)]  # images and texts
 
 # What a service does that has JAX, and a file of weights and programs: no part of flair_jax.
@@ -127,9 +128,11 @@ def test_stablehlo_runs_without_the_package(model, tmp_path):
     assert used == arrays.keys() and section == model.config  # all of the weights, which flair_jax.load reads too
 
 
-def test_onnx_equals_the_model(flair, tmp_path):
+@pytest.mark.parametrize("section", [FLAIR, CLIP, SIGLIP], ids=lambda section: section["name"])
+def test_onnx_equals_the_model(section, tmp_path):
     assert onnx.__version__ and torch.__version__
-    about = export.write(flair, tmp_path / "out", onnx=True)
+    model = model_of(section)
+    about = export.write(model, tmp_path / "out", onnx=True)
     sessions = {
         name: onnxruntime.InferenceSession(tmp_path / "out" / part["onnx"]) for name, part in about["parts"].items()
     }
@@ -139,21 +142,38 @@ def test_onnx_equals_the_model(flair, tmp_path):
         assert [x.name for x in session.get_outputs()] == described["outputs"]
         for x in session.get_inputs():
             assert x.shape == described["inputs"][x.name][1]
-    for number, (pixels, tokens) in enumerate(inputs(flair)):
-        pooled, local = sessions["image"].run(None, {"images": pixels})
+    assert ("pool" in sessions) == model.model.has_pooling
+    for number, (pixels, tokens) in enumerate(inputs(model)):
+        image = dict(zip(("pooled", "local"), sessions["image"].run(None, {"images": pixels}), strict=True))
         (text,) = sessions["text"].run(None, {"tokens": tokens})
-        (pool,) = sessions["pool"].run(None, {"text": text, "local": local})
-        (logits,) = sessions["score"].run(None, {"local": local, "text": text})
-        check(flair, number, pixels, tokens, {"pooled": pooled, "local": local}, text, logits, pool)
+        pool = sessions["pool"].run(None, {"text": text, "local": image["local"]})[0] if "pool" in sessions else None
+        scored = "local" if "pool" in sessions else "pooled"
+        (logits,) = sessions["score"].run(None, {scored: image[scored], "text": text})
+        check(model, number, pixels, tokens, image, text, logits, pool)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({**FLAIR, "gelu": "quick"}, "this model is 'flair' with gelu='quick'"),
+        ({**FLAIR, "vision": {**FLAIR["vision"], "norm_eps": 1e-6}}, "gelu='exact', vision.norm_eps=1e-06. StableHLO"),
+        ({**CLIP, "text": {**CLIP["text"], "gelu": "exact"}}, "text.gelu"),
+        ({**CLIP, "vision": {**CLIP["vision"], "image_size": (64, 32)}}, r"image_size is \(64, 32\)"),
+        ({**CLIP, "name": "grain", "decoder": {}}, "this model is 'grain' with gelu='quick', decoder={}"),
+    ],
+)
+def test_models_that_onnx_files_are_not_made_of(section, words):
+    with pytest.raises(ValueError, match=words):
+        onnx_files.check(section)
 
 
 def test_what_cannot_be_exported(flair, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="is not empty: give an empty folder"):
         export.write(flair, tmp_path)
-    clip = pretrained.Pretrained(CLIP, {name: x for name, x in flair.params.items() if name != "pooling"})
-    with pytest.raises(ValueError, match="the PyTorch twin, which is FLAIR; this model is 'clip'"):
-        export.write(clip, tmp_path / "out", onnx=True)
+    quick = pretrained.Pretrained({**FLAIR, "gelu": "quick"}, flair.params)
+    with pytest.raises(ValueError, match="this model is 'flair' with gelu='quick'"):
+        export.write(quick, tmp_path / "out", onnx=True)
     assert not (tmp_path / "out").exists()
     section = {**CLIP, "text": None}
     towers = {name: x for name, x in flair.params.items() if name in ("vision", "image_projection", "logit_scale")}
