@@ -1,10 +1,15 @@
 """Fine-tuning: early stopping and its resume, before and after, other sizes, and what is trained."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from processes import one_device
+from test_processes import free_port
 from test_train import MODEL, SIZE, assert_same_checkpoint, checkpoint_of, tiny
 
 from flair_jax import checkpoint, evaluate, pretrained, report, train
@@ -168,6 +173,36 @@ def test_a_run_from_the_start_forgets_the_best_of_another(whole, tmp_path, monke
     best.close()
     train.train(stopping_run(), tmp_path)
     assert known(tmp_path) == known(whole[0])
+
+
+def test_processes_stop_at_one_step_and_keep_one_best_checkpoint(tmp_path):
+    """Though each finds another value of the metric: that of the first process counts."""
+    port, script = str(free_port()), str(pathlib.Path(__file__).with_name("stopping.py"))
+    children = [
+        subprocess.Popen(
+            [sys.executable, script, str(tmp_path), port, "2", str(index)],
+            env=one_device(JAX_CPU_COLLECTIVES_IMPLEMENTATION="gloo"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        printed = [child.communicate(timeout=180)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [0, 0], "\n".join(text[-3000:] for text in printed)
+    first, second = (json.loads((tmp_path / f"{index}.json").read_text()) for index in range(2))
+    assert first == second
+    assert first["judged"] == [0, 2, 4, 6] and first["steps"] == [6, 2]
+    values = [[0, 0.1], [2, 0.3], [4, 0.2]]  # a checkpoint is saved before it is evaluated
+    np.testing.assert_allclose(first["evaluations"][0], values, rtol=1e-6)
+    np.testing.assert_allclose(first["evaluations"][1], values[:2], rtol=1e-6)
+    best, _ = pretrained.read(tmp_path / "run" / "best")
+    np.testing.assert_allclose(first["sums"], [np.abs(x).sum(dtype=np.float64) for x in jax.tree.leaves(best)])
+    assert all("of step 2, where" in text and "(evaluated until step 6)" in text for text in printed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

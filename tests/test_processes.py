@@ -319,9 +319,8 @@ def test_an_address_by_hand_is_whole_or_refused(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
     distributed.start(HEARTBEAT, "localhost:1234", 0, 2)
-    assert calls == [
-        dict(coordinator_address="localhost:1234", process_id=0, num_processes=2, heartbeat_timeout_seconds=HEARTBEAT)
-    ]
+    timeouts = dict(heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=300)
+    assert calls == [dict(coordinator_address="localhost:1234", process_id=0, num_processes=2, **timeouts)]
     with pytest.raises(ValueError, match=r"--process_id, --num_processes missing; .* are needed"):
         distributed.start(HEARTBEAT, "localhost:1234")
     with pytest.raises(ValueError, match="--coordinator_address missing"):
