@@ -1,5 +1,6 @@
-"""The README's commands, word for word, where they need no download; every other one is listed with its reason."""
+"""The README's commands and its Python, word for word, where they need no download; others are listed with a reason."""
 
+import ast
 import csv
 import pathlib
 import re
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 from processes import one_device
 
+import flair_jax
 from flair_jax import pretrained
 from flair_jax.data import scenes
 
@@ -99,10 +102,48 @@ def run(words, folder):
     return log.read_text()
 
 
-def test_the_commands_run_word_for_word(folder):
-    printed = [run(words, folder) for words in commands() if not needs(words)]
+@pytest.fixture(scope="module")
+def printed(folder):
+    """What the commands print, one after the other; they leave models in the folder."""
+    return [run(words, folder) for words in commands() if not needs(words)]
+
+
+def test_the_commands_run_word_for_word(folder, printed):
     assert "64" in printed[0] and "16" in printed[1]
     assert "SugarCrepe" in printed[-2] and len(printed[-1]) > 1000
     for name in ("runs/mine", "runs/tuned", "my-model"):
         assert pretrained.read(folder / name)[1]["name"] == "flair"
     assert "python -m flair_jax.main --config finetune:flair" in (folder / "my-model" / "README.md").read_text()
+
+
+def test_the_python_block_runs_word_for_word(folder, printed, monkeypatch):
+    """With the run that the commands trained in place of the released weights."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for number, name in enumerate(("fox.jpg", "dog.jpg")):
+        Image.open(folder / "photos" / f"{number}.png").resize((80, 60)).save(pictures / name)
+    monkeypatch.chdir(pictures)
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        return pretrained.load(folder / "runs" / "mine")
+
+    monkeypatch.setattr(flair_jax, "load", load)
+    names, values = {}, {}
+    for statement in ast.parse(block).body:
+        code = ast.unparse(statement)
+        if isinstance(statement, ast.Expr):
+            values[statement.value.func.attr] = eval(code, names)
+        else:
+            exec(code, names)
+    assert asked == ["flair-cc3m-recap"]
+    assert list(values) == ["score", "search", "classify", "segment", "heat_maps"]
+    assert values["score"].shape == (2, 2) and np.ptp(values["score"]) > 0
+    assert [[hit.image in (0, 1) for hit in hits] for hits in values["search"]] == [[True]]
+    np.testing.assert_allclose(values["classify"].sum(axis=1), [1], atol=1e-5)
+    assert values["classify"].shape == (1, 2) and values["segment"].shape == (60, 80)
+    heat = values["heat_maps"]
+    assert heat.maps.shape[:2] == (1, 1)
+    np.testing.assert_allclose(heat.maps.sum((2, 3)) + heat.zero_mass, 1, atol=1e-5)
