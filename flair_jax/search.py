@@ -6,40 +6,31 @@
 A text first selects candidates by the cosine of the pooled features, in an exact index of Faiss. A model with
 text-conditioned pooling then ranks them by the text-conditioned score, from local tokens that the index keeps.
 
-The index is a folder of its own, `.flair_jax` among the photographs unless told otherwise:
-
-    catalogue.sqlite      which weights, which files, and which row of features each file has
-    pooled-000001.f16     float16 (rows, D), normalised
-    local-000001.f16      float16 (rows, L, D), with text-conditioned pooling alone; mapped into memory, never loaded
-
-Rows are written before the transaction that names them, and files only grow: what a killed process left after the last
-row is cut off by the next update, which goes on there. One process updates at a time; others search meanwhile, in what
-the last transaction left.
+The index is a folder of its own, `.flair_jax` among the photographs unless told otherwise; photo_catalogue.py says what
+lies in it. One process updates it at a time; others search meanwhile, in what the last transaction left.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
 import pathlib
 import sqlite3
-import stat
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from flair_jax import compilation, inference, pretrained
+from flair_jax import compilation, inference, photo_catalogue, pretrained
 from flair_jax.convert import names
 from flair_jax.data.sources.index import CACHE
 from flair_jax.data.transforms import images as image_rules
@@ -51,23 +42,11 @@ from flair_jax.models.dual_encoder import ImageFeatures, TextFeatures
 from flair_jax.models.layers import normalize
 from flair_jax.progress import progress as show_progress
 
-INDEX_FOLDER = ".flair_jax"  # among the photographs; hidden folders are not searched for photographs
-CATALOGUE = "catalogue.sqlite"
-SCHEMA = "1"  # of the catalogue and the files; another one is refused
-TABLES = (
-    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    "CREATE TABLE images (digest BLOB PRIMARY KEY, row INTEGER NOT NULL UNIQUE)",
-    "CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, "
-    "read_ns INTEGER NOT NULL, row INTEGER, reason TEXT)",
-)
-META = {"schema", "fingerprint", "checkpoint", "width", "patches", "generation", "revision", "id"}
 BATCH = 32  # files that are read, encoded and committed together
 CANDIDATES = 200  # images that are ranked by the text-conditioned score
 RANKED = 64  # images that are scored in one program; the last group has padding
 AT_A_TIME = 4  # of those, whose intermediate results stay in a CPU's caches
-RACY_NS = 2_000_000_000  # file systems note times in steps of up to two seconds
 THREADS = 16  # that read and decode images, at most
-MAX_BYTES = 1 << 29  # of an image file; larger ones are not read
 NAMED = 10  # skipped files that the command names for each reason
 ATTEMPTS = 3  # to read an index that another process changes
 ROWS_AT_A_TIME = 4096  # that are copied, from file to file or to the vector index
@@ -96,21 +75,6 @@ class Changes:
     skipped: Mapping[str, str]
 
 
-class _File(NamedTuple):
-    """A file of the folder as the catalogue knows it: without features `row` is None and `reason` says why."""
-
-    size: int
-    mtime_ns: int
-    read_ns: int
-    row: int | None
-    reason: str | None
-
-    def is_of(self, status: os.stat_result) -> bool:
-        """Whether a file with this status has surely the content that was read."""
-        same = (self.size, self.mtime_ns) == (status.st_size, status.st_mtime_ns)
-        return same and self.mtime_ns < self.read_ns - RACY_NS
-
-
 class _Loaded(NamedTuple):
     """What was read of a file: `pixels` (H, W, 3) for new content, or `reason`, why there are none."""
 
@@ -125,7 +89,7 @@ class _Loaded(NamedTuple):
 class _Batch(NamedTuple):
     """Files that were read together, and the features of their new content, which the devices may still compute."""
 
-    files: dict[str, _File]
+    files: dict[str, photo_catalogue.File]
     unreadable: dict[str, str]
     rows: dict[bytes, int]  # of the new content, by digest
     features: dict[str, jax.Array]
@@ -134,7 +98,7 @@ class _Batch(NamedTuple):
 class _Snapshot(NamedTuple):
     """The index as one transaction left it. `vectors`: of Faiss, an entry per file; None if there is no file."""
 
-    state: tuple[str, str]  # see `_state`
+    state: tuple[str, str]  # see `photo_catalogue.state_of`
     paths: list[pathlib.Path]
     rows: np.ndarray  # of each file, (F,)
     vectors: Any
@@ -156,7 +120,7 @@ class Index:
 
     def __init__(self, folder: pathlib.Path, at: pathlib.Path, model: inference.Pretrained, checkpoint: str):
         self.folder, self.at, self.model = folder, at, model
-        self._catalogue, self._checkpoint = at / CATALOGUE, checkpoint
+        self._catalogue, self._checkpoint = at / photo_catalogue.CATALOGUE, checkpoint
         self._fingerprint = fingerprint(model.model, jax.device_get(model.params))
         self._has_local = model.model.has_pooling
         self._loading = threading.Lock()
@@ -193,10 +157,10 @@ class Index:
         if not folder.is_dir():
             raise NotADirectoryError(f"{folder} is no folder: give a folder of photographs")
         model.model.image_size, model.model.context_length  # noqa: B018 both raise where a tower is missing
-        index = cls(folder, index_folder(folder, at), model, checkpoint)
+        index = cls(folder, photo_catalogue.index_folder(folder, at), model, checkpoint)
         if index._catalogue.exists():
-            with _connected(index._catalogue) as connection:
-                if meta := _meta(connection):
+            with photo_catalogue.connected(index._catalogue) as connection:
+                if meta := photo_catalogue.read_meta(connection):
                     index._check(meta)
         return index
 
@@ -222,10 +186,10 @@ class Index:
         self.at.mkdir(parents=True, exist_ok=True)
         with (
             WorkdirLock(self.at, work="updates the index", otherwise="another folder for the index"),
-            _connected(self._catalogue, create=True) as connection,
+            photo_catalogue.connected(self._catalogue, create=True) as connection,
         ):
             self._create(connection)
-            self._check(_meta(connection))
+            self._check(photo_catalogue.read_meta(connection))
             return self._update(connection, progress)
 
     def query(
@@ -288,10 +252,10 @@ class Index:
 
     def _check(self, meta: Mapping[str, str]) -> None:
         """Raises OtherWeights or ValueError unless the catalogue is of this model and of this schema."""
-        if meta["schema"] != SCHEMA:
+        if meta["schema"] != photo_catalogue.SCHEMA:
             raise ValueError(
-                f"{self._catalogue} has the schema {meta['schema']!r}; this version of flair_jax has {SCHEMA!r}: "
-                f"remove the folder {self.at} and index {self.folder} again"
+                f"{self._catalogue} has the schema {meta['schema']!r}; this version of flair_jax has "
+                f"{photo_catalogue.SCHEMA!r}: remove the folder {self.at} and index {self.folder} again"
             )
         if meta["fingerprint"] != self._fingerprint:
             noted = f", from {meta['checkpoint']}" if meta["checkpoint"] else ""
@@ -306,7 +270,7 @@ class Index:
         with self._loading:
             for attempt in range(ATTEMPTS):
                 meta, files = self._files()
-                if self._snapshot is not None and self._snapshot.state == _state(meta):
+                if self._snapshot is not None and self._snapshot.state == photo_catalogue.state_of(meta):
                     break
                 try:
                     self._snapshot = self._read(meta, files)
@@ -320,12 +284,15 @@ class Index:
         """The catalogue's `meta`, and path and row of each file with features, of one moment."""
         if not self._catalogue.exists():
             raise FileNotFoundError(f"{self.at} is no index of photographs: index {self.folder} first")
-        with _connected(self._catalogue) as connection, _transaction(connection, "DEFERRED"):
-            meta = _meta(connection)
+        with (
+            photo_catalogue.connected(self._catalogue) as connection,
+            photo_catalogue.transaction(connection, "DEFERRED"),
+        ):
+            meta = photo_catalogue.read_meta(connection)
             if not meta:
                 raise FileNotFoundError(f"{self.at} is no index of photographs yet: index {self.folder} first")
             self._check(meta)
-            if self._snapshot is not None and self._snapshot.state == _state(meta):
+            if self._snapshot is not None and self._snapshot.state == photo_catalogue.state_of(meta):
                 return meta, []
             return meta, connection.execute(
                 "SELECT path, row FROM files WHERE row IS NOT NULL ORDER BY path"
@@ -334,29 +301,34 @@ class Index:
     def _read(self, meta: Mapping[str, str], files: Sequence[tuple[bytes, int]]) -> _Snapshot:
         rows = np.array([row for _, row in files], np.int64)
         if not files:
-            return _Snapshot(_state(meta), [], rows, None, None)
-        paths = [self.folder / _inside(path, self._catalogue) for path, _ in files]
+            return _Snapshot(photo_catalogue.state_of(meta), [], rows, None, None)
+        paths = [self.folder / photo_catalogue.inside(path, self._catalogue) for path, _ in files]
         mapped = {name: part.mapped(int(rows.max()) + 1) for name, part in self._parts(meta).items()}
-        return _Snapshot(_state(meta), paths, rows, _vectors(mapped["pooled"], rows), mapped.get("local"))
+        return _Snapshot(
+            photo_catalogue.state_of(meta), paths, rows, _vectors(mapped["pooled"], rows), mapped.get("local")
+        )
 
-    def _parts(self, meta: Mapping[str, str]) -> dict[str, "_Rows"]:
+    def _parts(self, meta: Mapping[str, str]) -> dict[str, photo_catalogue.Rows]:
         """The files of features, by name."""
         width, patches, generation = (int(meta[key]) for key in ("width", "patches", "generation"))
         shapes = {"pooled": (width,), **({"local": (patches, width)} if self._has_local else {})}
-        return {name: _Rows(self.at / f"{name}-{generation:06d}.f16", shape) for name, shape in shapes.items()}
+        return {
+            name: photo_catalogue.Rows(self.at / f"{name}-{generation:06d}.f16", shape)
+            for name, shape in shapes.items()
+        }
 
     # -----------------------------------------------------------------------------------------------------------------
     # Writing it; one process at a time
 
     def _create(self, connection: sqlite3.Connection) -> None:
         """Makes the tables, unless they are there."""
-        if _meta(connection):
+        if photo_catalogue.read_meta(connection):
             return
         pixels = jax.ShapeDtypeStruct((1, *self.model.model.image_size, 3), np.float32)
         encode_image = functools.partial(call, self.model.model, "encode_image")
         shapes = jax.eval_shape(encode_image, self.model.params, pixels)
         meta = {
-            "schema": SCHEMA,
+            "schema": photo_catalogue.SCHEMA,
             "fingerprint": self._fingerprint,
             "checkpoint": self._checkpoint,
             "width": shapes.pooled.shape[-1],
@@ -365,25 +337,25 @@ class Index:
             "revision": 0,  # counts the transactions
             "id": uuid.uuid4().hex,  # of this index; one that is made after it was removed counts anew
         }
-        with _transaction(connection):
-            for statement in TABLES:
+        with photo_catalogue.transaction(connection):
+            for statement in photo_catalogue.TABLES:
                 connection.execute(statement)
             connection.executemany("INSERT INTO meta VALUES (?, ?)", [(key, str(x)) for key, x in meta.items()])
 
     def _update(self, connection: sqlite3.Connection, progress: Progress) -> Changes:
-        parts = self._parts(_meta(connection))
+        parts = self._parts(photo_catalogue.read_meta(connection))
         for path in set(self.at.glob("*.f16")) - {part.path for part in parts.values()}:
             path.unlink()  # left by a process that was killed while it removed unused rows
         known = dict(connection.execute("SELECT digest, row FROM images"))
         for part in parts.values():
             part.cut(len(known))
         before = {
-            _inside(path, self._catalogue): _File(*entry)
+            photo_catalogue.inside(path, self._catalogue): photo_catalogue.File(*entry)
             for path, *entry in connection.execute("SELECT path, size, mtime_ns, read_ns, row, reason FROM files")
         }
-        found, unreadable = _scan(self.folder, self.at)
+        found, unreadable = photo_catalogue.scan(self.folder, self.at)
         after = {name: entry for name, entry in before.items() if name in found}
-        _forget(connection, before.keys() - found.keys())
+        photo_catalogue.forget(connection, before.keys() - found.keys())
         new = [name for name, status in found.items() if name not in after or not after[name].is_of(status)]
         batches = [new[start : start + BATCH] for start in range(0, len(new), BATCH)]
         with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "photographs") as threads:
@@ -393,13 +365,13 @@ class Index:
                     first, count = min(batch.rows.values()), len(batch.rows)
                     for name, part in parts.items():
                         part.write(first, np.asarray(batch.features[name])[:count])
-                with _transaction(connection):
+                with photo_catalogue.transaction(connection):
                     connection.executemany("INSERT INTO images VALUES (?, ?)", batch.rows.items())
                     connection.executemany(
                         "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
                         [(os.fsencode(name), *entry) for name, entry in batch.files.items()],
                     )
-                _forget(connection, batch.unreadable.keys() & after.keys())
+                photo_catalogue.forget(connection, batch.unreadable.keys() & after.keys())
                 after.update(batch.files)
                 unreadable.update(batch.unreadable)
         after = {name: entry for name, entry in after.items() if name not in unreadable}
@@ -426,7 +398,7 @@ class Index:
                 known[loaded.digest] = rows[loaded.digest] = len(known)
                 pixels.append(loaded.pixels)
             row = None if loaded.reason else known[loaded.digest]
-            files[name] = _File(loaded.size, loaded.mtime_ns, loaded.read_ns, row, loaded.reason)
+            files[name] = photo_catalogue.File(loaded.size, loaded.mtime_ns, loaded.read_ns, row, loaded.reason)
         features = {}
         if pixels:
             padded = 1 << (len(pixels) - 1).bit_length()  # few shapes, so few compilations
@@ -442,7 +414,7 @@ class Index:
             with open(self.folder / name, "rb") as file:
                 status = os.fstat(file.fileno())
                 state = status.st_size, status.st_mtime_ns, now
-                reason = _no_image(file, status.st_size)
+                reason = photo_catalogue.why_no_image(file, status.st_size)
                 if reason:
                     return _Loaded(*state, None, None, reason)
                 file.seek(0)
@@ -466,7 +438,7 @@ class Index:
         """
         if not used or 2 * len(used) >= count:
             return
-        meta = _meta(connection)
+        meta = photo_catalogue.read_meta(connection)
         old = self._parts(meta)
         meta["generation"] = str(int(meta["generation"]) + 1)
         kept = np.array(sorted(used), np.int64)
@@ -475,7 +447,7 @@ class Index:
             part.cut(0)
             for start in range(0, len(kept), ROWS_AT_A_TIME):
                 part.write(start, mapped[kept[start : start + ROWS_AT_A_TIME]])
-        with _transaction(connection):
+        with photo_catalogue.transaction(connection):
             connection.execute("CREATE TEMP TABLE renumbered (old INTEGER PRIMARY KEY, new INTEGER NOT NULL)")
             connection.executemany("INSERT INTO renumbered VALUES (?, ?)", [(int(x), n) for n, x in enumerate(kept)])
             connection.execute("DELETE FROM images WHERE row NOT IN (SELECT old FROM renumbered)")
@@ -488,50 +460,6 @@ class Index:
             connection.execute("UPDATE meta SET value = ? WHERE key = 'generation'", (meta["generation"],))
         for part in old.values():
             part.path.unlink()
-
-
-class _Rows:
-    """A file of float16 rows of one shape, and nothing else."""
-
-    def __init__(self, path: pathlib.Path, shape: tuple[int, ...]):
-        self.path, self._shape = path, shape
-        self._bytes = 2 * int(np.prod(shape))
-
-    def mapped(self, rows: int) -> np.ndarray:
-        """The first rows, mapped into memory."""
-        self._check(rows)
-        return np.memmap(self.path, np.float16, "r", shape=(rows, *self._shape))
-
-    def cut(self, rows: int) -> None:
-        """Cuts off what comes after so many rows; without a file it begins one."""
-        if rows:
-            self._check(rows)
-        with open(self.path, "ab") as file:
-            file.truncate(rows * self._bytes)
-
-    def write(self, first: int, rows: np.ndarray) -> None:
-        """Writes float16 rows (n, …) from number `first` on, safe from a power cut when it returns.
-
-        Raises:
-          ValueError: a number is not finite: it is too large for float16.
-        """
-        if rows.shape[1:] != self._shape or rows.dtype != np.float16:
-            raise ValueError(f"{self.path}: rows are {rows.dtype} {rows.shape[1:]}; expected float16 {self._shape}")
-        if not np.isfinite(rows).all():
-            raise ValueError(f"{self.path}: features of this model do not fit into float16: it cannot be searched with")
-        with open(self.path, "r+b") as file:
-            file.seek(first * self._bytes)
-            file.write(np.ascontiguousarray(rows).data)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _check(self, rows: int) -> None:
-        found = self.path.stat().st_size
-        if found < rows * self._bytes:
-            raise ValueError(
-                f"{self.path} has {found} bytes; the catalogue says {rows} rows of {self._bytes}. The index is "
-                f"damaged: remove the folder {self.path.parent} and index again"
-            )
 
 
 def _stored_features(found: ImageFeatures) -> dict[str, jax.Array]:
@@ -566,133 +494,6 @@ def _faiss() -> Any:
     except ImportError as error:
         raise ImportError("search needs Faiss: pip install 'flair_jax[search]'") from error
     return faiss
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder
-
-
-def index_folder(folder: str | os.PathLike, at: str | os.PathLike | None = None) -> pathlib.Path:
-    """Where the index of a folder of photographs lies."""
-    return pathlib.Path(folder).expanduser() / INDEX_FOLDER if at is None else pathlib.Path(at).expanduser()
-
-
-def _scan(folder: pathlib.Path, at: pathlib.Path) -> tuple[dict[str, os.stat_result], dict[str, str]]:
-    """Files of a folder and of those in it, by their path relative to it, and what cannot be read, with the reason.
-
-    Hidden files and folders are left out, and links to folders, which may lead round in circles.
-    """
-    found, unreadable = {}, {}
-    own = at.resolve()
-
-    def note(error: OSError) -> None:
-        unreadable[os.path.relpath(error.filename, folder)] = f"cannot be read: {error.strerror}"
-
-    for root, folders, files in os.walk(folder, onerror=note):
-        inner = pathlib.Path(root)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and (inner / name).resolve() != own)
-        for name in sorted(files):
-            if name.startswith("."):
-                continue
-            path = inner / name
-            try:
-                status = path.stat()
-            except OSError as error:
-                note(error)
-                continue
-            if stat.S_ISREG(status.st_mode):  # to open a pipe would wait for ever
-                found[os.path.relpath(path, folder)] = status
-            else:
-                unreadable[os.path.relpath(path, folder)] = "not a file"
-    return found, unreadable
-
-
-def _no_image(file: Any, size: int) -> str | None:
-    """Why a file is no image to decode, by its first bytes and its size; None if it is one."""
-    try:
-        with Image.open(file, formats=image_rules.FORMATS):
-            pass
-    except UnidentifiedImageError:
-        return f"not an image in one of the formats {', '.join(image_rules.FORMATS)}"
-    except OSError:
-        raise
-    except Exception:  # of which the decoder says more
-        pass
-    return f"{size:,} bytes; at most {MAX_BYTES:,} are read" if size > MAX_BYTES else None
-
-
-def _inside(path: bytes, catalogue: pathlib.Path) -> str:
-    """A path of the catalogue, relative to the folder. Raises ValueError if it leaves the folder."""
-    name = os.fsdecode(path)
-    parts = pathlib.PurePath(name)
-    if parts.is_absolute() or ".." in parts.parts or not parts.parts:
-        raise ValueError(f"{catalogue} names a file outside of the folder, {name!r}: it is not to be trusted")
-    return name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The catalogue
-
-
-@contextlib.contextmanager
-def _connected(catalogue: pathlib.Path, *, create: bool = False) -> Iterator[sqlite3.Connection]:
-    """A connection; errors of SQLite become OSError with the name of the file."""
-    uri = f"{catalogue.resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
-    try:
-        with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30)) as connection:
-            connection.execute("PRAGMA trusted_schema = OFF")
-            yield connection
-    except sqlite3.Error as error:
-        raise OSError(
-            f"{catalogue}: {error}. Where it is damaged, remove the folder {catalogue.parent} and index again"
-        ) from error
-
-
-@contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection, kind: str = "IMMEDIATE") -> Iterator[None]:
-    """What happens in the block is done as a whole or not at all; one that writes counts in `meta`."""
-    connection.execute(f"BEGIN {kind}")
-    try:
-        yield
-        if kind == "IMMEDIATE":
-            connection.execute("UPDATE meta SET value = value + 1 WHERE key = 'revision'")
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
-    connection.execute("COMMIT")
-
-
-def _meta(connection: sqlite3.Connection) -> dict[str, str]:
-    """What the catalogue says of itself; empty if there are no tables yet."""
-    if not connection.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'meta'").fetchone():
-        return {}
-    found = dict(connection.execute("SELECT key, value FROM meta"))
-    if missing := META - found.keys():
-        raise sqlite3.DatabaseError(f"the table meta lacks {', '.join(sorted(missing))}")
-    return found
-
-
-def _state(meta: Mapping[str, str]) -> tuple[str, str]:
-    """Identifies what a transaction left."""
-    return meta["id"], meta["revision"]
-
-
-def _forget(connection: sqlite3.Connection, names: Iterable[str]) -> None:
-    if paths := [(os.fsencode(name),) for name in names]:
-        with _transaction(connection):
-            connection.executemany("DELETE FROM files WHERE path = ?", paths)
-
-
-def noted_checkpoint(at: pathlib.Path) -> str:
-    """What an index says its model was loaded from; empty if it does not say.
-
-    Raises:
-      FileNotFoundError: there is no index.
-    """
-    if not (at / CATALOGUE).exists():
-        raise FileNotFoundError(f"{at} is no index of photographs: python -m flair_jax.search index FOLDER makes one")
-    with _connected(at / CATALOGUE) as connection:
-        return _meta(connection).get("checkpoint", "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -734,7 +535,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in made.values():
         command.add_argument("folder", type=pathlib.Path, help="photographs, in folders of any depth")
         command.add_argument("--checkpoint", help="what flair_jax.load takes; absent: what the index was made with")
-        command.add_argument("--index", type=pathlib.Path, metavar="FOLDER", help=f"absent: {INDEX_FOLDER} among them")
+        command.add_argument(
+            "--index", type=pathlib.Path, metavar="FOLDER", help=f"absent: {photo_catalogue.INDEX_FOLDER} among them"
+        )
         command.add_argument("--gelu", choices=names.GELU, help="where the checkpoint does not say it")
     made["index"].add_argument("--name-all", action="store_true", help=f"skipped files, not {NAMED} for each reason")
     made["search"].add_argument("text", nargs="+", help="one text each, commas and all")
@@ -755,10 +558,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _opened(options: argparse.Namespace) -> Index:
-    at = index_folder(options.folder, options.index)
+    at = photo_catalogue.index_folder(options.folder, options.index)
     checkpoint = options.checkpoint
     if checkpoint is None:
-        checkpoint = noted_checkpoint(at)
+        checkpoint = photo_catalogue.noted_checkpoint(at)
         if not checkpoint:
             raise ValueError(f"{at} does not say what it was made with: give --checkpoint")
     elif os.path.exists(os.path.expanduser(checkpoint)):  # no name on the hub: it is to be found from everywhere

@@ -262,7 +262,11 @@ def test_files_that_may_not_be_read(flair, folder, monkeypatch):
     (folder / "9.png").write_bytes(b"new")
     with monkeypatch.context() as patch:
         # Root, who runs tests in containers, may read everything.
-        patch.setattr(search, "_no_image", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        patch.setattr(
+            search.photo_catalogue,
+            "why_no_image",
+            lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")),
+        )
         changes = index.update()
     denied = "cannot be read: Permission denied"
     assert changes == search.Changes(0, 0, 1, COUNT - 1, {"0.png": denied, "9.png": denied})
