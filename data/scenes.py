@@ -21,6 +21,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from flair_jax.data.counted import counted
 from flair_jax.data.sources import files
 from flair_jax.data.transforms.captions import FIELDS
 from flair_jax.data.transforms.regions import FIELD as REGIONS
@@ -393,7 +394,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=SPLITS, default="train")
     options = vars(parser.parse_args(arguments))
     paths = write(**options)
-    print(f"{options['count']} scenes in {len(paths)} shards: {options['folder']}")
+    print(f"{counted(options['count'], 'scene')} in {counted(len(paths), 'shard')}: {options['folder']}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import numpy as np
 
 from flair_jax import distributed, feature_files, inference, pretrained, sharding
 from flair_jax.atomic import write_whole
-from flair_jax.convert import names
+from flair_jax.data.counted import counted
 from flair_jax.data.sources.base import RecordError, ShardError, Source
 from flair_jax.data.sources.open import Shards, expand, open_source
 from flair_jax.data.transforms import captions
@@ -330,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flair_jax.embed", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", required=True, help="what flair_jax.load takes: a file, a workdir, a name")
+    pretrained.add_options(parser)
     parser.add_argument("--shards", required=True, help="as config.data.shards: a folder, a pattern, several with ::")
     parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="the same command goes on")
     parser.add_argument("--local", action="store_true", help="features of patches too, and of regions with their boxes")
@@ -349,7 +349,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0, where no cluster tells it")
     parser.add_argument("--index_dir", metavar="DIR", help="for the index of each shard; absent: beside it")
-    parser.add_argument("--gelu", choices=names.GELU, help="where the checkpoint does not say it")
     given = parser.parse_args(arguments)
     try:
         options = Options(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Options)})
@@ -367,10 +366,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reasons = collections.Counter(reason for _, _, reason in counts.skipped)
     for reason, count in (reasons + counts.left_out).most_common():
         print(f"left out: {count:,} x {reason}")
-    texts = f", {counts.texts:,} texts, {counts.without_texts:,} images without" if given.texts else ""
+    found = [counted(counts.images, "image")]
+    if given.texts:
+        found += [counted(counts.texts, "text"), f"{counted(counts.without_texts, 'image')} without"]
     print(
-        f"{counts.images:,} images{texts} in {counts.written + counts.kept:,} files, {counts.kept:,} of them made "
-        f"before; {len(counts.skipped):,} records skipped"
+        f"{', '.join(found)} in {counted(counts.written + counts.kept, 'file')}, {counts.kept:,} of them made before; "
+        f"{counted(len(counts.skipped), 'record')} skipped"
     )
     for shard, reason in counts.failed.items():
         print(f"error: {shard} cannot be opened: {reason}", file=sys.stderr)

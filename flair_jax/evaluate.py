@@ -19,6 +19,7 @@ from flair_jax import config as configuration
 from flair_jax.data import compositional_scenes, scenes
 from flair_jax.data.benchmarks import base, table
 from flair_jax.data.benchmarks import shards as shard_sets
+from flair_jax.data.counted import counted
 from flair_jax.data.sources.open import expand
 from flair_jax.data.transforms import captions
 from flair_jax.data.transforms.tokenizer import Tokenizer
@@ -135,7 +136,7 @@ def shards_evaluators(
     def read(_: pathlib.Path) -> base.Retrieval:
         data, skipped = shard_sets.read(shards, names_of(fields), index_dir=index_dir, upright=upright)
         for reason, number in skipped.most_common():
-            logging.warning("%s: %d samples were skipped: %s", name, number, reason)
+            logging.warning("%s: %s skipped: %s", name, counted(number, "sample"), reason)
         return data
 
     own = base.Benchmark(name, "retrieval", "", (), read, licence="", source=str(shards))

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flair_jax import __version__, inference, pretrained
-from flair_jax.convert import flax_files, names, onnx_files
+from flair_jax.convert import flax_files, onnx_files
 from flair_jax.convert.tables import flatten, unflatten
 from flair_jax.data.transforms import images as image_rules
 from flair_jax.data.transforms import tokenizer
@@ -224,10 +224,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flair_jax.export", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", required=True, help="what flair_jax.load takes: a file, a workdir, a name")
+    pretrained.add_options(parser)
     parser.add_argument("--output", required=True, type=pathlib.Path, metavar="DIR", help="an empty folder")
     parser.add_argument("--onnx", action="store_true", help="write ONNX files too: pip install 'flair_jax[onnx]'")
-    parser.add_argument("--gelu", choices=names.GELU, help="where the checkpoint does not say it")
     options = parser.parse_args(arguments)
     try:
         write(pretrained.load(options.checkpoint, gelu=options.gelu), options.output, onnx=options.onnx)

@@ -15,6 +15,7 @@ from flair_jax.attention_maps import IMAGE_BATCH, TEXT_BATCH
 from flair_jax.config import normalize
 from flair_jax.convert import flax_files
 from flair_jax.data.benchmarks import prompts
+from flair_jax.data.counted import counted
 from flair_jax.data.transforms.base import SampleError
 from flair_jax.data.transforms.tokenizer import Tokenizer
 from flair_jax.evaluators import (
@@ -412,7 +413,7 @@ class Pretrained:
         """
         self._check_decoder("attention of queries")
         if not len(pictures := as_pictures(images)):
-            raise ValueError("there are 0 images; expected at least one")
+            raise ValueError("0 images are given; expected at least one")
         batches, _ = self._batches(pictures, local=False, attention=True)
         return attention_maps.query_maps(batches, size=self.model.image_size, heads=heads)
 
@@ -615,7 +616,8 @@ class Pretrained:
         """Features of pictures, patches too, and of texts. Raises ValueError: there are none."""
         pictures, texts = as_pictures(images), as_texts(texts)
         if not len(pictures) or not texts:
-            raise ValueError(f"there are {len(pictures)} images and {len(texts)} texts; expected at least one of each")
+            given = f"{counted(len(pictures), 'image')} and {counted(len(texts), 'text')}"
+            raise ValueError(f"{given} are given; expected at least one of each")
         batches, _ = self._batches(pictures, local=True)
         return batches, self._text(texts)
 

@@ -14,6 +14,7 @@ import sys
 from absl import app, flags, logging
 
 from flair_jax import config as configuration
+from flair_jax.data.counted import counted
 
 # jax is imported in `main`: grain's worker processes import this file again.
 
@@ -58,7 +59,8 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError("--coordinator_address, --process_id and --num_processes need --distributed")
     compilation.use_cache(epath.Path(workdir) / "compiled")
     if jax.process_index() == 0:
-        print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} processes")
+        processes = counted(jax.process_count(), "process", "processes")
+        print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {processes}")
         if jax.process_count() > 1:
             print(f"if a process dies, the others end within {_HEARTBEAT.value} s, and the same command goes on")
         for key, value in configuration.flatten(config).items():

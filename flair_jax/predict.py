@@ -21,7 +21,6 @@ from PIL import Image
 from scipy.special import expit, softmax
 
 from flair_jax import pretrained, visualize
-from flair_jax.convert import names
 from flair_jax.inference import Pretrained
 from flair_jax.pictures import Picture
 
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flair_jax.predict", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", required=True, help="what flair_jax.load takes: a file, a workdir, a name")
+    pretrained.add_options(parser)
     parser.add_argument("--image", action="append", required=True, type=pathlib.Path, help="may come several times")
     parser.add_argument("--text", action="append", required=True, help="may come several times")
     parser.add_argument("--output", type=pathlib.Path, metavar="PNG", help="where to write the picture; absent: none")
@@ -93,7 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="of the colours: shared by all maps; own, each map's; or a number, what the last colour stands for: how "
         "many uniform weights of attention, or which cosine",
     )
-    parser.add_argument("--gelu", choices=names.GELU, help="where the checkpoint does not say it")
     options = parser.parse_args(arguments)
     try:
         model = pretrained.load(options.checkpoint, gelu=options.gelu)

@@ -1,5 +1,6 @@
 """Checkpoints of every kind -> parameters, and models to use from Python."""
 
+import argparse
 import functools
 import os
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from flair_jax import checkpoint, lora, models, state
 from flair_jax.config import flatten as config_flat
 from flair_jax.config import normalize
-from flair_jax.convert import flax_files, hub, hugging_face, lora_files, released
+from flair_jax.convert import flax_files, hub, hugging_face, lora_files, names, released
 from flair_jax.convert.tables import flatten
 from flair_jax.inference import Pretrained
 
@@ -194,3 +195,16 @@ def load(
     else:
         params, model = read_fine_tuned(path, pretrained, wise_ft, config, gelu)
     return Pretrained(model, params)
+
+
+def add_options(parser: argparse.ArgumentParser, absent: str | None = None) -> None:
+    """Gives a command the options `--checkpoint` and `--gelu`, of `load`.
+
+    Args:
+      parser: of the command.
+      absent: what it uses without `--checkpoint`; None: the option is required.
+    """
+    what = "what flair_jax.load takes: a file, a workdir, a name"
+    what += "" if absent is None else f"; absent: {absent}"
+    parser.add_argument("--checkpoint", required=absent is None, help=what)
+    parser.add_argument("--gelu", choices=names.GELU, help="where the checkpoint does not say it")

@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from flair_jax import compilation, inference, photo_catalogue, pretrained
-from flair_jax.convert import names
+from flair_jax.data.counted import counted
 from flair_jax.data.sources.index import CACHE
 from flair_jax.data.transforms import images as image_rules
 from flair_jax.evaluators.features import Encoder, call, lookahead
@@ -534,11 +534,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     for command in made.values():
         command.add_argument("folder", type=pathlib.Path, help="photographs, in folders of any depth")
-        command.add_argument("--checkpoint", help="what flair_jax.load takes; absent: what the index was made with")
+        pretrained.add_options(command, absent="what the index was made with")
         command.add_argument(
             "--index", type=pathlib.Path, metavar="FOLDER", help=f"absent: {photo_catalogue.INDEX_FOLDER} among them"
         )
-        command.add_argument("--gelu", choices=names.GELU, help="where the checkpoint does not say it")
     made["index"].add_argument("--name-all", action="store_true", help=f"skipped files, not {NAMED} for each reason")
     made["search"].add_argument("text", nargs="+", help="one text each, commas and all")
     made["search"].add_argument("--top-k", type=int, default=10, metavar="K", help="hits of each text (%(default)s)")
@@ -581,8 +580,9 @@ def _index(options: argparse.Namespace) -> None:
         others = f" and {len(skipped) - len(named):,} more; --name-all names them" if len(skipped) > len(named) else ""
         print(f"skipped, {reason}: {', '.join(named)}{others}")
     print(
-        f"{len(index):,} pictures in the index {index.at}: {changes.added:,} added, {changes.changed:,} changed, "
-        f"{changes.removed:,} removed, {changes.unchanged:,} unchanged; {len(changes.skipped):,} files skipped"
+        f"{counted(len(index), 'picture')} in the index {index.at}: {changes.added:,} added, "
+        f"{changes.changed:,} changed, {changes.removed:,} removed, {changes.unchanged:,} unchanged; "
+        f"{counted(len(changes.skipped), 'file')} skipped"
     )
 
 

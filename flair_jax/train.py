@@ -35,6 +35,7 @@ from flair_jax import (
 from flair_jax import config as configuration
 from flair_jax.convert import flax_files, lora_files
 from flair_jax.data import iterator_state, loader, scenes
+from flair_jax.data.counted import counted
 from flair_jax.data.transforms import packing
 from flair_jax.early_stopping import EarlyStopping, EarlyStoppingOptions
 from flair_jax.lock import WorkdirLock
@@ -243,7 +244,7 @@ def _train(config, workdir, mesh, signals, lock):
         counts = {"skipped": stream.skipped.total(), "truncated": stream.truncated, "masked": stream.masked}
         print(metrics.table("this run", {**final, **summary, **counts}))
         for reason, count in stream.skipped.most_common():
-            logging.warning("%d samples were skipped: %s", count, reason)
+            logging.warning("%s skipped: %s", counted(count, "sample"), reason)
         try:
             metrics.draw_loss_curve(workdir, evaluate.pictures(workdir) / "loss.png", config["objectives"])
         except Exception:  # the run is done

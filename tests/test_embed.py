@@ -218,7 +218,7 @@ def test_processes_of_jax_distributed_write_the_same_files(model, shards, whole,
     ]
     printed = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
-    assert "in 3 files, 0 of them made before" in printed[0] and "in 1 files, 0 of them made before" in printed[1]
+    assert "in 3 files, 0 of them made before" in printed[0] and "in 1 file, 0 of them made before" in printed[1]
     found = contents(tmp_path / "out")
     assert found.keys() == contents(whole[0]).keys()
     for file in sorted(whole[0].glob("*.safetensors")):
@@ -334,7 +334,7 @@ def test_the_command_reports(model, shards, tmp_path, capsys):
     printed = capsys.readouterr()
     assert status == 0 and f"skipped: {shards / 's-0.tar'}: 02: cannot decode the image" in printed.out
     assert "left out: 1 x cannot decode the image" in printed.out
-    assert "4 images, 2 texts, 2 images without in 1 files, 0 of them made before; 1 records skipped" in printed.out
+    assert "4 images, 2 texts, 2 images without in 1 file, 0 of them made before; 1 record skipped" in printed.out
     settings = json.loads((tmp_path / "out" / "embed.json").read_text())
     assert settings["fields"] == list(captions.FIELDS) and settings["shards"] == [str(shards / "s-0.tar")]
     status = embed.main([*flags, "--output", str(tmp_path / "out"), "--dtype", "float16"])

@@ -198,7 +198,7 @@ def test_records_that_cannot_be_used_are_counted(tmp_path, monkeypatch, caplog):
     section = {"kind": "shards", "shards": str(tmp_path / "0.tar"), "fields": ("caption",)}
     results = {result.metric: result.value for result in evaluate.run(config_of(val=section), Sizes, None)}
     assert results == {"images": 2, "texts": 2}
-    assert "1 samples were skipped: no captions" in caplog.text and "0.tar: 6: not an image" in caplog.text
+    assert "1 sample skipped: no captions" in caplog.text and "0.tar: 6: not an image" in caplog.text
 
 
 @pytest.mark.parametrize("upright", [False, True])

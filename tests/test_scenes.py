@@ -283,7 +283,7 @@ def test_a_complete_folder_is_reused_and_an_incomplete_one_written_again(tmp_pat
 
 def test_the_command_writes_shards(tmp_path, capsys):
     scenes.main([str(tmp_path), "--count", "3", "--seed", "4", "--size", "48", "--split", "evaluation"])
-    assert "3 scenes in 1 shards" in capsys.readouterr().out
+    assert "3 scenes in 1 shard" in capsys.readouterr().out
     assert json.loads(members(tmp_path / "00000.tar")["000000002.json"])["scene"]["split"] == "evaluation"
 
 

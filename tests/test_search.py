@@ -412,7 +412,7 @@ def test_the_command(checkpoint, folder, tmp_path, capsys, monkeypatch):
     status, out, _ = run(capsys, "index", folder, "--checkpoint", checkpoint.name)
     assert status == 0
     assert "skipped, not an image in one of the formats" in out and "PPM: notes.txt\n" in out
-    assert f"{COUNT} pictures in the index" in out and f"{COUNT} added" in out and "1 files skipped" in out
+    assert f"{COUNT} pictures in the index" in out and f"{COUNT} added" in out and "1 file skipped" in out
     monkeypatch.chdir(tmp_path)  # the index knows its checkpoint from everywhere
     sheet = tmp_path / "hits.png"
     status, out, _ = run(capsys, "search", folder, *TEXTS[:2], "--top-k", 3, "--output", sheet)

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from flair_jax.data.counted import counted
 from flair_jax.data.prepare import atomic, parses, report, runner
 from flair_jax.data.prepare.atomic import InputError, PrepareError
 from flair_jax.data.sources import files
@@ -89,7 +90,10 @@ class Annotate:
 
     def summary(self, tally: report.Tally) -> str:
         """The closing lines."""
-        lines = [f"{tally.read:,} captions of {len(self.shards)} shards annotated in this run", *report.reasons(tally)]
+        lines = [
+            f"{counted(tally.read, 'caption')} of {counted(len(self.shards), 'shard')} annotated in this run",
+            *report.reasons(tally),
+        ]
         fields = "".join(f"{json.dumps(field)}, " for field in self.fields).strip()
         lines.append(
             f"\ntrain with --config.data.captions.fields='({fields})' --config.data.captions.splitting={self.splitting}"

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from flair_jax.data.counted import counted
 from flair_jax.data.prepare import parses, report
 from flair_jax.data.prepare.atomic import InputError
 from flair_jax.data.sources import files
@@ -90,7 +91,10 @@ class Detect:
     def summary(self, tally: report.Tally) -> str:
         """The closing lines."""
         where = region_files.BESIDE if self.output is None else os.path.abspath(self.output)
-        lines = [f"{tally.read:,} images of {len(self.shards)} shards in this run", *report.reasons(tally)]
+        lines = [
+            f"{counted(tally.read, 'image')} of {counted(len(self.shards), 'shard')} in this run",
+            *report.reasons(tally),
+        ]
         return "\n".join([*lines, f"\ntrain with --config.data.regions.source={where} --config.data.regions.count=5"])
 
     def _detect(self, shard: str, tally: report.Tally, advance: Callable) -> Iterator[tuple[str, list[Region]]]:

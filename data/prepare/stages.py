@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from flair_jax.data.counted import counted
 from flair_jax.data.prepare import atomic, boxes, inputs, pictures, releases, report, rows, runner, shards
 from flair_jax.data.prepare.store import Store, Writer
 from flair_jax.data.sources import files
@@ -217,13 +218,13 @@ def _nothing_matches(job: Job, tally: report.Tally) -> str:
     left_out = report.Tally.total(
         atomic.read_json(folder / f"{unit:05d}.json")["left_out"] for unit in range(len(job.inputs))
     )
-    lines = [f"no image has captions: {tally.read} images read", *report.reasons(tally)]
+    lines = [f"no image has captions: {counted(tally.read, 'image')} read", *report.reasons(tally)]
     if left_out.skipped:
         lines += ["tars: members that make no sample", *report.reasons(left_out)]
     if job.captions:
         reports = sorted(job.folder("captions").glob("*.json"))
         rows_read = report.Tally.total(map(atomic.read_json, reports))
-        lines += [f"captions: {rows_read.read} rows read", *report.reasons(rows_read)]
+        lines += [f"captions: {counted(rows_read.read, 'row')} read", *report.reasons(rows_read)]
         lines += [f"captions are for {_some(open_store(job.folder('captions')).some_keys(SHOWN_KEYS))}"]
         lines += [f"images are found by {_some(_image_keys(job, state['state']))}"]
         lines += ["Are these the captions of these images, and are the columns the right ones?"]

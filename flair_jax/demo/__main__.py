@@ -20,7 +20,7 @@ from typing import Any
 
 from flair_jax import pretrained, search
 from flair_jax.checkpoint import Checkpoints
-from flair_jax.convert import names
+from flair_jax.data.counted import counted
 
 DURATION = "7 to 10 minutes on two CPU cores"
 
@@ -90,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flair_jax.demo", description=__doc__.partition("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", help="what flair_jax.load takes; absent: the scenes model")
-    parser.add_argument("--gelu", choices=names.GELU, help="where the checkpoint does not say it")
+    pretrained.add_options(parser, absent="the scenes model")
     parser.add_argument("--index", type=pathlib.Path, metavar="DIR", help="a folder of photographs to search in")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at (%(default)s); 0.0.0.0: all")
     parser.add_argument("--port", type=int, help="absent: the first free one from 7860")
@@ -127,10 +126,10 @@ def run(options: argparse.Namespace) -> None:
     index = None
     if options.index is not None:
         index = search.Index.open(options.index, model, checkpoint=checkpoint)
-        changes = index.update()
+        skipped = f"{counted(len(index.update().skipped), 'file')} skipped"
         if not len(index):
-            raise ValueError(f"{options.index} has no picture to search for; {len(changes.skipped):,} files skipped")
-        print(f"{len(index):,} pictures in the index of {options.index}, {len(changes.skipped):,} files skipped")
+            raise ValueError(f"{options.index} has no picture to search for; {skipped}")
+        print(f"{counted(len(index), 'picture')} in the index of {options.index}, {skipped}")
     title = pathlib.Path(checkpoint).name if options.checkpoint else "scenes"
     built = page.build(model, f"flair_jax: {title}", index=index, scenes=knows_scenes(checkpoint))
     with page.serve(built, options.host, options.port) as address:
