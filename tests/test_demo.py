@@ -23,6 +23,7 @@ from flair_jax.config import normalize, read
 from flair_jax.configs import scenes
 from flair_jax.demo import __main__ as command
 from flair_jax.demo import answers
+from flair_jax.evaluators.features import Encoder
 from flair_jax.pretrained import Pretrained
 from flair_jax.search import Index
 
@@ -309,6 +310,21 @@ def test_tabs_for_what_the_model_can_do(flair, grain, clip, index):
     assert pages["grain"] == ["Scores", "Regions"]
     assert pages["clip"] == ["Scores and heat maps", "Segmentation"]
     assert tabs(build(flair, "flair", index=index)) == ["A picture", *pages["flair"], "Search"]
+
+
+def test_one_click_encodes_a_picture_once(flair, grain, photos, monkeypatch):
+    """For its scores and its heat maps; and a message takes the place of both."""
+    build, images, calls = optional.demo_page.build, Encoder.images, []
+    monkeypatch.setattr(Encoder, "images", lambda *x, **y: calls.append(1) or images(*x, **y))
+    for model, view in ((flair, ("mean",)), (grain, ())):
+        (compare,) = (one.fn for one in build(model, "page").fns.values() if one.name == "compare")
+        found = compare(str(photos / "0.png"), "\n".join(TEXTS), *view)
+        scores, *maps = found if view else [found]
+        assert scores.count("<tr>") == 3 and len(maps) == len(view) and all(x.count("<figure>") == 2 for x in maps)
+        assert len(calls) == 1 and calls.pop()
+        found = compare(str(photos / "0.png"), "", *view)
+        message, *rest = found if view else [found]
+        assert 'role="alert"' in message and not any(rest) and not calls
 
 
 def test_what_users_write_is_escaped():
