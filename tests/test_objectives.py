@@ -389,7 +389,7 @@ def test_what_an_objective_needs_is_named(config, message):
     ("boxes.group_size is 0; expected a whole number", dict(boxes=dict(group_size=0))),
     ("region_descriptions.group_size 32 does not divide", dict(region_descriptions=dict(group_size=32))),
     ("softmax.reference_world_size is 2.0; expected a whole number", dict(softmax=dict(reference_world_size=2.0))),
-    (r"config.objectives.sigmoid has no options \['colour'\]", dict(sigmoid=dict(colour=1))),
+    (r"unknown options \['colour'\] of config.objectives.sigmoid", dict(sigmoid=dict(colour=1))),
 ])  # fmt: skip
 def test_wrong_options_are_known_before_anything_is_made_ready(words, options):
     def section(extra):
