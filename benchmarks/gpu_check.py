@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in at most nine minutes: parity, attention, speed beside PyTorch, scoring, a profile.
+"""All that needs a GPU, in at most nine minutes: parity, attention, speed beside PyTorch, scoring, matching, a profile.
 
     python benchmarks/gpu_check.py --output DIR
 
@@ -24,7 +24,7 @@ from typing import Any
 
 SECONDS = 9 * 60 - 20  # for all; what is left over is for the end
 # In the order of running: seconds that are kept for each. One that needs more may take what nobody keeps.
-PARTS = {"golden": 50, "attention": 50, "train": 170, "twin": 110, "encode": 60, "profile": 50}
+PARTS = {"golden": 50, "attention": 50, "train": 170, "twin": 110, "encode": 60, "matching": 15, "profile": 50}
 MARK = "RESULT "  # begins the lines of a part's output that hold figures
 
 
@@ -133,6 +133,7 @@ def tables(results: Mapping[str, Any]) -> str:
     columns = ("images_per_second", "mfu", "step_seconds", "memory_gib", "needed_gib", "compile_seconds")
     lines += _table(results, ("train", "twin"), "training step", columns)
     lines += _table(results, ("encode",), "inference", ("per_second", "seconds", "memory_gib"))
+    lines += _table(results, ("matching",), "matching", ("all_ways_ms", "hungarian_ms", "ratio"))
     for case, values in _cases(results, "profile"):
         if "shares" in values:
             lines += ["", f"| {case} | share of time |", "|---|---:|"]

@@ -75,6 +75,7 @@ FULL_SIZES = dict(
     turns=3,
     attention_batch=64,
     encoding=dict(images=5000, texts=25014, image_batch=250, text_batch=1024),
+    matching_images=2048,
 )
 TOY_SIZES = dict(
     model={
@@ -89,6 +90,7 @@ TOY_SIZES = dict(
     turns=1,
     attention_batch=2,
     encoding=dict(images=6, texts=20, image_batch=4, text_batch=8),
+    matching_images=2,
 )
 Emit = Callable[[str, Mapping[str, Any]], None]
 
@@ -510,7 +512,20 @@ def _encode(run: Run, attention: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# (e) A profile of the best setting
+# (e) Boxes and queries
+
+
+def matching(run: Run) -> None:
+    """Both ways of matching boxes and queries, with GRAIN's five of each and with more."""
+    from benchmarks import matching as benchmark
+
+    for queries in (5, 6):
+        with run.guard(case := f"{queries} queries"):
+            run.emit(case, benchmark.measure(run.sizes["matching_images"], queries, targets=5))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (f) A profile of the best setting
 
 
 def profile(run: Run) -> None:
@@ -534,6 +549,7 @@ PARTS = {
     "train": training,
     "twin": twin,
     "encode": encode,
+    "matching": matching,
     "profile": profile,
 }
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks import command
-
 TURNS = 20
 
 
@@ -47,6 +45,8 @@ def measure(images: int = 2048, queries: int = 5, targets: int = 5) -> dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    from benchmarks import command  # here, since gpu_check measures where ml_collections is not installed
+
     parser = command.parser("matching", "Time of matching boxes and queries, by two exact methods.")
     sizes = dict(images=(2048, "of a batch"), queries=(5, "per image"), targets=(5, "per image"))
     command.add_sizes(parser, **sizes)

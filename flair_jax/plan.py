@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
 
-from flair_jax import compilation, flops, models, optimizer, sharding, state
+from flair_jax import compilation, flops, models, objectives, optimizer, sharding, state
 from flair_jax import config as configuration
 from flair_jax.data.transforms.base import BOXES, BOXES_VALID, CAPTIONS, DESCRIPTION_IDS, DESCRIPTIONS
 from flair_jax.data.transforms.images import pair
@@ -220,6 +220,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         config = configuration.read(_CONFIG.value, arguments[1:])
         configuration.check(config)
+        objectives.check(config["objectives"], config["batch_size"])
     except (ValueError, FileNotFoundError) as error:
         raise app.UsageError(str(error)) from error
     if not config["steps"]:

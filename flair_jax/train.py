@@ -27,6 +27,7 @@ from flair_jax import (
     initialize,
     metrics,
     models,
+    objectives,
     optimizer,
     pretrained,
     sharding,
@@ -70,6 +71,7 @@ def train(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, float
     if "name" not in config["model"]:
         config["model"] = pretrained.model_of(config, workdir)
     configuration.check(config)
+    objectives.check(config["objectives"], config["batch_size"])
     evaluate.check(config)
     evaluate.check_early_stopping(config)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -240,6 +240,25 @@ LAYOUTS["coco_objects"] = (
     {"coco/images/val2017/000003.jpg": [False] * 3, "000007.jpg": [False, True, True]},
     {0: "person", 1: "cat", 2: "dog"},
 )
+VOC = {  # image 3 has a difficult bird alone, image 7 a bird and a dog
+    f"VOCdevkit/VOC2007/ImageSets/Main/{name}_test.txt": lines(f"000007 {seven:2d}", f"000003 {three:2d}")
+    for name in classification._VOC_CLASSES
+    for seven, three in [(1 if name in ("bird", "dog") else -1, 0 if name == "bird" else -1)]
+}
+LAYOUTS["voc2007"] = (
+    VOC,
+    {
+        "VOCdevkit/VOC2007/JPEGImages/000003.jpg": [False] * 20,
+        "000007.jpg": [name in ("bird", "dog") for name in classification._VOC_CLASSES],
+    },
+    {0: "aeroplane", 2: "bird", 19: "tvmonitor"},
+)
+
+
+def test_difficult_objects_of_voc_do_not_count(tmp_path):
+    write(tmp_path, **VOC)
+    data = table.select(["voc2007"])[0].read(tmp_path)
+    assert data.counted.tolist() == [[name != "bird" for name in classification._VOC_CLASSES], [True] * 20]
 
 
 def test_every_set_of_the_table_has_a_miniature():
@@ -340,6 +359,13 @@ def test_pixels_without_a_header(tmp_path, name, side, header):
             {"coco/annotations/instances_val2017.json": coco(categories=[{"id": 1, "name": "a"}] * 2)},
             "stands twice",
         ),
+        (
+            "voc2007",
+            {"VOCdevkit/VOC2007/ImageSets/Main/cat_test.txt": "000007 1\n"},
+            "other images than aeroplane_test",
+        ),
+        ("voc2007", {"VOCdevkit/VOC2007/ImageSets/Main/cat_test.txt": "000007 2\n"}, "'000007 2'; expected an image"),
+        ("voc2007", {"VOCdevkit/VOC2007/ImageSets/Main/cat_test.txt": "7 1\n7 1\n"}, "2 images, of which 1 differ"),
         ("gtsrb", {"gtsrb/GT-final_test.csv": "a;b\n1;2\n"}, "expected the columns Filename and ClassId"),
     ],
 )

@@ -93,6 +93,12 @@ def test_all_parts_run_without_what_a_lent_machine_lacks(tmp_path):
         "texts, attention=xla": ("second", 20),
         "pairs, with encoding, attention=xla": ("second", 120),
     }
+    matching = results["matching"]
+    assert {case: (values["images"], values["ways"]) for case, values in matching.items()} == {
+        "5 queries": (2, 120),
+        "6 queries": (2, 720),
+    }
+    assert all(values["ratio"] == values["hungarian_ms"] / values["all_ways_ms"] > 0 for values in matching.values())
     (profile,) = results["profile"].values()
     assert sum(profile["shares"].values()) == pytest.approx(1)
     assert profile["shares"]["optimizer"] > 0 and profile["step_ms"] > 0 and len(profile["top"]) > 5

@@ -382,3 +382,21 @@ def test_what_an_objective_needs_is_named(config, message):
     )
     with pytest.raises(ValueError, match=message):
         objectives.weighted_sum(config, features, {}, jax.random.key(0))
+
+
+@pytest.mark.parametrize("words, options", [
+    ("text_conditioned.block_size 5 does not divide the batch of 16 images", dict(text_conditioned=dict(block_size=5))),
+    ("boxes.group_size is 0; expected a whole number", dict(boxes=dict(group_size=0))),
+    ("region_descriptions.group_size 32 does not divide", dict(region_descriptions=dict(group_size=32))),
+    ("softmax.reference_world_size is 2.0; expected a whole number", dict(softmax=dict(reference_world_size=2.0))),
+    (r"unknown options \['colour'\] of config.objectives.sigmoid", dict(sigmoid=dict(colour=1))),
+])  # fmt: skip
+def test_wrong_options_are_known_before_anything_is_made_ready(words, options):
+    def section(extra):
+        return {name: dict(weight=1.0, **more) for name, more in extra.items()}
+
+    objectives.check(section(dict(boxes=dict(group_size=4), text_conditioned=dict(block_size=None))), 16)
+    with pytest.raises(ValueError, match=words):
+        objectives.check(section(options), 16)
+    without_weight = {name: {**more, "weight": 0.0} for name, more in section(options).items()}
+    objectives.check({**without_weight, "negclip": dict(weight=1.0)}, 16)

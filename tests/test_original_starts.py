@@ -20,3 +20,22 @@ def test_the_first_start_is_the_originals_to_the_bit():
         rows = slice(-2, None) if name == "token_embedding.weight" else ...
         digest.update(name.encode() + weights[name][rows].numpy().tobytes())
     assert digest.hexdigest() == ORIGINAL
+
+
+def test_starts_of_both_sides_are_compared(monkeypatch):
+    model = scenes.get_config().model
+    model.embed_dim = 32
+    for tower in (model.vision, model.text):
+        tower.update(width=32, depth=1, heads=2)
+    model = model.to_dict()
+    assert original_starts.compare(3, model)[0][0] > 1e-6
+    draw = original_starts.draw
+
+    def narrower(seed, model):
+        weights = draw(seed, model)
+        weights["image_post.proj"] *= 0.8
+        return weights
+
+    monkeypatch.setattr(original_starts, "draw", narrower)
+    p, name, statistic = original_starts.compare(3, model)[0]
+    assert (name, statistic) == ("image_post.proj", "deviation") and p < 1e-3

@@ -69,6 +69,12 @@ _COUNTRY = "country211/test|country211/country211/test"
 _SST2 = "rendered-sst2/test|renderedsst2/rendered-sst2/test"
 _GTSRB = "gtsrb|GTSRB"
 _MEMES = "hateful_memes/data|hateful_memes"
+_VOC = "VOCdevkit/VOC2007|voc/VOCdevkit/VOC2007|voc2007|VOC2007"
+# In the order of CLIP's list, by the names of their files.
+_VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dog", "horse"),
+    *("motorbike", "person", "sheep", "sofa", "diningtable", "pottedplant", "train", "tvmonitor"),
+)
 _COCO = "coco/annotations/instances_val2017.json|coco/instances_val2017.json"
 
 
@@ -495,6 +501,36 @@ def _read_gtsrb(root: pathlib.Path) -> Classification:
     return _data(folder, path, rows, prompts.class_names("gtsrb"), prompts.templates("gtsrb"))
 
 
+def _voc_list(name: str) -> str:
+    return _in(_VOC, f"ImageSets/Main/{name}_test.txt")
+
+
+def _read_voc2007(root: pathlib.Path) -> Classification:
+    """Which of 20 classes an image of the test split shows. By the rule of the challenge an image whose objects of a
+    class are all difficult, 0 in its list, does not count for that class.
+    """
+    signs, listed = {"1": 1, "0": 0, "-1": -1}, {}
+    for name in _VOC_CLASSES:
+        path = find(root, _voc_list(name))
+        rows = _lines(path, 2)
+        if wrong := next((row for row in rows if row[1] not in signs), None):
+            raise AnnotationError(f"{path}: {' '.join(wrong)[:60]!r}; expected an image and 1, 0 or -1")
+        listed[path] = {image: signs[sign] for image, sign, *_ in rows}
+        if len(listed[path]) < len(rows):
+            raise AnnotationError(f"{path}: {len(rows)} images, of which {len(listed[path])} differ")
+    first, *others = listed
+    images = sorted(listed[first])
+    if other := next((path for path in others if listed[path].keys() != listed[first].keys()), None):
+        raise AnnotationError(f"{other}: other images than {first.name} names")
+    if not images:
+        raise AnnotationError(f"{first}: no image is named")
+    table = np.array([[listed[path][image] for path in listed] for image in images])
+    folder = find_folder(root, _in(_VOC, "JPEGImages"))
+    pictures = [inside(folder, f"{image}.jpg", first) for image in images]
+    templates = prompts.templates("voc2007_multilabel")
+    return Classification(pictures, table > 0, [(name,) for name in _VOC_CLASSES], templates, table != 0)
+
+
 def _read_coco(root: pathlib.Path) -> Classification:
     """Which of COCO's 80 categories an image has an object of, crowds included; an image may have none."""
     path = find(root, _COCO)
@@ -794,6 +830,15 @@ BENCHMARKS = (
         (File(_MEMES_ROWS, 500, lambda path: len(read_json_lines(path))), File(_in(_MEMES, "img"))),
         *("https://hatefulmemeschallenge.com", "Hateful Memes licence of Meta, research only"),
         metric="roc_auc",
+    ),
+    _entry(
+        *("voc2007", "Pascal VOC 2007, several classes an image", _read_voc2007, 4_952, 20),
+        (
+            *(File(_voc_list(name), 4_952, _count_lines) for name in _VOC_CLASSES),
+            File(_in(_VOC, "JPEGImages")),
+        ),
+        *("http://host.robots.ox.ac.uk/pascal/VOC/voc2007", "images: Flickr terms; annotations: free for research"),
+        metric="voc_11_point_map",
     ),
     _entry(
         *("coco_objects", "COCO val2017, categories of objects", _read_coco, 5_000, 80),

@@ -68,7 +68,7 @@ ELEVATER = (
     ("wds_renderedsst2|rendered_sst2", "acc1"),
     ("wds_vtab-resisc45|resisc45", "acc1"),
     ("wds_cars|cars", "acc1"),
-    ("wds_voc2007_multilabel", "voc_11_point_map"),
+    ("wds_voc2007_multilabel|voc2007", "voc_11_point_map"),
 )
 PAPER = "FSC-CLIP, paper"
 AVERAGES = ("Comp", "ZS", "I2T", "T2I")

@@ -235,13 +235,7 @@ def sheet(rows: Sequence[Row], scale: Scale, *, tile: int = 192) -> Image.Image:
 
 def _cell(row: Row, heat: np.ndarray | None, scale: Scale, caption: str, box, tile: int) -> Image.Image:
     """An overlay scaled to the width of a tile, with a frame in it and a caption below; without a map the picture."""
-    picture = _rgb(row.image)
-    factor = min(tile / picture.width, TALLEST * tile / picture.height)
-    resampling = (
-        Image.Resampling.NEAREST if factor > 2 else Image.Resampling.BICUBIC
-    )  # small pictures show their pixels
-    size = tuple(max(1, round(factor * side)) for side in picture.size)
-    picture = picture.resize(size, resampling)
+    picture, factor = fit_tile(_rgb(row.image), tile)
     if heat is not None:
         part = None if row.part is None else tuple(factor * side for side in row.part)
         picture = overlay(picture, heat, scale, part)

@@ -6,6 +6,7 @@ many devices it runs. Of an image's texts it takes the slots that it is about (`
 hard negatives of them or descriptions of regions too.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 
 from flair_jax.models.dual_encoder import Features
 from flair_jax.objectives import hard_negatives, regions, sigmoid, softmax, text_conditioned
+from flair_jax.objectives.groups import check_divisor
 
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 OBJECTIVES: Mapping[str, Objective] = {
@@ -26,6 +28,26 @@ OBJECTIVES: Mapping[str, Objective] = {
     "text_conditioned": text_conditioned.loss,
 }
 LOCAL_TEXT = frozenset({"local_hard_negatives"})  # those that need the features of all tokens of the texts
+
+DIVISORS = ("block_size", "group_size", "reference_world_size")  # options that divide the batch
+
+
+def check(config: Mapping[str, Mapping[str, Any]], batch_size: int) -> None:
+    """Refuses a config's `objectives` section with a wrong option before data and programs are made ready.
+
+    Raises:
+      ValueError: naming the option.
+    """
+    for name, options in active(config).items():
+        parameters = inspect.signature(OBJECTIVES[name]).parameters.values()
+        known = {"weight", *(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)}
+        if unknown := set(options) - known:
+            raise ValueError(
+                f"unknown options {sorted(unknown)} of config.objectives.{name}; there are {sorted(known)}"
+            )
+        for option in DIVISORS:
+            if options.get(option) is not None:
+                check_divisor(f"{name}.{option}", options[option], batch_size)
 
 
 def needs_local_text(config: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -24,7 +24,7 @@ from flair_jax.data.transforms.base import CAPTIONS, NEGATIVES
 from flair_jax.models.dual_encoder import Features
 from flair_jax.models.layers import normalize
 from flair_jax.objectives import ring
-from flair_jax.objectives.groups import group_means
+from flair_jax.objectives.groups import check_divisor, group_means
 from flair_jax.objectives.softmax import as_in_processes, contrast
 
 Weights = Literal["minmax", "sparse", "softmax"]
@@ -317,11 +317,7 @@ def mean_of_rows(losses: jax.Array, valid: jax.Array, reference_world_size: int,
       name: of the objective, for the error.
     """
     images = losses.shape[0]
-    if reference_world_size < 1 or images % reference_world_size:
-        raise ValueError(
-            f"config.objectives.{name}.reference_world_size {reference_world_size} does not divide the batch of "
-            f"{images} images"
-        )
+    check_divisor(f"{name}.reference_world_size", reference_world_size, images)
     return group_means(losses, valid.any(axis=1), reference_world_size)
 
 

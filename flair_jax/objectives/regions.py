@@ -19,7 +19,7 @@ from flair_jax import boxes as geometry
 from flair_jax.data.transforms.base import BOXES, BOXES_VALID, DESCRIPTION_IDS, DESCRIPTIONS
 from flair_jax.models.dual_encoder import Features
 from flair_jax.models.layers import normalize
-from flair_jax.objectives.groups import group_means
+from flair_jax.objectives.groups import check_divisor, group_means
 
 EXACT = lax.Precision.HIGHEST
 
@@ -159,11 +159,7 @@ def groups_of(features: Features, group_size: int | None, name: str) -> int:
     """How many groups of consecutive images there are. Raises ValueError if they are not of one size."""
     images = features.image.pooled.shape[0]
     size = images if group_size is None else group_size
-    if size < 1 or images % size:
-        raise ValueError(
-            f"config.objectives.{name}.group_size {size} does not divide the batch of {images} images; None takes all "
-            "of them as one group"
-        )
+    check_divisor(f"{name}.group_size", size, images)
     return images // size
 
 

@@ -24,6 +24,7 @@ from flair_jax.data.transforms.base import CAPTIONS
 from flair_jax.models.dual_encoder import Features
 from flair_jax.models.layers import normalize
 from flair_jax.objectives import ring
+from flair_jax.objectives.groups import check_divisor
 from flair_jax.objectives.sigmoid import log_sigmoid_sum
 
 
@@ -60,11 +61,8 @@ def loss(
     features = features.of_slot(CAPTIONS)
     pooling, attend = features.pooling, features.pooling.attend
     images, texts = features.image.pooled.shape[0], features.text.pooled.shape[0]
-    block_size = block_size or images
-    if images % block_size:
-        raise ValueError(
-            f"config.objectives.text_conditioned.block_size {block_size} does not divide the batch of {images} images"
-        )
+    block_size = images if block_size is None else block_size
+    check_divisor("text_conditioned.block_size", block_size, images)
     captions, blocks = ring.texts_per_image(images, texts), images // block_size
 
     def pair_sums(image, number, shared, constants, texts, first):
