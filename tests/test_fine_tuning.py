@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from conftest import fresh_params, take_devices
 from test_train import MODEL, SIZE, assert_same_checkpoint, checkpoint_of, tiny
 
 from flair_jax import checkpoint, evaluate, pretrained, report, train
@@ -97,8 +98,6 @@ class Evaluations:
 def whole(tmp_path_factory, shared_programs):
     workdir = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        from conftest import take_devices
-
         take_devices(patch, 1)
         evaluations = Evaluations(patch)
         train.train(stopping_run(), workdir)
@@ -189,7 +188,7 @@ def start(tmp_path_factory):
     section = configuration.normalize({**section, **{k: v for k, v in MODEL.items() if k != "pooling"}})
     model = train.models.create(section)
     path = tmp_path_factory.mktemp("start") / "clip.safetensors"
-    pretrained.Pretrained(section, train.state.init_params(model, 3)).save(path)
+    pretrained.Pretrained(section, fresh_params(model, 3)).save(path)
     return path
 
 
