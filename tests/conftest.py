@@ -19,7 +19,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import golden_files
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -141,8 +140,9 @@ def share_programs():
 
     def state_once(model, optimize, mesh, seed, **kept):
         key = ("state", model, repr(sorted(options_of[id(optimize)].items())), mesh, seed, repr(sorted(kept.items())))
-        # Copies, since the step donates what it is given.
-        return jax.tree.map(jnp.copy, once(key, lambda: create_state(model, optimize, mesh, seed, **kept)))
+        made = once(key, lambda: create_state(model, optimize, mesh, seed, **kept))
+        # Copies, since the step donates what it is given; `jnp.copy` would compile a program per shape.
+        return jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), made)
 
     def step_once(step, current, placed):
         parts = {name: value for name, value in step.keywords.items() if name not in ("model", "optimizer")}

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from conftest import fresh_params, take_devices
 from processes import one_device
 from test_processes import free_port
 from test_train import MODEL, SIZE, assert_same_checkpoint, checkpoint_of, tiny
@@ -102,8 +103,6 @@ class Evaluations:
 def whole(tmp_path_factory, shared_programs):
     workdir = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        from conftest import take_devices
-
         take_devices(patch, 1)
         evaluations = Evaluations(patch)
         train.train(stopping_run(), workdir)
@@ -224,7 +223,7 @@ def start(tmp_path_factory):
     section = configuration.normalize({**section, **{k: v for k, v in MODEL.items() if k != "pooling"}})
     model = train.models.create(section)
     path = tmp_path_factory.mktemp("start") / "clip.safetensors"
-    pretrained.Pretrained(section, train.state.init_params(model, 3)).save(path)
+    pretrained.Pretrained(section, fresh_params(model, 3)).save(path)
     return path
 
 

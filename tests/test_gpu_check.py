@@ -49,7 +49,7 @@ MISSING = {
 def test_all_parts_run_without_what_a_lent_machine_lacks(tmp_path):
     pytest.importorskip("torch")
     (tmp_path / "sitecustomize.py").write_text(HIDE.format(packages=MISSING))
-    environment = one_device(PYTHONPATH=str(tmp_path))
+    environment = one_device(PYTHONPATH=str(tmp_path), CXX=str(ROOT / "tests" / "quick_g++"))
     command = [
         sys.executable,
         "benchmarks/gpu_check.py",

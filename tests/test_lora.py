@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import fresh_params, load_golden, nhwc
+from conftest import fresh_params, load_golden, nhwc, take_devices
 from optional import torch
 from test_train import checkpoint_of
 from test_train import tiny as tiny_run
@@ -454,7 +454,9 @@ def run(tmp_path_factory, shared_programs):
     config = {**tiny_run(steps=4), "lora": {"rank": 2}, "init_from": str(folder / BEFORE), "ema_decay": 0.9}
     params = fresh_params(models.create(config["model"]), 1)
     flax_files.write(folder / BEFORE, params, config["model"])
-    train.train(config, folder / "lora")
+    with pytest.MonkeyPatch.context() as patch:
+        take_devices(patch, 1)
+        train.train(config, folder / "lora")
     return folder, config
 
 
@@ -471,6 +473,7 @@ def test_training_changes_what_is_adapted_and_nothing_else(run):
     np.testing.assert_allclose([line["logit_scale"] for line in lines], np.exp(before["logit_scale"]), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_a_killed_run_goes_on_exactly_without_the_weights_it_started_from(run, tmp_path):
     folder, config = run
     saved = tmp_path / "stopped"

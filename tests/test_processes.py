@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import take_devices
 from processes import one_device, wait_for
 from test_train import ROOT, command, tiny
 
@@ -116,8 +117,9 @@ def last_step(workdir: pathlib.Path) -> int:
 
 
 def train_alone(workdir: pathlib.Path, until: int, monkeypatch) -> None:
-    """One process, this one, with eight devices."""
+    """One process, this one, with one device."""
     with monkeypatch.context() as patch:
+        take_devices(patch, 1)
         patch.setattr(distributed.Signals, "stop", lambda self, step: signal.SIGTERM if step == until else 0)
         with pytest.raises(distributed.Interrupted, match=f"SIGTERM at step {until}: saved"):
             train.train(tiny(**OPTIONS), workdir)
@@ -133,40 +135,6 @@ def assert_unbroken(workdir: pathlib.Path, reference: pathlib.Path) -> None:
         )
 
 
-def test_processes_may_come_go_and_die_and_change_nothing(tmp_path, monkeypatch):
-    """Four, one, two and again two processes train one run in turn; SIGTERM, kill -9 and a frozen machine end them."""
-    run = tmp_path / "run"
-    with Group(run, as_slurm(4, free_port())) as four:
-        four.train_until(3)
-        four.processes[2].send_signal(signal.SIGTERM)  # one alone hears of it, and all agree on a step
-        for index in range(4):
-            assert four.ends(index, 60) == 128 + signal.SIGTERM
-            assert "SIGTERM at step" in four.log(index)
-    step, writers = newest(run)
-    assert step == last_step(run) and writers == 4
-
-    train_alone(run, step + 5, monkeypatch)  # what four wrote restores in one …
-    assert newest(run) == (step + 5, 1)
-
-    with Group(run, as_tpu_pod(2, free_port())) as two:  # … and the other way round
-        two.train_until(step + 11)
-        two.processes[1].kill()
-        assert two.ends(0, HEARTBEAT + 30) not in (0, 128 + signal.SIGTERM)
-        assert "the same command goes on" in two.log(0) or "another task died" in two.log(0), two.log(0)[-3000:]
-    behind, writers = newest(run)
-    assert behind >= step + 6 and writers == 2
-
-    with Group(run, as_slurm(2, free_port())) as two:
-        two.train_until(last_step(run) + 3)
-        two.processes[0].send_signal(signal.SIGSTOP)  # as a machine that hangs; its connections stay open
-        assert two.ends(1, HEARTBEAT + 30) not in (0, 128 + signal.SIGTERM)
-        assert "another task died" in two.log(1), two.log(1)[-3000:]
-        assert f"going on from step {behind} " in two.log(1)
-
-    train_alone(tmp_path / "reference", last_step(run), monkeypatch)
-    assert_unbroken(run, tmp_path / "reference")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Scripts
 
@@ -174,20 +142,24 @@ FAKE = """#!/bin/bash
 printf '%s\\n' "$(basename "$0") $*" >> {record}
 {body}
 """
-# Starts the tasks and, as Slurm does before the time is up, sends them SIGTERM once they train.
+# Starts four tasks and sends one of them SIGTERM once they train: it alone hears of it, and all agree on a step.
 SRUN = """
 while [[ $1 == --* ]]; do shift; done
-for id in 0 1; do
-  SLURM_NTASKS=2 SLURM_STEP_NODELIST=localhost SLURM_PROCID=$id SLURM_LOCALID=$id "$@" > {workdir}-$id 2>&1 &
+for id in 0 1 2 3; do
+  SLURM_NTASKS=4 SLURM_STEP_NODELIST=localhost SLURM_PROCID=$id SLURM_LOCALID=$id "$@" > {workdir}-$id 2>&1 &
   tasks+=($!)
 done
 until (( $(cat {workdir}/metrics.jsonl 2>/dev/null | wc -l) >= 3 )); do
   kill -0 "${{tasks[@]}}" || break
   sleep 0.1
 done
-kill -TERM "${{tasks[@]}}"
-for task in "${{tasks[@]}}"; do wait "$task" || status=$?; done
-exit "${{status-0}}"
+kill -TERM "${{tasks[2]}}"
+for task in "${{tasks[@]}}"; do
+  wait "$task"
+  status=$?
+  echo "$status" >> {workdir}-statuses
+done
+exit "$status"
 """
 # A pod that is not there at first, and is taken away in its first run.
 GCLOUD = """
@@ -225,7 +197,12 @@ def test_scripts_are_bash(script):
     assert os.access(script, os.X_OK)
 
 
-def test_slurm_script_trains_is_told_to_stop_and_queues_again(tmp_path, fake):
+@pytest.mark.usefixtures("shared_programs")
+def test_processes_may_come_go_and_die_and_change_nothing(tmp_path, fake, monkeypatch):
+    """Four, one, two and again two processes train one run in turn; SIGTERM, kill -9 and a frozen machine end them.
+
+    The first four are started by the Slurm script, which queues again when they were told to stop.
+    """
     run = tmp_path / "run"
     extra, record = fake(srun=SRUN.format(workdir=run), scontrol="")
     job = str(free_port() % 2**12)
@@ -233,13 +210,36 @@ def test_slurm_script_trains_is_told_to_stop_and_queues_again(tmp_path, fake):
     done = subprocess.run(
         [SCRIPTS / "slurm.sh", *flags], cwd=ROOT, env=one_device(**extra, SLURM_JOB_ID=job), timeout=180
     )
-    log = pathlib.Path(f"{run}-0").read_text()
-    assert done.returncode == 143, log[-3000:]
-    start, requeue = record()
-    assert start.startswith("srun --kill-on-bad-exit=1 python -m flair_jax.main --distributed --config=")
+    logs = [pathlib.Path(f"{run}-{index}").read_text() for index in range(4)]
+    assert done.returncode == 128 + signal.SIGTERM, logs[0][-3000:]
+    assert pathlib.Path(f"{run}-statuses").read_text().split() == [str(128 + signal.SIGTERM)] * 4
+    assert "4 processes" in logs[0] and all("SIGTERM at step" in log for log in logs)
+    begin, requeue = record()
+    assert begin.startswith("srun --kill-on-bad-exit=1 python -m flair_jax.main --distributed --config=")
     assert requeue == f"scontrol requeue {job}"
-    assert "2 processes" in log
-    assert newest(run) == (last_step(run), 2)
+    step, writers = newest(run)
+    assert step == last_step(run) and writers == 4
+
+    train_alone(run, step + 5, monkeypatch)  # what four wrote restores in one …
+    assert newest(run) == (step + 5, 1)
+
+    with Group(run, as_tpu_pod(2, free_port())) as two:  # … and the other way round
+        two.train_until(step + 11)
+        two.processes[1].kill()
+        assert two.ends(0, HEARTBEAT + 30) not in (0, 128 + signal.SIGTERM)
+        assert "the same command goes on" in two.log(0) or "another task died" in two.log(0), two.log(0)[-3000:]
+    behind, writers = newest(run)
+    assert behind >= step + 6 and writers == 2
+
+    with Group(run, as_slurm(2, free_port())) as two:
+        two.train_until(last_step(run) + 3)
+        two.processes[0].send_signal(signal.SIGSTOP)  # as a machine that hangs; its connections stay open
+        assert two.ends(1, HEARTBEAT + 30) not in (0, 128 + signal.SIGTERM)
+        assert "another task died" in two.log(1), two.log(1)[-3000:]
+        assert f"going on from step {behind} " in two.log(1)
+
+    train_alone(tmp_path / "reference", last_step(run), monkeypatch)
+    assert_unbroken(run, tmp_path / "reference")
 
 
 def test_slurm_script_says_how_to_go_on_after_a_crash(fake):
