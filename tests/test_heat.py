@@ -153,3 +153,12 @@ def test_sheet_refuses_lists_that_do_not_match():
         sheet([Row(blue_picture(), [], [])], SCALE)
     with pytest.raises(ValueError, match="zip"):
         sheet([Row(blue_picture(), [np.ones((6, 6))], ["a", "b"])], SCALE)
+
+
+def test_numbers_of_a_scale_do_not_run_into_each_other():
+    def ink(mark, columns):
+        picture = np.asarray(legend(Scale(0.0, 6.1, 1.0, "", (mark,)), 320))
+        return (picture[15:28, columns] < 128).any()
+
+    assert ink(3.0, slice(68, 90)) and not ink(0.8, slice(68, 90))
+    assert not ink(0.8, slice(20, 40)) and ink(0.8, slice(0, 20))

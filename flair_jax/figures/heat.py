@@ -11,6 +11,7 @@ from flair_jax.figures import as_pixels
 BOX = (0, 255, 0)
 MARGIN = 6  # pixels between the pictures of a sheet
 FONT_SIZE, LINE = 12, 15
+LEAST_GAP = 4  # pixels between numbers of a scale; of two that are nearer the mark's is left out
 COLUMNS = 6  # maps beside a picture, at most
 TALLEST = 1.5  # height of a picture in a sheet, in widths
 # From the lowest value to the highest: how opaque the heat is, and its colour.
@@ -318,11 +319,15 @@ def legend(scale: Scale, width: int, hatched: bool = False) -> Image.Image:
     between = []
     if scale.low is not None and scale.high is not None:
         between = [((mark - scale.low) / (scale.high - scale.low), scale.printed(mark)) for mark in scale.marks]
+    taken = []
     for place, label in [*ends, *between]:
         x = place * (bar - 1)
         draw.line((x, 9, x, 14), fill="black")
         length = font.getlength(label)
-        draw.text((min(max(0, x - length / 2), bar + 28 - length), 14), label, fill="black", font=font)
+        left = min(max(0, x - length / 2), bar + 28 - length)
+        if all(left + length + LEAST_GAP < start or end + LEAST_GAP < left for start, end in taken):
+            draw.text((left, 14), label, fill="black", font=font)
+            taken.append((left, left + length))
     return picture
 
 
