@@ -530,8 +530,9 @@ def test_labels_that_cannot_be_read_are_broken_images():
 # Pictures, and what is refused
 
 
-def test_figures_show_masks_and_bars():
-    evaluator = Segmentation(Colours(4), colour_set(), preprocess=plain, modes=("projected", "value"))
+@pytest.mark.parametrize("modes", [("projected", "value"), ("value", "projected")])
+def test_figures_show_masks_of_the_best_mode_and_bars(modes):
+    evaluator = Segmentation(Colours(4), colour_set(), preprocess=plain, modes=modes)
     assert list(evaluator.figures({})) == []
     list(evaluator.run({}))
     (title, masks), (_, bars) = evaluator.figures({})

@@ -511,7 +511,7 @@ class Segmentation:
         self._encoder = functools.partial(
             Encoder, preprocess=preprocess, image_batch=image_batch, text_batch=text_batch, mesh=mesh
         )
-        self._shown: list[tuple[int, np.ndarray]] = []
+        self._shown: list[tuple[int, dict[str, np.ndarray]]] = []  # numbers of images, and their masks by mode
         self._iou: dict[str, np.ndarray] = {}
 
     def confusion(self, params: Any) -> dict[str, ConfusionMatrix]:
@@ -529,8 +529,8 @@ class Segmentation:
         for number, labels, predictions in self._masks(params):
             for mode, prediction in predictions.items():
                 matrices[mode].add(labels, prediction)
-                if mode == self._modes[0] and number in shown:
-                    self._shown.append((number, prediction))
+            if number in shown:
+                self._shown.append((number, predictions))
         if jax.process_count() > 1:
             for matrix in matrices.values():
                 matrix.sum_over_processes()
@@ -573,15 +573,17 @@ class Segmentation:
                     yield result(f"iou/{name}", float(value), mode)
 
     def figures(self, params: Any) -> Iterator[tuple[str, Any]]:
-        """Titles and pictures (PIL) of the last `run`: a few images with their masks, and the IoU of the classes."""
+        """Titles and pictures (PIL) of the last `run`: images with masks of the mode whose mean IoU is best, and the
+        IoU of the classes.
+        """
         del params  # the other evaluators' need them
         data = self._data
         if self._shown:
-            numbers, predictions = zip(*self._shown, strict=True)
-            images = [np.asarray(data.images[number]) for number in numbers]
-            labels = [np.asarray(data.labels[number]) for number in numbers]
-            picture = figures.masks(images, labels, predictions, data.classes)
-            yield f"true and predicted masks ({self._modes[0]})", picture
+            best = max(self._modes, key=lambda mode: np.nanmean(self._iou[mode]))
+            images = [np.asarray(data.images[number]) for number, _ in self._shown]
+            labels = [np.asarray(data.labels[number]) for number, _ in self._shown]
+            predictions = [masks[best] for _, masks in self._shown]
+            yield f"true and predicted masks ({best})", figures.masks(images, labels, predictions, data.classes)
         if self._iou:
             yield "intersection over union", figures.bars(data.classes, self._iou)
 
