@@ -141,7 +141,7 @@ def compare(count: int, model: Mapping[str, Any]) -> list[tuple[float, str, str]
             sides[side].append({name: _statistics(weights[name]) for name in original.keys() - constant})
     found = []
     for name, values in sides["ours"][0].items():
-        for number, statistic in zip(range(len(values)), STATISTICS, strict=False):  # a vector has the first four
+        for number, statistic in enumerate(STATISTICS[: len(values)]):  # a vector has the first four
             a, b = ([start[name][number] for start in starts] for starts in sides.values())
             found.append((float(stats.ttest_ind(a, b, equal_var=False).pvalue), name, statistic))
     return sorted(found)

@@ -27,7 +27,8 @@ def check(model: Mapping[str, Any]) -> None:
       ValueError: no module of PyTorch computes the model. ImportError: a package is missing.
     """
     kind, wrong = model.get("name", "flair"), hugging_face.differing_options(model)
-    wrong |= {key: model[key] for key in ("decoder",) if model.get(key) is not None}
+    if model.get("decoder") is not None:
+        wrong["decoder"] = model["decoder"]
     if kind == "flair":
         fits = model.get("pooling") is not None and model.get("gelu", "exact") == "exact"
     else:
