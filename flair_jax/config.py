@@ -10,10 +10,12 @@ import ast
 import importlib
 import importlib.util
 import json
+import math
+import numbers
 import os
 import pkgutil
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,6 +24,7 @@ from ml_collections import ConfigDict
 
 from flair_jax import configs
 from flair_jax.configs import base
+from flair_jax.convert.rules import MODELS
 from flair_jax.data.transforms.tokenizer import VOCAB_SIZE
 from flair_jax.early_stopping import EarlyStoppingOptions
 from flair_jax.lora import LoraOptions
@@ -30,6 +33,29 @@ from flair_jax.lora import LoraOptions
 OPEN_SECTIONS = ("evaluators", "objectives")
 
 NONE_TOO = ("model.init_logit_bias", "keep")  # keys that have a default and may be None all the same
+
+# Which numbers a key may have: in words, as a test, and the keys. None is checked apart.
+RANGES: Sequence[tuple[str, Callable[[Any], bool], Sequence[str]]] = (
+    (
+        "1 or more", lambda x: x >= 1,
+        (
+            "steps", "batch_size", "log_every", "save_every", "keep", "keep_every", "objectives.*.chunk_size",
+            "evaluators.*.topk", "evaluators.*.image_batch", "evaluators.*.text_batch",
+        ),
+    ),
+    (
+        "0 or more", lambda x: x >= 0,
+        (
+            "eval_every", "evaluators.*.every", "data.workers", "optimizer.learning_rate", "optimizer.warmup_steps",
+            "optimizer.first_learning_rate", "optimizer.last_learning_rate", "optimizer.weight_decay", "optimizer.eps",
+        ),
+    ),
+    ("a number above 0", lambda x: x > 0, ("epochs", "optimizer.clip_norm")),
+    ("0 or more and less than 1", lambda x: 0 <= x < 1, ("optimizer.b1", "optimizer.b2")),
+    ("a share from 0 to 1", lambda x: 0 <= x <= 1, ("data.max_skipped", "data.packing.quantile")),
+    ("a share between 0 and 1, such as 0.9999", lambda x: 0 < x < 1, ("ema_decay",)),
+    ("a whole number from 0 to 4294967295", lambda x: 0 <= x < 2**32, ("seed",)),  # JAX drops all higher bits
+)  # fmt: skip
 
 # What a run may change when it goes on from a checkpoint; everything else would make the rest another experiment.
 MAY_CHANGE = {
@@ -203,14 +229,16 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"the config lacks {sorted(missing)}")
     if "name" not in config["model"]:
         raise ValueError("config.model has no name: it is completed by the weights of init_from when a run starts")
+    _check_sections(config, defaults)
     values = flatten(config)
     for key, default in flatten(defaults).items():
         if default is not None and key not in NONE_TOO and key in values and values[key] is None:
             raise ValueError(f"config.{key} is None; expected a value such as {default!r}")
+    _check_ranges(values)
+    if config["model"]["name"] not in MODELS:
+        raise ValueError(f"config.model.name is {config['model']['name']!r}; expected one of {sorted(MODELS)}")
     if bool(config["steps"]) == bool(config["epochs"]):
         raise ValueError(f"set one of config.steps and config.epochs, not {config['steps']} and {config['epochs']}")
-    if config["ema_decay"] is not None and not 0 < config["ema_decay"] < 1:
-        raise ValueError(f"config.ema_decay is {config['ema_decay']}; expected a share between 0 and 1, such as 0.9999")
     if (profile := config["profile_steps"]) and (len(profile) != 2 or not 0 <= profile[0] <= profile[1]):
         raise ValueError(f"config.profile_steps is {profile}; expected the first and the last, such as (10, 12)")
     if config["lora"] is not None:
@@ -226,6 +254,28 @@ def check(config: Mapping[str, Any]) -> None:
     if config["model"]["text"]["vocab_size"] < VOCAB_SIZE:
         size = config["model"]["text"]["vocab_size"]
         raise ValueError(f"model.text.vocab_size is {size}; the tokenizer has {VOCAB_SIZE} ids")
+
+
+def _check_sections(config: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "config") -> None:
+    """Raises ValueError where a config has a value instead of a section; parts of a model may be None."""
+    for key, value in config.items():
+        default = {} if prefix.removeprefix("config.") in OPEN_SECTIONS else defaults.get(key)
+        if isinstance(default, Mapping) and not (value is None and prefix == "config.model"):
+            if not isinstance(value, Mapping):
+                keys = f" with {sorted(default)}" if default else ""
+                raise ValueError(f"{prefix}.{key} is {value!r}; expected a section{keys}")
+            _check_sections(value, default, f"{prefix}.{key}")
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+    """Raises ValueError naming the first key whose number is none of its `RANGES`."""
+    for words, holds, patterns in RANGES:
+        for key, value in values.items():
+            if value is None or not any(fnmatchcase(key, pattern) for pattern in patterns):
+                continue
+            number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or not holds(value):
+                raise ValueError(f"config.{key} is {value!r}; expected {words}")
 
 
 def check_resume(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:

@@ -36,6 +36,7 @@ from flair_jax.evaluators import (
     Segmentation,
     SegmentationSet,
     features,
+    retrieval,
 )
 from flair_jax.evaluators.segmentation import IGNORE
 from flair_jax.evaluators.store import FeatureStore
@@ -179,8 +180,13 @@ def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]
     found = {}
     data = config["data"]
     for name, section in config["evaluators"].items():
-        options = dict(section)
-        kind = options.pop("kind", None)
+        if not isinstance(section, Mapping):
+            raise ValueError(f"evaluators.{name} is {section!r}; expected a section with a kind and its options")
+        kind = section.get("kind")
+        source = SOURCES.get(kind, ("",))[0]
+        # None is the default of any option, and says of the source that the evaluator is off.
+        options = {key: value for key, value in section.items() if value is not None or key == source}
+        options.pop("kind", None)
         options.pop("every", None)
         if kind not in KINDS:
             raise ValueError(f"evaluators.{name}.kind is {kind!r}; expected one of {sorted(KINDS)}")
@@ -224,6 +230,9 @@ def check(config: Mapping[str, Any]) -> None:
             size = config["model"]["vision"]["image_size"]
             if size not in (options["size"], (options["size"], options["size"])):
                 raise ValueError(f"evaluators.{name}.size is {options['size']}; model.vision.image_size is {size}")
+        modes = retrieval.MODES if config["model"]["pooling"] is not None else ("global",)
+        if kind != "benchmarks" and (unknown := set(options.get("modes") or ()) - set(modes)):
+            raise ValueError(f"evaluators.{name}.modes has {sorted(unknown)}; this model has {list(modes)}")
         if kind == "benchmarks":
             table.select(options.get("sets", ("*",)))
         if is_off(kind, options):

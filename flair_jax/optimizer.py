@@ -63,7 +63,22 @@ class Rules:
     clamp: Sequence[tuple[str, float, float]] = ()
 
     def __post_init__(self):
+        for kind, length, form in (("rules", 2, "(pattern, values)"), ("clamp", 3, "(pattern, lowest, highest)")):
+            for rule in getattr(self, kind):
+                if not isinstance(rule, list | tuple) or len(rule) != length or not isinstance(rule[0], str):
+                    raise ValueError(f"config.optimizer.{kind} has {rule!r}; expected entries {form}, a list of them")
+                try:
+                    re.compile(rule[0])
+                except re.error as error:
+                    raise ValueError(
+                        f"config.optimizer.{kind}: {rule[0]!r} is no regular expression: {error}"
+                    ) from error
+        for pattern, lowest, highest in self.clamp:
+            if not lowest <= highest:
+                raise ValueError(f"config.optimizer.clamp: {pattern!r} has the bounds {lowest} and {highest}")
         for pattern, values in self.rules:
+            if not isinstance(values, Mapping):
+                raise ValueError(f"config.optimizer.rules: {pattern!r} has {values!r}; expected {sorted(RULE_KEYS)}")
             if unknown := set(values) - RULE_KEYS:
                 raise ValueError(
                     f"config.optimizer.rules: {pattern!r} has {sorted(unknown)}; there are {sorted(RULE_KEYS)}"
@@ -168,7 +183,7 @@ def create(
       clip_norm: largest global norm of the gradient; None: no clipping.
       rules, clamp: see `Rules`.
     """
-    by_name = Rules(tuple((pattern, dict(values)) for pattern, values in rules), tuple(map(tuple, clamp)))
+    by_name = Rules(tuple(rules), tuple(clamp))
     rate = schedule(learning_rate, warmup_steps, total_steps, first_learning_rate, last_learning_rate)
     tx = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=by_name.decay)
     if any("lr_scale" in values for _, values in by_name.rules):

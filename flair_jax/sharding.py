@@ -24,10 +24,10 @@ def create_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None 
       ValueError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    if data == -1:
-        data = len(devices) // fsdp
-    if data * fsdp != len(devices):
+    copies = len(devices) // fsdp if data == -1 and fsdp > 0 else data
+    if copies < 1 or copies * fsdp != len(devices):
         raise ValueError(f"config.mesh data={data} times fsdp={fsdp} is not the number of devices, {len(devices)}")
+    data = copies
     return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 

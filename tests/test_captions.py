@@ -204,6 +204,7 @@ def test_a_field_of_sentences_is_one_text_where_they_are_joined():
         (dict(merging="both"), "captions.merging is 'both'; choose one of mixed, consecutive, scattered"),
         (dict(splitting="nltk"), "captions.splitting is 'nltk'; choose one of every_stop, sentences"),
         (dict(fields="caption"), r"captions.fields is 'caption'; give a list of keys, as \('caption',\)"),
+        (dict(fields=()), "captions.fields is empty"),
         (dict(count=0), "captions.count is 0"),
         (dict(first=0), "captions.first 0"),
         (dict(min_merged=4), "captions.min_merged is 4, captions.max_merged 3"),
@@ -326,10 +327,20 @@ def test_pixelprose():
     assert captions.sentences(record, fields=("caption",)) == ["First one", "Second two"]
 
 
-@pytest.mark.parametrize("record", [{}, {"raw_caption": None}, {"raw_caption": [" "], "longSV_captions": "."}])
+@pytest.mark.parametrize("record", [{"raw_caption": None}, {"raw_caption": [" "], "longSV_captions": "."}])
 def test_record_without_captions(record):
     with pytest.raises(CaptionError, match=r"^no captions$"):
         captions.sentences(record)
+
+
+def test_a_record_of_other_keys_names_both_sides():
+    with pytest.raises(CaptionError) as raised:
+        captions.sentences({"text": "A dog", "url": "x"}, fields=("caption", "meta.caption"))
+    assert str(raised.value) == (
+        "no captions: there is none of the fields caption, meta.caption; the keys are text, url"
+    )
+    with pytest.raises(CaptionError, match=r"the keys are none$"):
+        captions.sentences({})
 
 
 @pytest.mark.parametrize(

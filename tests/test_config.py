@@ -102,6 +102,39 @@ def test_none_is_refused_where_a_key_needs_a_value():
         configuration.check(configuration.read("shards", ["--config.data.captions.count=None"]))
 
 
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("steps=-5", "config.steps is -5; expected 1 or more"),
+        ("epochs=-1.0", "config.epochs is -1.0; expected a number above 0"),
+        ("batch_size=0", "config.batch_size is 0; expected 1 or more"),
+        ("log_every=0", "config.log_every is 0; expected 1 or more"),
+        ("save_every=0", "config.save_every is 0; expected 1 or more"),
+        ("keep=0", "config.keep is 0; expected 1 or more"),
+        ("eval_every=-1", "config.eval_every is -1; expected 0 or more"),
+        ("evaluators.val.every=-1", "config.evaluators.val.every is -1; expected 0 or more"),
+        ("evaluators.val.topk=0", "config.evaluators.val.topk is 0; expected 1 or more"),
+        ("evaluators.val.image_batch=2.5.1", "config.evaluators.val.image_batch is '2.5.1'; expected 1 or more"),
+        ("optimizer.learning_rate=-1e-3", "config.optimizer.learning_rate is -0.001; expected 0 or more"),
+        ("optimizer.learning_rate=1e999", "config.optimizer.learning_rate is inf; expected 0 or more"),
+        ("optimizer.clip_norm=0", "config.optimizer.clip_norm is 0.0; expected a number above 0"),
+        ("optimizer.b2=1", "config.optimizer.b2 is 1.0; expected 0 or more and less than 1"),
+        ("data.max_skipped=2", "config.data.max_skipped is 2.0; expected a share from 0 to 1"),
+        ("data.workers=-1", "config.data.workers is -1; expected 0 or more"),
+        ("objectives.sigmoid.chunk_size=0", "config.objectives.sigmoid.chunk_size is 0; expected 1 or more"),
+        ("seed=4294967296", "config.seed is 4294967296; expected a whole number from 0 to 4294967295"),  # would be 0
+        ("model.name=flare", "config.model.name is 'flare'; expected one of ['clip', 'flair',"),
+        ("evaluators.val=None", "config.evaluators.val is None; expected a section"),
+        ("data=None", "config.data is None; expected a section with ['augmentation', 'captions',"),
+        ("model.vision=3", "expected ConfigDict"),
+    ],
+)
+def test_a_value_that_makes_no_run_is_refused_before_it_starts(argument, words):
+    with pytest.raises(ValueError) as raised:
+        configuration.check(configuration.read("flair_cc3m", [f"--config.{argument}"]))
+    assert words in str(raised.value)
+
+
 def test_home_is_expanded_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     flat = change(

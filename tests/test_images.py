@@ -220,6 +220,13 @@ def test_an_unknown_preprocessing_is_refused_by_name(option):
         images.Preprocessing(**{option: "other"})
 
 
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (1.0, 0.9), (-1.0, 1.0), (0.5,)])
+@pytest.mark.parametrize("option", ["scale", "ratio"])
+def test_bounds_that_no_crop_can_have_are_refused_by_name(option, bounds):
+    with pytest.raises(ValueError, match=rf"augmentation\.{option} is \({bounds[0]}.*; expected a smallest"):
+        images.AugmentationOptions(**{option: bounds})
+
+
 # Modes
 
 MODES = {

@@ -359,6 +359,28 @@ def test_unknown_ways_to_compute_are_refused_by_name(change):
         jax.eval_shape(models.create({**TINY, **change}).init, jax.random.key(0), IMAGES, TOKENS)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(embed_dim=0), "model.embed_dim is 0; expected a positive integer"),
+        (dict(dtype="flot32"), "model.dtype is 'flot32'; expected a type of floats"),
+        (dict(dtype="int32"), "model.dtype is 'int32'; expected a type of floats"),
+        (
+            dict(vision={**TINY["vision"], "heads": 3}),
+            "model.vision.heads is 3, which does not divide",
+        ),
+        (dict(vision={**TINY["vision"], "patch_size": 0}), "model.vision.patch_size is 0; expected a positive integer"),
+        (dict(text={**TINY["text"], "depth": -1}), "model.text.depth is -1; expected a positive integer"),
+        (dict(text={**TINY["text"], "width": "64"}), "model.text.width is '64'; expected a positive integer"),
+        (dict(pooling={"heads": 7}), "model.pooling.heads is 7, which does not divide model.embed_dim"),
+    ],
+)
+def test_sizes_that_make_no_model_are_refused_by_name(change, words):
+    with pytest.raises(ValueError) as raised:
+        models.create({**TINY, **change})
+    assert words in str(raised.value)
+
+
 def test_remat_saves_memory():
     """In this order: all is kept, dense layers, the blocks' inputs."""
     deep = {**TINY, "vision": {**TINY["vision"], "depth": 8}}

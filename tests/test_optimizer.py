@@ -195,3 +195,19 @@ def test_a_pattern_that_matches_nothing_is_refused(options):
 def test_an_unknown_value_of_a_rule_is_refused():
     with pytest.raises(ValueError, match=r"'\.\*' has \['learning_rate'\]; there are"):
         step_of_ones(rules=((".*", {"learning_rate": 0.1}),))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(rules=("vision/.*", {"frozen": True})), "rules has 'vision/.*'; expected entries (pattern, values)"),
+        (dict(rules=(("(", {"frozen": True}),)), "rules: '(' is no regular expression: missing )"),
+        (dict(rules=((".*", "frozen"),)), "rules: '.*' has 'frozen'; expected ['decay', 'frozen', 'lr_scale']"),
+        (dict(clamp=(("scale", 1.0),)), "clamp has ('scale', 1.0); expected entries (pattern, lowest, highest)"),
+        (dict(clamp=(("scale", 2.0, 1.0),)), "clamp: 'scale' has the bounds 2.0 and 1.0"),
+    ],
+)
+def test_rules_of_another_form_are_refused(options, words):
+    with pytest.raises(ValueError) as raised:
+        step_of_ones(**options)
+    assert f"config.optimizer.{words}" in str(raised.value)

@@ -28,6 +28,7 @@ FIELDS = (
     "longLLA_captions",
 )
 
+SHOWN_KEYS = 10  # of a record without any of the fields
 MAX_LIST = 1 << 20  # characters of a list written as text
 
 _LINE_ENDS = re.compile(r"\n|</s>")
@@ -63,6 +64,8 @@ class CaptionOptions:
     reference_windows: bool = True  # the last window of consecutive sentences is never drawn, as in the reference
 
     def __post_init__(self):
+        if not self.fields:
+            raise ValueError("captions.fields is empty; give the keys of the captions, such as ('caption',)")
         if isinstance(self.fields, str):
             raise ValueError(f"captions.fields is {self.fields!r}; give a list of keys, as ({self.fields!r},)")
         for name, allowed in (("splitting", SPLITTINGS), ("merging", MERGINGS)):
@@ -147,8 +150,14 @@ def sentences(record: Mapping, fields: Sequence[str] = FIELDS, splitting: str = 
         raise CaptionError(f"the record must be a JSON object, not {type(record).__name__}")
     found = [sentence for field in fields for sentence in field_sentences(record.get(field), splitting, field)]
     if not found:
-        raise CaptionError("no captions")
+        raise CaptionError("no captions" if any(field in record for field in fields) else _no_field(record, fields))
     return found
+
+
+def _no_field(record: Mapping, fields: Sequence[str]) -> str:
+    """The message: which keys were looked for, and some that there are."""
+    wanted, there = ", ".join(map(str, fields)), ", ".join(map(str, list(record)[:SHOWN_KEYS])) or "none"
+    return f"no captions: there is none of the fields {wanted:.200}; the keys are {there:.200}"
 
 
 def sample(

@@ -70,6 +70,10 @@ class AugmentationOptions:
     sided: str = "refuse"  # pictures with a text that says left or right: a key of SIDED
 
     def __post_init__(self):
+        for name, highest, what in (("scale", 1, "shares of the area"), ("ratio", math.inf, "width over height")):
+            bounds = getattr(self, name)
+            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= highest:
+                raise ValueError(f"augmentation.{name} is {bounds}; expected a smallest and a largest, {what}")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"augmentation.flip is {self.flip}; expected a share of the pictures, from 0 to 1")
         if self.sided not in SIDED:

@@ -1,5 +1,6 @@
 """Models from the `model` section of a config: parts, and the module that holds them."""
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from flair_jax.models.layers import ComputeOptions
 
 COMPUTE = ("scan_blocks", "remat", "attention", "gelu")  # keys of the section that are fields of ComputeOptions
 PARTS = ("vision", "text", "pooling", "decoder")  # keys that are sections of their own
+# Sizes of the parts; their other keys are options.
+SIZES = ("patch_size", "width", "depth", "heads", "context_length", "vocab_size", "hidden", "regions")
 FLOAT32_PARTS = ("pooling",)  # whose gradients objectives sum over chunks and devices
 
 
@@ -25,13 +28,18 @@ def create(model: Mapping[str, Any]) -> DualEncoder:
 
     Raises:
       TypeError: a key is unknown or missing.
-      ValueError: there is no such preprocessing.
+      ValueError: there is no such preprocessing or dtype, a size is no positive integer, or heads do not divide their
+        width.
     """
     options = dict(model)
     options.pop("name", None)
-    dtype = jnp.dtype(options.pop("dtype", "float32"))
+    dtype = _float_type(options.pop("dtype", "float32"))
     compute = ComputeOptions(dtype, **{key: options.pop(key) for key in COMPUTE if key in options})
     parts = {key: dict(options.pop(key)) for key in PARTS if options.get(key) is not None}
+    if options.get("embed_dim") is not None:
+        _check_size("embed_dim", options["embed_dim"])
+    for name, part in parts.items():
+        _check_part(name, {"width": options.get("embed_dim"), **part} if name == "pooling" else part)
     # A tower that is None is none; one that is missing is a mistake, which the module reports.
     absent = {f"{key}_options": None for key in PARTS if key in options}
     for key in PARTS:
@@ -57,3 +65,28 @@ def cast_matrices(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
         return leaf.astype(dtype) if matrix and first not in FLOAT32_PARTS else leaf
 
     return jax.tree.map_with_path(cast, params)
+
+
+def _float_type(name: Any) -> jnp.dtype:
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"model.dtype is {name!r}; expected a type of floats, such as 'float32' or 'bfloat16'")
+    return dtype
+
+
+def _check_part(name: str, options: Mapping[str, Any]) -> None:
+    """Raises ValueError naming a size of a part that makes no model."""
+    for key in SIZES:
+        if key in options:
+            _check_size(f"{name}.{key}", options[key])
+    if {"width", "heads"} <= options.keys() and options["width"] % options["heads"]:
+        of = "model.embed_dim" if name == "pooling" else f"model.{name}.width"
+        raise ValueError(f"model.{name}.heads is {options['heads']}, which does not divide {of}, {options['width']}")
+
+
+def _check_size(key: str, size: Any) -> None:
+    if not isinstance(size, numbers.Integral) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"model.{key} is {size!r}; expected a positive integer")
