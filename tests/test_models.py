@@ -366,8 +366,8 @@ def test_unknown_ways_to_compute_are_refused_by_name(change):
         (dict(dtype="flot32"), "model.dtype is 'flot32'; expected a type of floats"),
         (dict(dtype="int32"), "model.dtype is 'int32'; expected a type of floats"),
         (
-            dict(vision={**TINY["vision"], "heads": 3}),
-            "model.vision.heads is 3, which does not divide",
+            dict(vision={**TINY["vision"], "heads": 7}),
+            "model.vision.heads is 7, which does not divide",
         ),
         (dict(vision={**TINY["vision"], "patch_size": 0}), "model.vision.patch_size is 0; expected a positive integer"),
         (dict(text={**TINY["text"], "depth": -1}), "model.text.depth is -1; expected a positive integer"),

@@ -19,7 +19,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from flair_jax.data.prepare import __main__ as command
-from flair_jax.data.prepare import atomic, inputs, job, pictures, releases, report, runner, store
+from flair_jax.data.prepare import atomic, inputs, job, pictures, releases, report, rows, runner, store
 from flair_jax.data.sources.open import open_source
 from flair_jax.data.transforms import images as pixels
 from flair_jax.data.transforms.captions import FIELDS
@@ -391,6 +391,60 @@ def test_the_encoding_can_be_given(tmp_path, capsys, photos, encoding, name, con
     prepare(capsys, *photos, "--captions", tmp_path / name, "--encoding", encoding)
     assert raw_captions(tmp_path / "out")["b.jpg"] == ["Träume im Café"]
     assert atomic.read_json(tmp_path / "out" / job.INFO)["provenance"]["settings"]["text"] == [encoding, None]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-32-be"])
+def test_a_byte_order_mark_is_no_text(tmp_path, capsys, photos, encoding):
+    for name, content in (("c.csv", TABLE), ("c.jsonl", JSON_LINES), ("c.json", json.dumps(OBJECTS))):
+        (tmp_path / name).write_bytes(("\ufeff" + content).encode(encoding))
+        rows_read = list(
+            rows.table(str(tmp_path / name), lambda _: None, rows.Text(encoding), "file_name", ["caption"], "whole")
+        )
+        assert ("b.jpg", ["Träume im Café"]) in [(row.key, row.captions["raw_caption"]) for row in rows_read], name
+    text = "\ufeffa dog".encode(encoding)
+    assert releases.RELEASES["captioned"].own(text, "txt", encoding, "caption", None) == {"caption": "a dog"}
+    assert releases.RELEASES["cc3m"].own(text, "txt", encoding, "whole")["raw_caption"] == ["a dog"]
+    (tmp_path / "000.txt").write_bytes(text + "\n".encode(encoding))
+    found = releases.RELEASES["captioned"].own(b'{"key": "000"}', "json", encoding, "caption", str(tmp_path))
+    assert found == {"caption": "a dog"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'a.jpg,one\nb.jpg,"two and\nmore',  # the file was cut
+        'a.jpg,"one\nb.jpg,two\nc.jpg,three" x\n',  # would be one caption of a.jpg
+        'a.jpg,"quoted dog" says hi\n',
+    ],
+)
+def test_quotation_marks_that_do_not_fit_stop_the_run(tmp_path, capsys, photos, content):
+    (tmp_path / "c.csv").write_text("file_name,caption\n" + content)
+    with pytest.raises(
+        atomic.PrepareError, match=r"c\.csv, before line \d: .* Most likely a quotation mark is never closed"
+    ):
+        prepare(capsys, *photos, "--captions", tmp_path / "c.csv")
+
+
+def test_a_key_that_comes_twice_in_json_is_refused(tmp_path, capsys, photos):
+    (tmp_path / "c.json").write_text('{"a.jpg": "one", "b.jpg": "two", "a.jpg": "three"}')
+    with pytest.raises(atomic.PrepareError, match=r"c\.json: an object has the key 'a\.jpg' twice"):
+        prepare(capsys, *photos, "--captions", tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--delimiter", ";;", "';;' is no delimiter; expected one character"),
+        ("--shard-size", "-1", "'-1' is no whole number of 1 or more"),
+        ("--resize", "1e3", "'1e3' is no whole number"),
+        ("--quality", "101", "'101' is more than 100"),
+        ("--prefix", "a/b", "'a/b' is no plain start of file names"),
+    ],
+)
+def test_a_wrong_option_says_what_is_expected(capsys, photos, option, value, words):
+    with pytest.raises(SystemExit):
+        prepare(capsys, *photos, "--captions", "c.csv", f"{option}={value}")
+    assert words in capsys.readouterr().err
 
 
 def test_a_file_that_ends_inside_of_a_character(tmp_path, capsys, photos):
@@ -982,13 +1036,13 @@ def test_peak_memory_does_not_grow_with_the_captions(tmp_path):
     """The same few images, and 5,000 or 20,000 rows of 2 kB."""
     write_tar(tmp_path / "a.tar", sample("a", {"url": url(1)}))
     peaks = []
-    for rows in (5_000, 20_000):
-        write_csv(tmp_path / "c.csv", ([url(number), *["A dog of 3 years. " * 15] * 7] for number in range(rows)))
+    for count in (5_000, 20_000):
+        write_csv(tmp_path / "c.csv", ([url(number), *["A dog of 3 years. " * 15] * 7] for number in range(count)))
         code = (
             "import resource, sys; from flair_jax.data.prepare import __main__; __main__.main(sys.argv[1:]);"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
-        arguments = ["dreamlip", "--captions", "c.csv", "--images", "a.tar", "--output", str(rows), "--workers", "1"]
+        arguments = ["dreamlip", "--captions", "c.csv", "--images", "a.tar", "--output", str(count), "--workers", "1"]
         environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
         printed = subprocess.check_output([sys.executable, "-c", code, *arguments], cwd=tmp_path, env=environment)
         peaks.append(int(printed.split()[-1]) / 1024)  # MiB

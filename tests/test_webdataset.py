@@ -142,6 +142,14 @@ def test_damage_in_the_middle_is_not_taken_for_the_end(tmp_path):
     assert source.skipped == {"damaged header, rest of the shard not read": 1}
 
 
+def test_tars_that_were_joined_by_cat_are_not_read_in_part_in_silence(tmp_path):
+    paths = [pathlib.Path(write_tar(tmp_path / f"{n}.tar", samples(*names))) for n, names in enumerate(("01", "2"))]
+    (tmp_path / "both.tar").write_bytes(b"".join(path.read_bytes() for path in paths))
+    source = open_source(str(tmp_path / "both.tar"))
+    ((reason, count),) = source.skipped.items()
+    assert names(source) == ["0", "1"] and count == 1 and reason.startswith("more after the end mark of the tar")
+
+
 def test_a_file_of_no_bytes_is_left_out(tmp_path):
     (tmp_path / "0.tar").touch()
     write_tar(tmp_path / "1.tar", samples("1"))

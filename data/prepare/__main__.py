@@ -265,27 +265,27 @@ def delimiter(text: str) -> str:
     names = {name: character for character, name in rows.DELIMITER_NAMES.items()}
     text = names.get(text, text)
     if len(text) != 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is no delimiter; expected one character, such as ';', or 'tab'")
     return text
 
 
 def positive_number(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
     number = int(text)
-    if number < 1:
-        raise ValueError
     return number
 
 
 def percentage(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 100:
-        raise ValueError
+    number = positive_number(text)
+    if number > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than 100")
     return number
 
 
 def file_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", text):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain start of file names: letters, digits, _, - and .")
     return text
 
 

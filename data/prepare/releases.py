@@ -48,7 +48,7 @@ def _cc3m(text: bytes, partner: str, encoding: str, splitting: str) -> dict:
     if partner != "txt":
         return rows.raw_captions([_object(text).get("caption")], splitting)
     try:
-        return rows.raw_captions([text.decode(encoding)], splitting)
+        return rows.raw_captions([rows.decoded(text, encoding)], splitting)
     except UnicodeDecodeError as error:
         raise CaptionError(NOT_IN_ENCODING) from error
 
@@ -57,7 +57,7 @@ def _captioned(text: bytes, partner: str, encoding: str, caption_key: str, text_
     """One caption, whole: the txt beside the image, a key of its json, or the first line of `text_folder/KEY.txt`."""
     if partner == "txt":
         try:
-            caption = text.decode(encoding)
+            caption = rows.decoded(text, encoding)
         except UnicodeDecodeError as error:
             raise CaptionError(NOT_IN_ENCODING) from error
     else:
@@ -77,7 +77,7 @@ def _first_line(folder: str, key, encoding: str) -> str:
         raise CaptionError("json without a plain key, which names the text file")
     try:
         with open(os.path.join(folder, f"{key}.txt"), encoding=encoding) as file:
-            return file.readline()
+            return file.readline().removeprefix(rows.BYTE_ORDER_MARK)
     except FileNotFoundError as error:
         raise CaptionError("no text file of this key (--text-folder)") from error
     except UnicodeDecodeError as error:

@@ -17,6 +17,7 @@ from flair_jax.data.prepare.atomic import InputError
 from flair_jax.data.transforms.captions import FIELDS, CaptionError, field_sentences, split, written_list
 from flair_jax.data.transforms.negatives import LISTED_CAPTIONS, LISTED_FIELD
 
+BYTE_ORDER_MARK = "\ufeff"  # that some programs write at the start of a text
 MAX_CELL = 1 << 24  # characters; what is longer is a quotation mark that was never closed
 PARQUET_ROWS = 1024  # read at a time
 DELIMITERS = {"csv": ",", "tsv": "\t"}  # by the ending of the file
@@ -277,7 +278,8 @@ def read_table(path: str, progress: Progress, text: Text, needed: Sequence[str])
 def _csv(path: str, progress: Progress, text: Text, needed: Sequence[str]) -> Iterator[Mapping | LeftOut]:
     csv.field_size_limit(MAX_CELL)
     with open_text(path, text, csv_rows) as file:
-        reader = csv.reader(file, delimiter=text.delimiter)
+        # Strict: else a quotation mark that is never closed takes the following rows into its cell in silence.
+        reader = csv.reader(file, delimiter=text.delimiter, strict=True)
         try:
             header = next(reader, [])
             _check_columns(path, header, needed)
@@ -290,8 +292,8 @@ def _csv(path: str, progress: Progress, text: Text, needed: Sequence[str]) -> It
                     yield LeftOut(BAD_ROW, f"{len(cells)} instead of {len(header)}")
         except csv.Error as error:
             raise InputError(
-                f"{path}, before line {reader.line_num}: {error}. Most likely a quotation mark is never closed: "
-                "repair the file, or fetch it again if it was cut."
+                f"{path}, before line {reader.line_num}: {error}. Most likely a quotation mark is never closed, or one "
+                "inside of a cell in quotation marks is not doubled: repair the file, or fetch it again if it was cut."
             ) from error
 
 
@@ -337,10 +339,22 @@ def _json_table(path: str, text: Text, needed: Sequence[str]) -> Iterator[Mappin
 
 
 def read_json(path: str, text: Text, hook: Callable[[dict], Any] | None = None) -> Any:
-    """A file as a whole; `hook` may make every object smaller. Raises InputError."""
+    """A file as a whole; `hook` may make every object smaller.
+
+    Raises:
+      InputError: the file is no JSON, or an object has a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> Any:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            (twice, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
+            raise InputError(f"{path}: an object has the key {twice!r} twice, of which JSON keeps the last one alone")
+        return found if hook is None else hook(found)
+
     with open_text(path, text, lines) as file:
         try:
-            return json.load(file, object_hook=hook)
+            return json.load(file, object_pairs_hook=unique)
         except UnicodeDecodeError:
             raise
         except (ValueError, RecursionError) as error:
@@ -354,9 +368,11 @@ def open_text(path: str, text: Text, rows_of: Callable[[TextIO, Text], Iterator[
     Raises:
       InputError: a part of the file is not in the encoding. Nothing is replaced: captions would change in silence.
     """
-    encoding = "utf-8-sig" if codecs.lookup(text.encoding).name == "utf-8" else text.encoding
+    encoding = text.encoding
     try:
         with open(path, newline="", encoding=encoding) as file:
+            if file.read(1) != BYTE_ORDER_MARK:  # it would be a part of the first column's name
+                file.seek(0)
             yield file
     except UnicodeDecodeError as error:
         offset, found = _undecodable(path, encoding)
@@ -371,6 +387,11 @@ def open_text(path: str, text: Text, rows_of: Callable[[TextIO, Text], Iterator[
             f"{path}, {f'{where}, ' if where else ''}byte {offset}: {found!r} is not text in {text.encoding}. Give the "
             "encoding of the file (--encoding latin-1, cp1252, utf-16, …), or convert the file to UTF-8."
         ) from error
+
+
+def decoded(content: bytes, encoding: str) -> str:
+    """A text without a byte order mark. Raises UnicodeDecodeError."""
+    return content.decode(encoding).removeprefix(BYTE_ORDER_MARK)
 
 
 def _undecodable(path: str, encoding: str) -> tuple[int, bytes]:

@@ -140,6 +140,8 @@ def _members(file: BinaryIO, path: str, size: int, skipped: collections.Counter)
         skipped["shard cut short"] += 1
     elif end.strip(b"\0"):
         skipped["damaged header, rest of the shard not read"] += 1
+    elif any(block.strip(b"\0") for block in iter(lambda: file.read(1 << 20), b"")):
+        skipped["more after the end mark of the tar, not read; join tars with `tar --concatenate`, not `cat`"] += 1
 
 
 def _fault(member: tarfile.TarInfo) -> str | None:
