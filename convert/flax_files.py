@@ -63,6 +63,8 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]
     try:
         header = json.loads(torch_files.metadata(path)[KEY])
         version, model = header["format"], dict(header["model"])
+        if not isinstance(name := model.get("name", "flair"), str):
+            raise TypeError(f"model.name is {name!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise torch_files.WeightsFileError(f"{path}: the metadata {KEY!r} is damaged: {error!r}") from error
     if version != FORMAT:

@@ -264,6 +264,8 @@ def _sizes(config: Mapping[str, Any]) -> Sizes:
         sizes |= {f"decoder.{key}": decoder[key] for key in ("width", "depth", "hidden")}
         sizes["decoder.queries"] = decoder["regions"] + 1
     for part, width, heads in attentions:
+        if not all(type(size) is int and size > 0 for size in (width, heads)):
+            raise ConversionError(f"model.{part}: width {width!r} and heads {heads!r}; expected positive integers")
         if width % heads:
             raise ConversionError(f"model.{part}.heads is {heads}, which does not divide the width {width}")
     if vision is not None:

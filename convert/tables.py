@@ -123,6 +123,9 @@ class Table:
           ConversionError: the section itself does not fit the model.
         """
         sizes = self.measure(arrays, side) if config is None else self._config_sizes(config)
+        for repeat in {rule.repeat for rule in self.rules if rule.repeat}:
+            if sizes[repeat] > max(len(arrays), 1):  # a section is not trusted: its names would not fit in memory
+                raise ConversionError(f"model.{repeat} is {sizes[repeat]:,}, and the file has {len(arrays):,} tensors")
         rules = {name: rule for old, _, rule in self._names(side, sizes) for name in old}
         problems = []
         for name, rule in rules.items():
@@ -181,6 +184,8 @@ class Table:
             raise ConversionError(f"the model section lacks {error}; configs/variants.py has a complete one") from error
         except (TypeError, ZeroDivisionError) as error:
             raise ConversionError(f"the model section does not hold sizes: {error}") from error
+        if wrong := {key: size for key, size in sizes.items() if type(size) is not int or size < 1}:
+            raise ConversionError(f"the model section has the sizes {wrong}; expected positive integers")
         if model != self.model:
             raise ConversionError(f"the model section is for {model!r}; expected {self.model!r}")
         return sizes

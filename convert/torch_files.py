@@ -159,6 +159,8 @@ def _reading(path: str | os.PathLike) -> Iterator[None]:
                 "of it was run. Ask for a file with the state dict alone, best as .safetensors; if you trust its "
                 "source, load it in PyTorch yourself and save `model.state_dict()`"
             ) from error
+        if isinstance(error, AttributeError):  # safetensors looks for the type in NumPy
+            raise WeightsFileError(f"{path} holds a type of numbers that NumPy does not have: {message}") from error
         raise WeightsFileError(
             f"{path} cannot be read as {Path(path).suffix}: {message or type(error).__name__}. It is cut short, "
             "damaged or of another format; fetch it again and compare its size"

@@ -162,7 +162,7 @@ def _numbers(heads: str | int | Sequence[int], count: int) -> list[int]:
         if heads != "mean":
             raise ValueError(f"heads is {heads!r}; expected 'mean', 'each', a number or several numbers")
         return list(range(count))
-    chosen = [int(heads)] if isinstance(heads, int | np.integer) else list(heads)
+    chosen = list(heads) if isinstance(heads, Iterable) else [heads]
     if not chosen or not set(chosen) <= set(range(count)):
         raise ValueError(f"heads are {chosen}; the pooling has {count}, 0 to {count - 1}")
     return chosen

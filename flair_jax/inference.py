@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -35,6 +36,9 @@ from flair_jax.progress import progress
 
 Item = TypeVar("Item")
 
+LARGEST_PIXEL = (
+    10.0  # of normalised pixels; those of pictures are within 3, and floats from 0 to 255 are not normalised
+)
 FEW_BATCHES = 3  # more of them than these show their progress
 # Of `score` and `search`, and what each asks the model for.
 MODES = {"conditioned": "score", "global": "global_score", "regions": "region_score"}
@@ -149,13 +153,16 @@ class Pretrained:
         return scores
 
     def scores(
-        self, images: Picture | Sequence[Picture], texts: str | Sequence[str], modes: Sequence[str] | None = None
+        self,
+        images: Picture | Sequence[Picture],
+        texts: str | Sequence[str],
+        modes: str | Sequence[str] | None = None,
     ) -> dict[str, np.ndarray]:
         """`score` by several modes, of images and texts that are encoded once: mode -> float32 (B, N).
 
         Args:
           images, texts: as for `score`.
-          modes: some modes of `score`; None: all that the model has, see `modes`.
+          modes: one mode of `score`, or several; None: all that the model has, see `modes`.
 
         Example:
           >>> model = flair_jax.load("flair.safetensors")
@@ -163,6 +170,7 @@ class Pretrained:
           >>> {mode: cosines.shape for mode, cosines in scores.items()}
           {'conditioned': (1, 2), 'global': (1, 2)}
         """
+        modes = [modes] if isinstance(modes, str) else modes
         modes = self.modes if modes is None else [self._checked_mode(mode) for mode in modes]
         pictures, texts = as_pictures(images), as_texts(texts)
         scores = {mode: np.empty((len(pictures), len(texts)), np.float32) for mode in modes}
@@ -207,7 +215,7 @@ class Pretrained:
         Raises:
           ValueError: top_k is not positive.
         """
-        if top_k < 1:
+        if not isinstance(top_k, Integral) or top_k < 1:
             raise ValueError(f"top_k is {top_k}; expected a number of hits, at least 1")
         scores = self.score(images, texts, mode=mode)
         orders = np.argsort(-scores, axis=0, kind="stable")[:top_k].T  # (N, K)
@@ -485,7 +493,7 @@ class Pretrained:
 
         Args:
           images: (B, H, W, 3) of the model's size: uint8 pixels, which are normalised as in training, or floats, which
-            are taken as normalised (`preprocess` gives them). B may be 0.
+            are taken as normalised (`preprocess` gives them) and refused beyond 10. B may be 0.
 
         Example:
           >>> model = flair_jax.load("flair.safetensors")
@@ -494,7 +502,7 @@ class Pretrained:
           ((1, 128), (1, 16, 128))
 
         Raises:
-          TypeError: another dtype. ValueError: another shape.
+          TypeError: another dtype. ValueError: another shape, or floats that are no normalised pixels.
         """
         images = self._checked_images(images)
         if not len(images):
@@ -675,7 +683,10 @@ class Pretrained:
             return images
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(f"images have dtype {images.dtype}; {expected}")
-        return images.astype(np.float32)
+        images = images.astype(np.float32)
+        if images.size and not np.abs(images).max() <= LARGEST_PIXEL:  # NaN too
+            raise ValueError(f"images have floats from {images.min()} to {images.max()}; {expected}")
+        return images
 
     def _checked_texts(self, texts: Any) -> np.ndarray:
         length, size = self.model.context_length, self.config["text"]["vocab_size"]
@@ -699,6 +710,8 @@ def as_texts(texts: str | Sequence[str]) -> Sequence[str]:
     """One text or several as a sequence of texts. Raises TypeError: something else."""
     if isinstance(texts, EncodedTexts):
         return texts
+    if not isinstance(texts, Iterable):
+        raise TypeError(f"texts are a {type(texts).__name__}; expected a string or several")
     texts = [texts] if isinstance(texts, str) else list(texts)
     for number, text in enumerate(texts):
         if not isinstance(text, str):

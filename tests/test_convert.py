@@ -200,6 +200,10 @@ def test_other_weights_are_named_as_such(content):
         ({"text": {**TINY["text"], "heads": 3}}, "text.heads is 3, which does not divide the width 64"),
         ({"text": {"width": 64}}, "lacks 'heads'"),
         ({"vision": 7}, "does not hold sizes"),
+        ({"vision": {**TINY["vision"], "width": "96"}}, r"model\.vision: width '96' and heads 3; expected positive"),
+        ({"vision": {**TINY["vision"], "heads": 0}}, r"model\.vision: width 96 and heads 0; expected positive"),
+        ({"vision": {**TINY["vision"], "depth": -1}}, r"the sizes \{'vision.depth': -1\}; expected positive"),
+        ({"vision": {**TINY["vision"], "depth": 10**12}}, r"model\.vision\.depth is 1,000,000,000,000, and the file"),
         ({"name": "grain"}, "for 'grain'; expected 'flair'"),
     ],
 )
@@ -411,6 +415,7 @@ def test_load_takes_either_side(tmp_path, weights, tiny_params):
         (None, "no 'flair_jax' in its metadata"),
         ("{", "is damaged"),
         ('{"format": 1}', "is damaged: KeyError"),
+        ('{"format": 1, "model": {"name": ["flair"]}}', "is damaged: TypeError"),
         ('{"format": 2, "model": {}}', "has format 2; this version reads 1"),
     ],
 )
@@ -419,6 +424,13 @@ def test_flax_files_with_other_metadata(tmp_path, metadata, message):
     safetensors.numpy.save_file({"a": np.zeros(2)}, path, metadata and {"flair_jax": metadata})
     with pytest.raises(WeightsFileError, match=message):
         flax_files.read(path)
+
+
+def test_numbers_that_numpy_does_not_have(tmp_path):
+    path = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file({"a": np.zeros(2, ml_dtypes.float8_e4m3fn)}, path)
+    with pytest.raises(WeightsFileError, match=r"a type of numbers that NumPy does not have: .*float8"):
+        torch_files.read(path)
 
 
 # -- The command -------------------------------------------------------------------------------------------------------

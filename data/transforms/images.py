@@ -375,6 +375,8 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
 def _covering(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
     """Width and height of an image of the same proportions that just covers `size`, (height, width)."""
     rows, columns = size
+    if not width or not height:
+        raise ImageError(f"the image has {width} x {height} pixels")
     if width * rows <= height * columns:  # the width decides the scale
         return columns, columns * height // width
     return rows * width // height, rows

@@ -1,5 +1,6 @@
 """Models from the `model` section of a config: parts, and the module that holds them."""
 
+import dataclasses
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -47,6 +48,8 @@ def create(model: Mapping[str, Any]) -> DualEncoder:
     if "vision" in parts:
         parts["vision"]["image_size"] = pair(parts["vision"]["image_size"])  # JSON gives back a list
     frozen = absent | {f"{key}_options": FrozenDict(value) for key, value in parts.items()}  # a model can be hashed
+    if unknown := options.keys() - {field.name for field in dataclasses.fields(DualEncoder)} - {"preprocess"}:
+        raise TypeError(f"the model section has the unknown keys {sorted(unknown)}")
     preprocessing = Preprocessing(**(options.pop("preprocess", None) or {}))
     return DualEncoder(**options, **frozen, compute=compute, preprocessing=preprocessing)
 

@@ -176,7 +176,7 @@ def as_classes(names: Any) -> list[tuple[str, ...]]:
     """
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"{repr(names)[:80]}; expected a list with the name, or a list of names, of each class")
-    classes = [(name,) if isinstance(name, str) else tuple(name) for name in names]
+    classes = [tuple(name) if isinstance(name, list | tuple) else (name,) for name in names]
     if wrong := [name for name in classes if not name or not all(isinstance(text, str) for text in name)]:
         raise TypeError(f"the class {repr(wrong[0])[:80]}; expected a name or a list of names")
     return classes
