@@ -162,7 +162,8 @@ def read_model(path: Path | None) -> dict[str, Any] | None:
         model = json.loads(path.read_text(encoding="utf-8"))
         model["name"], describe(model)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no model section (configs/variants.py has one): {error!r}") from error
+        found = f"{type(error).__name__}: {error}"  # without what a UnicodeDecodeError holds, the whole file
+        raise ValueError(f"{path} holds no model section (configs/variants.py has one): {found}") from error
     return model
 
 

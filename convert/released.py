@@ -52,6 +52,13 @@ def read(path: str | os.PathLike, lora_scale: float = 1.0) -> Weights:
       WeightsFileError, ImportError, OSError: see `torch_files.read` and `hugging_face.read`.
     """
     if Path(path).is_dir():
+        if Path(path, "checkpoints").is_dir():
+            raise torch_files.WeightsFileError(
+                f"{path} is the work directory of a run: flair_jax.load({os.fspath(path)!r}).save('x.safetensors') writes "
+                "a file that is read here"
+            )
+        if not hugging_face.is_folder(path):
+            raise FileNotFoundError(f"{path} is a folder without the config.json that Hugging Face's folders have")
         arrays, section = hugging_face.read(path)
         return Weights(arrays, section["gelu"], section)
     if torch_files.suffix_of(path) in torch_files.PICKLES and torch_script.is_archive(path):

@@ -540,6 +540,8 @@ def test_half_precision_is_said(tmp_path, weights, section, capsys):
         ("to-torch tiny.safetensors b.pt", "holds no Flax parameters"),
         ("to-torch . b.pt", ". is a folder; to-torch reads the .safetensors that to-flax writes"),
         ("check notes.pt", "cannot be read as .pt"),
+        ("check .", ". is a folder without the config.json that Hugging Face's folders have"),
+        ("check run", "run is the work directory of a run: flair_jax.load('run').save('x.safetensors') writes a file"),
     ],
 )
 def test_errors_of_the_command_are_one_message(
@@ -548,11 +550,12 @@ def test_errors_of_the_command_are_one_message(
     torch_files.write(tmp_path / "tiny.safetensors", weights)
     flax_files.write(tmp_path / "flax.safetensors", tiny_params, TINY)
     (tmp_path / "notes.pt").write_text("these are notes")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     before = sorted(os.listdir(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert command.main(arguments.split()) == 1
     out, error = capsys.readouterr()
-    assert out == "" and error.startswith("error: ") and message in error
+    assert out == "" and error.startswith("error: ") and message in error and len(error) < 500
     assert sorted(os.listdir(tmp_path)) == before
 
 
