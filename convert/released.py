@@ -54,8 +54,8 @@ def read(path: str | os.PathLike, lora_scale: float = 1.0) -> Weights:
     if Path(path).is_dir():
         if Path(path, "checkpoints").is_dir():
             raise torch_files.WeightsFileError(
-                f"{path} is the work directory of a run: flair_jax.load({os.fspath(path)!r}).save('x.safetensors') writes "
-                "a file that is read here"
+                f"{path} is the work directory of a run: flair_jax.load({os.fspath(path)!r}).save('x.safetensors') "
+                "writes a file that is read here"
             )
         if not hugging_face.is_folder(path):
             raise FileNotFoundError(f"{path} is a folder without the config.json that Hugging Face's folders have")
