@@ -225,8 +225,7 @@ def sheet(rows: Sequence[Row], scale: Scale, *, tile: int = 192) -> Image.Image:
             lines.append(page.beside([before, *cells[start : start + columns]]))
     if not lines:
         raise ValueError("a sheet needs at least one text")
-    body = page.stacked(lines, MARGIN)
-    return page.framed(page.stacked([legend(scale, body.width, hatched), body], MARGIN))
+    return with_legend(page.stacked(lines, MARGIN), scale, hatched)
 
 
 def _cell(row: Row, heat: np.ndarray | None, scale: Scale, caption: str, box, tile: int) -> Image.Image:
@@ -242,14 +241,12 @@ def _cell(row: Row, heat: np.ndarray | None, scale: Scale, caption: str, box, ti
 
 def with_title(picture: Image.Image, title: str) -> Image.Image:
     """A picture with a line or two above it."""
-    head = page.text_block(title, picture.width - 2 * MARGIN)
-    return page.stacked([page.framed(head), picture])
+    return page.framed(page.stacked([page.text_block(title, picture.width), picture], MARGIN))
 
 
-def with_legend(picture: Image.Image, scale: Scale) -> Image.Image:
+def with_legend(picture: Image.Image, scale: Scale, hatched: bool = False) -> Image.Image:
     """A picture with the scale of its overlays above it."""
-    head = legend(scale, picture.width - 2 * MARGIN)
-    return page.stacked([page.framed(head), picture])
+    return page.framed(page.stacked([legend(scale, picture.width, hatched), picture], MARGIN))
 
 
 def legend(scale: Scale, width: int, hatched: bool = False) -> Image.Image:

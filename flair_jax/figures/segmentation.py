@@ -54,14 +54,13 @@ def masks(
 
 
 def _pixels(label: np.ndarray, prediction: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """How many pixels each class has in the true mask and, where something is labelled, in the predicted one."""
-    counted = prediction[label < classes]
-    return tuple(np.bincount(x[x < classes].reshape(-1), minlength=classes) for x in (label, counted))
+    """How many pixels each class has in the true mask and in the predicted one."""
+    return tuple(np.bincount(x[(x >= 0) & (x < classes)], minlength=classes) for x in (label, prediction))
 
 
 def _legend(true: np.ndarray, found: np.ndarray, classes: Sequence[str], palette: np.ndarray) -> Image.Image:
-    """Classes by the pixels that they have or get; a star marks those that are not in the true mask."""
-    order = [int(number) for number in np.argsort(-(true + found), kind="stable") if true[number] + found[number]]
+    """Classes of the true mask by their pixels, then those that are only predicted, which a star marks."""
+    order = [int(number) for number in np.lexsort((-found, -true)) if true[number] + found[number]]
     lines = [page.text_block("* not in the true mask", NAMES)]
     for number in order[:LEGEND]:
         name = f"{classes[number]}{'' if true[number] else ' *'}"
