@@ -18,8 +18,8 @@ import optax
 import pytest
 from conftest import fresh_params, load_golden, nhwc, take_devices
 from optional import torch
-from test_train import checkpoint_of
-from test_train import tiny as tiny_run
+from tiny_run import checkpoint_of
+from tiny_run import tiny as tiny_run
 
 import flair_jax
 from flair_jax import config as configuration
