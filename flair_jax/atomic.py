@@ -10,7 +10,7 @@ def write_whole(path: Any, content: bytes) -> None:
     An object in a store (`gs://`, `s3://`) is whole by itself.
 
     Raises:
-      OSError: it cannot be written; the file before stays as it was.
+      OSError: naming the file: it cannot be written; the file before stays as it was.
     """
     if "://" in str(path):
         path.write_bytes(content)
@@ -19,5 +19,7 @@ def write_whole(path: Any, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; the file was not written", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,6 +13,8 @@ import tqdm
 from clu import parameter_overview
 from etils import epath
 
+from flair_jax.atomic import write_whole
+
 
 @contextmanager
 def _hidden(name: str) -> Iterator[None]:
@@ -59,7 +61,7 @@ class Writer:
     def __init__(self, workdir: epath.PathLike, step: int):
         self.path = epath.Path(workdir) / JSON_LINES
         self.lines = [json.dumps(line) + "\n" for line in read_json_lines(workdir) if line["step"] <= step]
-        self.path.write_text("".join(self.lines))
+        write_whole(self.path, "".join(self.lines).encode())  # on a full disk the lines before stay
         self.appends = "://" not in str(workdir)
         # tensorboardX's SummaryWriter writes from a thread: after a full disk it would hang instead of raising.
         self.events = EventsWriter(str(epath.Path(workdir) / "events"), filename_suffix=f".{step}")
@@ -91,7 +93,7 @@ class Writer:
     def flush(self) -> None:
         """Returns once everything is in the files."""
         if not self.appends:
-            self.path.write_text("".join(self.lines))
+            write_whole(self.path, "".join(self.lines).encode())
         self.events.flush()
         self.flushed = time.monotonic()
 

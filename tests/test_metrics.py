@@ -128,6 +128,23 @@ def test_a_full_disk_ends_the_run_with_an_error(tmp_path, monkeypatch):
         writer.write_scalars(1, {"loss": 1.0})
 
 
+def test_a_full_disk_at_the_start_keeps_the_lines_of_the_run_before(tmp_path, monkeypatch):
+    writer = metrics.Writer(tmp_path, step=0)
+    writer.write_scalars(1, {"loss": 1.0})
+    writer.close()
+    path_type = type(metrics.epath.Path(tmp_path))
+    write_bytes = path_type.write_bytes
+
+    def full(self, data):
+        write_bytes(self, b"")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(path_type, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device; .*metrics\.jsonl"):
+        metrics.Writer(tmp_path, step=1)
+    assert [line["step"] for line in metrics.read_json_lines(tmp_path)] == [1]
+
+
 class Store(MemoryFileSystem):
     """An object store: opening a file to append replaces it, as gcsfs does with no more than a warning."""
 

@@ -367,6 +367,23 @@ def test_a_report_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_numbers_are_written_before_pictures(tmp_path, monkeypatch):
+    """A disk that is nearly full loses pictures, not the work of the evaluators."""
+    path_type = type(epath.Path(tmp_path))
+    write_bytes = path_type.write_bytes
+
+    def full(self, data):
+        if "pictures" in str(self):
+            raise OSError(28, "No space left on device")
+        write_bytes(self, data)
+
+    monkeypatch.setattr(path_type, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device; the file was not written: '.*pictures/.*'"):
+        report.write(tmp_path, RESULTS, figures=figures())
+    assert set(json.loads((tmp_path / "report.json").read_text())) == set(report.flat(RESULTS))
+    assert (tmp_path / "report.html").exists() and not list(tmp_path.rglob("*.partial"))
+
+
 def test_a_report_in_a_store(monkeypatch):
     """An object appears whole by itself; renaming one would be a copy."""
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)

@@ -38,7 +38,8 @@ def write(
       report.html: the whole report in one file, which opens from disk.
       pictures/: the figures as files.
 
-    Each file appears whole or not at all, so that it can be written after every evaluator. Without results nothing is
+    Each file appears whole or not at all, so that it can be written after every evaluator; the numbers come first, for
+    a disk that is nearly full. Without results nothing is
     written: what an earlier evaluation found stays.
 
     Args:
@@ -63,18 +64,18 @@ def write(
     text = markdown.render(document)
     pictures = [pair for section in document.sections for pair in section.figures] + list(document.figures)
     (workdir / "pictures" if pictures else workdir).mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        ("report.json", _json({result.name: _number(result.value) for result in results})),
+        ("report_details.json", _json(_details(document))),
+        ("report.md", text),
+        ("report.html", page.render(document)),
+    ):
+        # A name may hold half of a surrogate pair, which has no bytes.
+        write_whole(workdir / name, content.encode("utf-8", "backslashreplace"))
     for name, figure in pictures:
         path = workdir / "pictures" / name
         if not path.exists() or path.read_bytes() != figure.data:
             write_whole(path, figure.data)
-    for name, content in (
-        ("report.html", page.render(document)),
-        ("report_details.json", _json(_details(document))),
-        ("report.json", _json({result.name: _number(result.value) for result in results})),
-        ("report.md", text),
-    ):
-        # A name may hold half of a surrogate pair, which has no bytes.
-        write_whole(workdir / name, content.encode("utf-8", "backslashreplace"))
     return text
 
 
