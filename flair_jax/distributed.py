@@ -2,7 +2,9 @@
 
 import functools
 import os
+import re
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -50,7 +52,8 @@ def start(
       shutdown_timeout: seconds that a process waits at its end until all others end too.
 
     Raises:
-      ValueError: only some of the three are given, or none, and no cluster is known by its environment.
+      ValueError: only some of the three are given, or none, and no cluster is known by its environment; or what is
+        given names no process or no address.
     """
     by_hand = {
         "coordinator_address": coordinator_address,
@@ -60,6 +63,8 @@ def start(
     missing = [f"--{name}" for name, value in by_hand.items() if value is None]
     if 0 < len(missing) < len(by_hand):
         raise ValueError(f"{', '.join(missing)} missing; without a cluster all of --{', --'.join(by_hand)} are needed")
+    if not missing:
+        _check(coordinator_address, process_id, num_processes)
     try:
         timeouts = {"heartbeat_timeout_seconds": heartbeat_timeout, "shutdown_timeout_seconds": shutdown_timeout}
         jax.distributed.initialize(**by_hand, **timeouts)
@@ -75,6 +80,21 @@ def start(
             "Start the processes with srun, mpirun or on a TPU pod, or tell each of them "
             "--coordinator_address=HOST:PORT --process_id=0 … --num_processes=N"
         ) from error
+
+
+def _check(address: str, process_id: int, num_processes: int) -> None:
+    """Raises ValueError where jax would end with an error of its own or wait for minutes."""
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"--process_id={process_id}: expected 0 to {num_processes - 1} of --num_processes={num_processes}"
+        )
+    match = re.fullmatch(r"([^/:]+|\[[^/]+\]):(\d+)", address)
+    if match is None or not 0 < int(match[2]) < 2**16:
+        raise ValueError(f"--coordinator_address={address}: expected HOST:PORT, such as 10.0.0.1:1234")
+    try:
+        socket.getaddrinfo(match[1].strip("[]"), int(match[2]))
+    except OSError as error:  # a name may become known later, where machines start together
+        logging.warning("--coordinator_address=%s: this host does not know the name: %s", address, error)
 
 
 def _state(name: str) -> str:

@@ -375,6 +375,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for shard, reason in counts.failed.items():
         print(f"error: {shard} cannot be opened: {reason}", file=sys.stderr)
+    if given.texts and counts.images and not counts.texts:
+        print(f"note: no image has a text in the fields {', '.join(options.fields)}; see --fields", file=sys.stderr)
     return 1 if counts.failed else 0
 
 

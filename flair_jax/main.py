@@ -30,7 +30,7 @@ _ADDRESS = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of proces
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0; with --coordinator_address.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes; with --coordinator_address.")
 _HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_timeout", 60, "Seconds without a sign of life after which a process is dead and the others end."
+    "heartbeat_timeout", 60, "Seconds without a sign of life after which a process is dead and the others end.", 1
 )
 REPORT_LINES = 150
 

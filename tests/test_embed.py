@@ -338,5 +338,9 @@ def test_the_command_reports(model, shards, tmp_path, capsys):
     assert settings["fields"] == list(captions.FIELDS) and settings["shards"] == [str(shards / "s-0.tar")]
     status = embed.main([*flags, "--output", str(tmp_path / "out"), "--dtype", "float16"])
     assert status == 1 and "dtype was 'float32'" in capsys.readouterr().err
+    status = embed.main([*flags, "--output", str(tmp_path / "other"), "--fields", "cption"])
+    printed = capsys.readouterr()
+    assert status == 0 and "4 images, 0 texts, 4 images without" in printed.out
+    assert "note: no image has a text in the fields cption; see --fields" in printed.err
     status = embed.main([*flags, "--output", str(tmp_path / "out"), "--coordinator_address", "localhost:1"])
     assert status == 1 and "--coordinator_address needs --distributed" in capsys.readouterr().err

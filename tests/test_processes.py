@@ -306,6 +306,18 @@ def test_an_address_by_hand_is_whole_or_refused(monkeypatch):
     assert calls == [dict(coordinator_address="localhost:1234", process_id=0, num_processes=2, **timeouts)]
     with pytest.raises(ValueError, match=r"--process_id, --num_processes missing; .* are needed"):
         distributed.start(HEARTBEAT, "localhost:1234")
+    for by_hand, words in (
+        (("localhost", 0, 2), "--coordinator_address=localhost: expected HOST:PORT, such as"),
+        (("localhost:99999", 0, 2), "--coordinator_address=localhost:99999: expected HOST:PORT"),
+        (("http://localhost:1234", 0, 2), "--coordinator_address=http://localhost:1234: expected HOST:PORT"),
+        (("localhost:1234", 2, 2), "--process_id=2: expected 0 to 1 of --num_processes=2"),
+        (("localhost:1234", -1, 2), "--process_id=-1: expected 0 to 1"),
+    ):
+        with pytest.raises(ValueError) as raised:
+            distributed.start(HEARTBEAT, *by_hand)
+        assert words in str(raised.value) and len(calls) == 1
+    distributed.start(HEARTBEAT, "[::1]:1234", 1, 2)
+    assert calls.pop()["coordinator_address"] == "[::1]:1234"
     with pytest.raises(ValueError, match="--coordinator_address missing"):
         distributed.start(HEARTBEAT, process_id=0, num_processes=2)
     assert len(calls) == 1
