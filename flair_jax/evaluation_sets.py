@@ -117,7 +117,8 @@ class SetEvaluator:
         present = np.ones(len(self.data.pictures), bool)
         present[list(reasons)] = False
         counts = collections.Counter(reasons.values())
-        what = ", ".join(f"{count} of {len(present)} images are {reason}" for reason, count in counts.items())
+        verbs = {count: "is" if count == 1 else "are" for count in counts.values()}
+        what = ", ".join(f"{n} of {len(present)} images {verbs[n]} {reason}" for reason, n in counts.items())
         what += f", such as {self.data.pictures[min(reasons)].path}"
         if not present.any():
             raise UnusableSet(self.benchmark, what)

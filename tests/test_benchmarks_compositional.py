@@ -637,7 +637,7 @@ def test_a_set_is_evaluated_by_name(tmp_path):
     options = dict(root=str(tmp_path), sets=["sugarcrepe"], choice={"modes": ["global"]})
     model = WordModel(8)
     [refused] = evaluation_sets.evaluators(model, "sets", **options)
-    assert isinstance(refused, evaluation_tasks.UnusableSet) and "1 of 3 images are missing" in refused.reason
+    assert isinstance(refused, evaluation_tasks.UnusableSet) and "1 of 3 images is missing" in refused.reason
     [evaluator] = evaluation_sets.evaluators(model, "sets", allow_missing=True, **options)
     results = {result.name: result.value for result in evaluator.run({})}
     assert evaluator.left_out == {"missing": 1}

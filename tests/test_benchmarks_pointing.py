@@ -171,5 +171,5 @@ def test_a_set_is_evaluated_by_name(scale, tmp_path):
     [evaluator] = evaluation_sets.evaluators(
         WordModel(4), "sets", root=str(tmp_path), sets=["coco_pointing"], allow_missing=True
     )
-    with pytest.raises(evaluation_tasks.UnusableSet, match="1 of 1 images are broken"):
+    with pytest.raises(evaluation_tasks.UnusableSet, match="1 of 1 images is broken"):
         evaluator.run({})

@@ -295,6 +295,8 @@ def test_list_items_stay_whole_and_strings_are_split():
         (' [ "a dog" ,\n"a cat" ] ', ["a dog", "a cat"]),
         ('["a dog", " "]', ["a dog"]),
         ("[]", []),
+        ("['a dog' 'a cat']", ["a dog", "a cat"]),  # of NumPy, as pandas writes an array into a CSV
+        ("['a dog'\n \"it's a cat\"]", ["a dog", "it's a cat"]),
         ("[sic] a dog. [sic]", ["[sic] a dog", "[sic]"]),  # no list
         ("[1, 2]", ["[1, 2]"]),
         ("['a dog', 3]", ["['a dog', 3]"]),

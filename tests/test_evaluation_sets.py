@@ -83,7 +83,7 @@ def test_what_is_missing_is_said_at_once_and_the_rest_runs(root, caplog):
     results, reasons = run(root)
     assert results == {"retrieval/whole/images": 3, "retrieval/whole/texts": 4}
     assert reasons.keys() == {"gaps", "absent"}
-    assert "1 of 3 images are missing, such as " in reasons["gaps"] and "green.png" in reasons["gaps"]
+    assert "1 of 3 images is missing, such as " in reasons["gaps"] and "green.png" in reasons["gaps"]
     assert "allow_missing=True" in reasons["gaps"]
     (message,) = [record.getMessage() for record in caplog.records]
     assert "2 of 3 sets cannot be evaluated" in message

@@ -67,7 +67,7 @@ def test_an_index_follows_its_shard(tmp_path, scans):
     assert len(scans) == 3
 
 
-@pytest.mark.parametrize("damage", ["cut", "bits", "text", "empty", "pickle", "inconsistent"])
+@pytest.mark.parametrize("damage", ["cut", "bits", "text", "empty", "pickle", "inconsistent", "outside", "negative"])
 def test_a_damaged_index_is_built_again(tmp_path, scans, caplog, damage):
     path = write_tar(tmp_path / "0.tar", samples("0", "1"))
     open_source(path)
@@ -82,6 +82,9 @@ def test_a_damaged_index_is_built_again(tmp_path, scans, caplog, damage):
         np.savez(file, **{**np.load(file), "spans": np.array([[object()] * 4] * 2)})
     elif damage == "inconsistent":
         np.savez(file, **{**np.load(file), "key_lengths": np.array([1, 5])})
+    elif damage in ("outside", "negative"):  # would be read as a part of another member, or fill the memory
+        stored = dict(np.load(file))
+        np.savez(file, **{**stored, "spans": stored["spans"] * (2**40 if damage == "outside" else -1)})
     else:
         file.write_bytes(b"nonsense" if damage == "text" else b"")
     assert names(open_source(path)) == ["0", "1"]

@@ -136,6 +136,9 @@ def _read(file: pathlib.Path) -> Index | None:
     count = len(index.key_lengths)
     if len(index.spans) != count or index.key_lengths.sum() != len(index.keys):
         raise ValueError(f"{count} samples, but {len(index.spans)} spans and {len(index.keys)} bytes of keys")
+    offsets, sizes = index.spans[:, 0::2], index.spans[:, 1::2]
+    if min(offsets.min(initial=0), sizes.min(initial=0)) < 0 or (offsets > index.state.size - sizes).any():
+        raise ValueError(f"spans lie outside of the {index.state.size} bytes of the shard")
     return index
 
 

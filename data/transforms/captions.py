@@ -6,9 +6,11 @@ Source: FLAIR's diverse caption sampling (Xiao et al. 2024, arXiv:2412.03561) ov
 
 import ast
 import dataclasses
+import io
 import json
 import random
 import re
+import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -228,7 +230,10 @@ def field_sentences(value: Any, splitting: str = "every_stop", name: str = "a ca
 
 
 def written_list(text: str) -> list[str] | None:
-    """The list of strings that a text spells in JSON or Python; None for other text, which may begin with [, too."""
+    """The list of strings that a text spells in JSON, Python or NumPy; None for other text, which may begin with [, too.
+
+    NumPy writes no commas, as in "['a dog' 'a cat']", which Python would take for one string.
+    """
     text = text.strip()
     if not (text.startswith("[") and text.endswith("]")) or len(text) > MAX_LIST:
         return None
@@ -238,8 +243,14 @@ def written_list(text: str) -> list[str] | None:
         except (ValueError, SyntaxError, RecursionError, MemoryError):  # MemoryError: nested too deep for the parser
             continue
         if isinstance(found, list) and all(isinstance(item, str) for item in found):
-            return found
+            return found if parse is json.loads else _string_literals(text)
     return None
+
+
+def _string_literals(text: str) -> list[str]:
+    """The strings of a Python expression, those without a comma between them apart."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
 
 
 def _sample_one(sentences: Sequence[str], rng: random.Random, options: CaptionOptions) -> str:
