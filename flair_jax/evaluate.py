@@ -230,9 +230,10 @@ def check(config: Mapping[str, Any]) -> None:
             size = config["model"]["vision"]["image_size"]
             if size not in (options["size"], (options["size"], options["size"])):
                 raise ValueError(f"evaluators.{name}.size is {options['size']}; model.vision.image_size is {size}")
-        modes = retrieval.MODES if config["model"]["pooling"] is not None else ("global",)
-        if kind != "benchmarks" and (unknown := set(options.get("modes") or ()) - set(modes)):
-            raise ValueError(f"evaluators.{name}.modes has {sorted(unknown)}; this model has {list(modes)}")
+        if kind != "benchmarks" and options.get("modes"):
+            modes = retrieval.MODES if config["model"]["pooling"] is not None else ("global",)
+            if unknown := set(options["modes"]) - set(modes):
+                raise ValueError(f"evaluators.{name}.modes has {sorted(unknown)}; this model has {list(modes)}")
         if kind == "benchmarks":
             table.select(options.get("sets", ("*",)))
         if is_off(kind, options):

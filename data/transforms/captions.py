@@ -230,7 +230,7 @@ def field_sentences(value: Any, splitting: str = "every_stop", name: str = "a ca
 
 
 def written_list(text: str) -> list[str] | None:
-    """The list of strings that a text spells in JSON, Python or NumPy; None for other text, which may begin with [, too.
+    """The list of strings that a text spells in JSON, Python or NumPy; None for other text, which may begin with [.
 
     NumPy writes no commas, as in "['a dog' 'a cat']", which Python would take for one string.
     """
