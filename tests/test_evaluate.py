@@ -112,12 +112,24 @@ def test_a_picture_that_fails_is_reported_and_ends_nothing(fixed, tmp_path, capl
         ({"kind": "shards"}, ValueError, r"lacks \['shards'\]"),
         ({"kind": "scenes", "count": 8, "seed": 1, "size": 48}, ValueError, "size is 48; .*image_size is 112"),
         ({"kind": "compositional_scenes", "count": 8, "seed": 1, "size": 48}, ValueError, "size is 48; .*size is 112"),
+        ({"kind": "shards", "shards": "a", "modes": ("flare",)}, ValueError, r"modes has \['flare'\]; this model has"),
+        ({"kind": "shards", "shards": "/no/such.tar", "topk": None}, FileNotFoundError, r"evaluators\.val\.shards"),
+        (None, ValueError, r"evaluators\.val is None; expected a section with a kind"),
         ({"kind": "shards", "shards": "/no/such.tar"}, FileNotFoundError, r"evaluators\.val\.shards: .*such\.tar"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_run(section, error, words):
     with pytest.raises(error, match=words):
         evaluate.check(config_of(val=section))
+
+
+def test_options_that_are_none_have_their_default():
+    ((_, options),) = evaluate.sections(config_of(val={"kind": "shards", "shards": None, "topk": None})).values()
+    assert "topk" not in options and options["shards"] is None  # which is off
+    clip = configuration.read("scenes:clip")
+    section = {"kind": "scenes", "count": 8, "seed": 1, "size": 48, "modes": ("flair",)}
+    with pytest.raises(ValueError, match=r"modes has \['flair'\]; this model has \['global'\]"):
+        evaluate.check({**clip, "evaluators": {"val": section}})
 
 
 def test_files_for_classes_are_looked_for_before_a_run(tmp_path):
