@@ -23,6 +23,10 @@ class SaveError(OSError):
     """A checkpoint could not be written; those before it are whole."""
 
 
+class RestoreError(ValueError):
+    """A checkpoint that cannot be read, or holds something else."""
+
+
 class Checkpoints:
     """The checkpoints of a work directory, one folder per step, `WORKDIR/checkpoints/STEP`.
 
@@ -112,7 +116,7 @@ class Checkpoints:
             ) from error
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of a step, placed as `like` is."""
+        """The state of a step, placed as `like` is. Raises RestoreError."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = {
             PARAMS: ocp.args.StandardRestore(abstract.params),
@@ -122,7 +126,7 @@ class Checkpoints:
             items[EMA] = ocp.args.StandardRestore(abstract.ema)
         if like.base is not None:
             items[BASE] = ocp.args.StandardRestore(abstract.base)
-        saved = self.manager.restore(step, args=ocp.args.Composite(**items))
+        saved = self._restore(step, **items)
         number = jax.device_put(np.int32(step), like.step.sharding)
         items = dict(params=saved[PARAMS], opt_state=saved[OPTIMIZER], ema=saved.get(EMA), base=saved.get(BASE))
         return like.replace(step=number, **items)
@@ -141,7 +145,7 @@ class Checkpoints:
         return [(number, value) for number, value in self._json(step, EVALUATIONS)] if there else []
 
     def _json(self, step: int, item: str) -> Any:
-        return self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+        return self._restore(step, **{item: ocp.args.JsonRestore()})[item]
 
     def weights(self, step: int, like: Any, *, lora_scale: float = 1.0) -> Any:
         """`TrainState.weights` alone, placed as `like`, a tree of `jax.ShapeDtypeStruct`.
@@ -163,7 +167,17 @@ class Checkpoints:
         return lora.merge_jit(self._arrays(step, BASE, like), pairs, options)
 
     def _arrays(self, step: int, item: str, like: Any) -> Any:
-        return self.manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))[item]
+        return self._restore(step, **{item: ocp.args.StandardRestore(like)})[item]
+
+    def _restore(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # orbax and its stores raise a dozen types
+            others = [other for other in self.manager.all_steps() if other != step]
+            raise RestoreError(
+                f"{', '.join(items)} of checkpoint {self.folder / str(step)} cannot be read: {error!s:.1000}. If its "
+                f"files are damaged, remove that folder; the other checkpoints are {others}"
+            ) from error
 
     def close(self) -> None:
         """Waits as `wait` does, and ends the threads that write."""

@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,23 @@ def test_readers_leave_a_save_in_progress_alone(tmp_path):
     save(writer, 2)
     writer.close()
     assert whole_and_left_over(tmp_path / "checkpoints") == ([1, 2], [])
+
+
+def test_a_damaged_checkpoint_is_named_with_those_that_are_left(tmp_path):
+    saved = checkpoint.Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        save(saved, step)
+    saved.wait()
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / "config")
+    with pytest.raises(checkpoint.RestoreError, match=r"config of checkpoint .*/2 cannot be read: .* others? .*\[1\]"):
+        saved.config(2)
+    for path in (tmp_path / "checkpoints" / "2" / "params").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(checkpoint.RestoreError, match=r"params.* of checkpoint .*/2 cannot be read"):
+        assert_right(saved, 2)
+    assert_right(saved, 1)
+    saved.close()
 
 
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path):
