@@ -512,6 +512,7 @@ def test_text_of_another_encoding_in_tars_is_counted(tmp_path, capsys):
     [
         ("c.csv", ";", ["--delimiter", ";"]),
         ("c.csv", "\t", ["--delimiter", "tab"]),
+        ("c.csv", "\t", ["--delimiter", r"\t"]),
         ("c.CSV", "|", ["--delimiter", "|"]),
         ("c.tsv", "\t", []),
         ("c.tsv", ";", ["--delimiter", ";"]),

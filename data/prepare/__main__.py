@@ -262,7 +262,7 @@ def encoding(text: str) -> str:
 
 
 def delimiter(text: str) -> str:
-    names = {name: character for character, name in rows.DELIMITER_NAMES.items()}
+    names = {name: character for character, name in rows.DELIMITER_NAMES.items()} | {r"\t": "\t"}
     text = names.get(text, text)
     if len(text) != 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no delimiter; expected one character, such as ';', or 'tab'")
