@@ -1,7 +1,7 @@
 """Features on disk: sets that share images or texts encode them once, and a killed evaluation goes on.
 
-    FOLDER/<fingerprint of the weights>/images-<run>-00000.rows     rows of bytes, one after the other
-    FOLDER/<fingerprint of the weights>/images-<run>-00000.index    the layout of a row, then key and checksum of each row
+    FOLDER/<fingerprint of the weights>/images-<run>-00000.rows    rows of bytes, one after the other
+    FOLDER/<fingerprint of the weights>/images-<run>-00000.index   layout of a row, then key and checksum of each row
 
 Each process of a run appends to files of its own and reads those of all, so that several runs may share a folder; with
 several processes it lies on a file system that they share. A row counts once its key stands in the index, which is
@@ -104,7 +104,7 @@ class Rows:
         return _digest(key) in self._rows
 
     def read(self, keys: Sequence[str]) -> dict[str, np.ndarray] | None:
-        """The rows of some keys, all of which are there; None if some of them are damaged, which are not there any more."""
+        """The rows of some keys, all of which are there; None if some are damaged, which are not there any more."""
         size = _row_bytes(self._layout)
         raw, damaged = np.empty((len(keys), size), np.uint8), set()
         with contextlib.ExitStack() as opened:
