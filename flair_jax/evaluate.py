@@ -44,7 +44,6 @@ from flair_jax.untrained import looks_untrained
 
 SHEET_IMAGES = 6
 SHEET_TEXTS = 4  # per image
-INTERNAL = ("preprocess", "mesh", "label", "text_tower")  # arguments of evaluators that no config sets
 
 # Images, and for each its texts and their boxes or None: what a sheet of attention maps shows.
 Examples = tuple[Sequence[np.ndarray], Sequence[Sequence[str]], Sequence[Sequence[Any]]]
@@ -216,7 +215,8 @@ def check(config: Mapping[str, Any]) -> None:
     Evaluators that are off are named in the log.
 
     Raises:
-      ValueError: see `sections`; or scenes are not as large as the model's images; or no public set has such a name.
+      ValueError: see `sections`; or scenes are not as large as the model's images; or no public set, mode or option of
+        a task has such a name.
       FileNotFoundError: naming the evaluator.
     """
     for name, (kind, options) in sections(config).items():
@@ -226,6 +226,13 @@ def check(config: Mapping[str, Any]) -> None:
                 raise ValueError(f"evaluators.{name}.size is {options['size']}; model.vision.image_size is {size}")
         if kind == "benchmarks":
             table.select(options.get("sets", ("*",)))
+            for task in evaluation_tasks.OPTIONS:
+                evaluation_tasks.check_options(f"evaluators.{name}.{task}", task, options.get(task))
+        for key in evaluation_tasks.RETRIEVAL_NAMES.keys() & options.keys():
+            if options[key] is not None:
+                evaluation_tasks.check_names(
+                    f"evaluators.{name}.{key}", options[key], evaluation_tasks.RETRIEVAL_NAMES[key]
+                )
         if is_off(kind, options):
             logging.warning("evaluators.%s: not evaluated, since %s is not set", name, SOURCES[kind][1].format(name))
         elif kind == "benchmarks" and not os.path.isdir(options["root"]):
@@ -263,14 +270,9 @@ def check_early_stopping(config: Mapping[str, Any]) -> None:
 
 
 def _keywords(function: Callable) -> dict[str, bool]:
-    """Keyword arguments that a config may set, and whether they have no default; `**options` are those of Retrieval."""
-    found: dict[str, bool] = {}
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            found |= _keywords(Retrieval)
-        elif parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in INTERNAL:
-            found[parameter.name] = parameter.default is parameter.empty
-    return found
+    """See `evaluation_tasks.keywords`; `**options` are those of Retrieval."""
+    rest = any(one.kind is one.VAR_KEYWORD for one in inspect.signature(function).parameters.values())
+    return evaluation_tasks.keywords(function) | (evaluation_tasks.keywords(Retrieval) if rest else {})
 
 
 def cadence(config: Mapping[str, Any], name: str) -> int:

@@ -1,16 +1,18 @@
 """A task's data as evaluators of a model: pictures become pixels, texts become tokens."""
 
 import dataclasses
+import difflib
 import functools
+import inspect
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
 from flax.core import freeze
 
-from flair_jax import initialize
+from flair_jax import evaluators, initialize
 from flair_jax.data.benchmarks import base, prompts
 from flair_jax.data.benchmarks import segmentation as segmentation_sets
 from flair_jax.data.transforms import images as image_rules
@@ -362,3 +364,53 @@ TASKS: dict[str, Build] = {
     "choice": choice,
     "pointing": pointing,
 }
+
+INTERNAL = ("preprocess", "mesh", "label", "text_tower")  # arguments of evaluators that no config sets
+RETRIEVAL_NAMES = {"modes": evaluators.retrieval.MODES, "pooling": evaluators.retrieval.POOLINGS}
+# Task -> its evaluator, the options that it has here beside the evaluator's own, and for some options the values known.
+OPTIONS: dict[str, tuple[type, tuple[str, ...], dict[str, Sequence[str]]]] = {
+    "retrieval": (Retrieval, ("windows", "context_length"), {**RETRIEVAL_NAMES, "windows": text_windows.WAYS}),
+    "classification": (
+        Classification,
+        ("templates", "names", "descriptions"),
+        {"modes": tuple(evaluators.classification.MODES), "ties": tuple(evaluators.classification.TIES)},
+    ),
+    "segmentation": (Segmentation, ("classes", "templates"), {"modes": evaluators.segmentation.MODES}),
+    "choice": (Choice, (), {"modes": tuple(evaluators.choice.MODES), "ties": evaluators.choice.TIES}),
+    "pointing": (Pointing, (), {"modes": evaluators.pointing.MODES}),
+}
+
+
+def keywords(function: Callable) -> dict[str, bool]:
+    """Keyword arguments that a config may set, and whether they have no default."""
+    return {
+        parameter.name: parameter.default is parameter.empty
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in INTERNAL
+    }
+
+
+def check_options(where: str, task: str, options: Mapping[str, Any] | None) -> None:
+    """Refuses, before a set is read, options that its task's evaluator would refuse when the set's turn comes.
+
+    Raises:
+      ValueError: naming `where.option`: there is no such option, or no such mode or other value.
+    """
+    if options is None:
+        return
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{where} is {options!r}; expected the options of {task} by name")
+    evaluator, own, names = OPTIONS[task]
+    check_names(f"options of {where}", options, (*own, *keywords(evaluator)))
+    for key in names.keys() & options.keys():
+        if options[key] is not None:
+            check_names(f"{where}.{key}", options[key], names[key])
+
+
+def check_names(where: str, found: str | Iterable[str], known: Sequence[str]) -> None:
+    """Raises ValueError if one of some names is not known, with those that are similar."""
+    for name in (found,) if isinstance(found, str) else found:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known)
+            similar = f"similar are {', '.join(close)}; " if close else ""
+            raise ValueError(f"{where}: there is no {name!r}; {similar}there are {', '.join(known)}")

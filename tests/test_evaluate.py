@@ -113,6 +113,48 @@ def test_a_picture_that_fails_is_reported_and_ends_nothing(fixed, tmp_path, capl
         ({"kind": "scenes", "count": 8, "seed": 1, "size": 48}, ValueError, "size is 48; .*image_size is 112"),
         ({"kind": "compositional_scenes", "count": 8, "seed": 1, "size": 48}, ValueError, "size is 48; .*size is 112"),
         ({"kind": "shards", "shards": "/no/such.tar"}, FileNotFoundError, r"evaluators\.val\.shards: .*such\.tar"),
+        (
+            {"kind": "shards", "shards": "a", "modes": ("flar",)},
+            ValueError,
+            r"evaluators\.val\.modes: there is no 'flar'; similar are flair; there are flair, topk, global",
+        ),
+        (
+            {"kind": "benchmarks", "sets": ("coco_val2O17",)},
+            ValueError,
+            "'coco_val2O17'; similar names are coco_val2017",
+        ),
+        (
+            {"kind": "benchmarks", "retrieval": {"mode": "flair"}},
+            ValueError,
+            r"options of evaluators\.val\.retrieval: there is no 'mode'; similar are modes",
+        ),
+        (
+            {"kind": "benchmarks", "retrieval": {"windows": ("truncate", "sentence")}},
+            ValueError,
+            r"evaluators\.val\.retrieval\.windows: there is no 'sentence'; similar are sentences",
+        ),
+        (
+            {"kind": "benchmarks", "classification": {"modes": "regoins"}},
+            ValueError,
+            r"no 'regoins'; similar are regions",
+        ),
+        (
+            {"kind": "benchmarks", "segmentation": {"modes": ("csa",)}},
+            ValueError,
+            r"no 'csa'; there are projected, value",
+        ),
+        ({"kind": "benchmarks", "choice": {"ties": "last"}}, ValueError, r"choice\.ties: there is no 'last'"),
+        ({"kind": "benchmarks", "pointing": ("attention",)}, ValueError, r"expected the options of pointing by name"),
+        (
+            {"kind": "benchmarks", "sets": ("folders:a/b", "folders:a_b")},
+            ValueError,
+            r"the same name, rename a folder: folders:a/b, folders:a_b",
+        ),
+        (
+            {"kind": "benchmarks", "sets": ("imagenet", "folders:imagenet")},
+            ValueError,
+            r"net\.org/.*, folders:imagenet",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_a_run(section, error, words):
