@@ -90,6 +90,7 @@ def inspect(benchmark: Benchmark, root: pathlib.Path) -> dict[str, Any]:
     }
     try:
         data = benchmark.read(root)
+        there = sum(picture.exists() for picture in data.pictures)
     except MissingError as error:
         return found | {"missing": list(error.files)}
     except (AnnotationError, OSError) as error:
@@ -98,7 +99,6 @@ def inspect(benchmark: Benchmark, root: pathlib.Path) -> dict[str, Any]:
         return found | {"state": "broken", "error": f"{type(error).__name__}: {error}"}
     counts = data.counts()
     differs = [name for name, count in found["expected"].items() if counts.get(name) != count]
-    there = sum(picture.exists() for picture in data.pictures)
     whole = there == len(data.pictures) and not data.parts and not differs
     return found | {
         "state": "there" if whole else "partly there",

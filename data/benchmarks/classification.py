@@ -165,12 +165,14 @@ class _Numbers(dict[str, int]):
     """The number of each class by its key in the release's files, in the order of `keys`.
 
     Raises:
-      AnnotationError: a class is named twice.
+      AnnotationError: a class is named twice, or there is none.
     """
 
     def __init__(self, keys: Sequence[str], path: pathlib.Path):
         super().__init__((key, number) for number, key in enumerate(keys))
         self._path = path
+        if not keys:
+            raise AnnotationError(f"{path}: no class is named")
         if len(self) < len(keys):
             raise AnnotationError(f"{path}: {len(keys)} classes are named, of which {len(self)} differ")
 
@@ -565,13 +567,13 @@ def _mat(path: pathlib.Path, *names: str) -> list[np.ndarray]:
     Raises:
       AnnotationError: it is none, or lacks one.
     """
-    from scipy.io import loadmat, matlab  # of these sets alone
+    from scipy.io import loadmat  # of these sets alone
 
     try:
         found = loadmat(path, squeeze_me=True, struct_as_record=True, verify_compressed_data_integrity=True)
         return [np.atleast_1d(found[name]) for name in names]
-    except (KeyError, ValueError, TypeError, NotImplementedError, OSError, matlab.MatReadError) as error:
-        raise AnnotationError(f"{path}: expected a MATLAB file with {', '.join(names)}: {error}") from error
+    except Exception as error:  # damaged files raise a dozen types of exception
+        raise AnnotationError(f"{path}: expected a MATLAB file with {', '.join(names)}: {error!r}") from error
 
 
 def _read_flowers(root: pathlib.Path) -> Classification:

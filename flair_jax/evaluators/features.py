@@ -48,6 +48,10 @@ class BrokenImages(ValueError):
         )
 
 
+class EmptySet(ValueError):
+    """Nothing of a set can be measured, for instance because no pixel of the images at hand is labelled."""
+
+
 def raise_broken(broken: Mapping[int, str], count: int, mesh: Mesh | None = None) -> None:
     """Raises BrokenImages on every process of a mesh if one of them met some of `count` images: number -> why.
 
