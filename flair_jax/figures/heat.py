@@ -1,5 +1,6 @@
 """Heat maps over pictures: overlays, sheets of several of them, and the scale that their colours stand for."""
 
+import bisect
 import dataclasses
 from collections.abc import Sequence
 
@@ -294,7 +295,8 @@ def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
             continue
         lines += [line] if line else []
         while font.getlength(word) > width and len(word) > 1:
-            fits = max(1, sum(font.getlength(word[: end + 1]) <= width for end in range(len(word))))
+            ends = range(1, len(word) + 1)
+            fits = max(1, bisect.bisect_right(ends, width, key=lambda end: font.getlength(word[:end])))
             lines.append(word[:fits])
             word = word[fits:]
         line = word
