@@ -396,7 +396,8 @@ def test_broken_annotations_are_named(tmp_path, name, files, message):
         ([("npy", npy([2, 0]))], {}, "expected 0 or 1"),
         ([("npy", npy([{}, {}], allow_pickle=True))], {}, "s0.npy: no array"),  # never unpickled
         ([("cls", b"1"), ("json", b"{}")], {}, "image without cls"),
-        ([("cls", b"1")], {"classes": " \n"}, "classnames.txt: empty"),
+        ([("cls", b"1")], {"classes": " \n"}, "classnames.txt: line 1 is empty"),
+        ([("cls", b"1")], {"classes": "cat\n\ndog\n\n"}, "classnames.txt: line 2 is empty"),  # or labels would shift
         ([("cls", b"1")], {"zeroshot_classification_templates.txt": "a photo"}, "has no {c}"),
         ([("cls", b"1")], {"test/nshards.txt": "many"}, "expected the number of tars"),
     ],

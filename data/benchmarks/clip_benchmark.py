@@ -54,7 +54,7 @@ def read_classification(root: pathlib.Path, folders: str) -> Classification:
       MissingError, AnnotationError: see `Benchmark.read`.
     """
     folder = _folder(root, folders)
-    classes, templates_file = _lines(_need(root, folder / CLASSES)), _need(root, folder / TEMPLATES)
+    classes, templates_file = _classes(_need(root, folder / CLASSES)), _need(root, folder / TEMPLATES)
     templates = _lines(templates_file)
     for template in templates:
         if "{c}" not in template:
@@ -92,11 +92,7 @@ def read_retrieval(root: pathlib.Path, folders: str) -> Retrieval:
 
 
 def unlisted(root: pathlib.Path) -> list[Benchmark]:
-    """Entries for the sets in this layout that lie under the root and that the table does not name.
-
-    Raises:
-      AnnotationError: a dataset_type.txt is broken.
-    """
+    """Entries for the sets in this layout that lie under the root and that the table does not name."""
     known = {folder.split("/")[0] for name in LISTED for folder in _folders(name).split("|")}
     found = []
     for shards in sorted(root.glob(f"*/{SHARDS}")):
@@ -104,7 +100,7 @@ def unlisted(root: pathlib.Path) -> list[Benchmark]:
         if name in known:
             continue
         type_file = shards.parents[1] / TYPE
-        retrieval = type_file.exists() and read_text(type_file).strip() == "retrieval"
+        retrieval = type_file.is_file() and type_file.read_bytes().strip() == b"retrieval"
         found.append(located(f"wds_{'retrieval' if retrieval else 'classification'}:{name}"))
     return found
 
@@ -142,6 +138,14 @@ def _lines(path: pathlib.Path) -> list[str]:
     if not lines:
         raise AnnotationError(f"{path}: empty; expected a line per class or template")
     return lines
+
+
+def _classes(path: pathlib.Path) -> list[str]:
+    """A class per line; the number of its line is its label, so that none may be empty but at the end."""
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    if not all(names) or not names:
+        raise AnnotationError(f"{path}: line {names.index('') + 1 if names else 1} is empty; expected a class per line")
+    return names
 
 
 def _tars(root: pathlib.Path, folder: pathlib.Path) -> tuple[list[pathlib.Path], tuple[str, ...]]:
@@ -248,7 +252,7 @@ def _classification_entry(
         files=(
             File(_files(folders, "test"), images, _count_classified),
             File(_files(folders, SHARDS)),
-            File(_files(folders, CLASSES), classes, lambda path: len(_lines(path))),
+            File(_files(folders, CLASSES), classes, lambda path: len(_classes(path))),
             File(_files(folders, TEMPLATES), count=lambda path: len(_lines(path))),
         ),
         read=functools.partial(read_classification, folders=folders),
