@@ -295,6 +295,15 @@ def test_pixel_maps_of_converters(tmp_path, name, suffix, values, labels):
     assert first(data, 1) == [{"coco_stuff164k": 11, "coco_object": 12}[name]]
 
 
+def test_objects_in_the_folder_of_their_converter(tmp_path):
+    """As SCLIP and others lay them out, beside COCO-Stuff in train ids."""
+    for name, suffix in (("coco_stuff164k", "_labelTrainIds.png"), ("coco_object", "_instanceTrainIds.png")):
+        save_mask(tmp_path / f"{name}/annotations/val2017/000000000139{suffix}", [0, 80])
+        save_image(tmp_path / f"{name}/images/val2017/000000000139.jpg")
+        data = table.ALL[name].read(tmp_path)
+        assert first(data, 2) == [0, 80] and f"/{name}/images/" in data.pictures[0].path
+
+
 def test_cityscapes_train_ids_and_stuff10k_pngs(tmp_path):
     save_mask(tmp_path / "cityscapes/gtFine/val/lindau/lindau_0_gtFine_labelTrainIds.png", [0, 18, 255])
     save_image(tmp_path / "cityscapes/leftImg8bit/val/lindau/lindau_0_leftImg8bit.png")

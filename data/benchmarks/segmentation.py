@@ -340,6 +340,9 @@ def read_cityscapes(root: pathlib.Path) -> Segmentation:
 
 STUFF_IMAGES = f"{base.COCO_IMAGES}|coco_stuff164k/images/val2017"
 STUFF_MASKS = "coco/stuffthingmaps/val2017|coco_stuff164k/annotations/val2017|cocostuff/val2017"
+# COCO-Object's converter writes a folder of its own.
+OBJECT_IMAGES = f"coco_object/images/val2017|{STUFF_IMAGES}"
+OBJECT_MASKS = f"coco_object/annotations/val2017|{STUFF_MASKS}"
 STUFF_10K = "coco_stuff10k|cocostuff10k|cocostuff-10k-v1.1"
 PANOPTIC = "coco/annotations/panoptic_val2017.json|coco/panoptic/panoptic_val2017.json"
 PANOPTIC_MASKS = "coco/annotations/panoptic_val2017|coco/panoptic/panoptic_val2017"
@@ -348,6 +351,8 @@ PANOPTIC_MASKS = "coco/annotations/panoptic_val2017|coco/panoptic/panoptic_val20
 def read_coco_pixel_maps(
     root: pathlib.Path,
     *,
+    masks: str,
+    images: str,
     classes: str,
     native: np.ndarray,
     suffix: str,
@@ -358,14 +363,13 @@ def read_coco_pixel_maps(
 
     In the released ones a pixel has the category's id less 1, and 255 where nothing is labelled.
     """
-    folder = find(root, STUFF_MASKS)
-    images = base.find_folder(root, STUFF_IMAGES)
+    folder = find(root, masks)
     entries = [entry.name for entry in os.scandir(folder) if entry.name.endswith(".png")]
     if any("TrainIds" not in name for name in entries):
         names, ending, table = _names_in(folder, ".png", without="TrainIds"), ".png", native
     else:
         names, ending, table = _names_in(folder, suffix), suffix, converted
-    pictures, paths = _by_list(folder, names, images, folder, ending)
+    pictures, paths = _by_list(folder, names, base.find_folder(root, images), folder, ending)
     return Segmentation(pictures, Masks(paths, pictures, read_indices, table), class_names(classes), background)
 
 
@@ -494,10 +498,6 @@ _CONTEXT = (
 _read_voc = functools.partial(
     read_pascal, folders=VOC2012, split="ImageSets/Segmentation/val.txt", masks="SegmentationClass"
 )
-_STUFF = (
-    File(STUFF_MASKS, 5000, _masks("*.png")),
-    File(STUFF_IMAGES, optional=True),
-)
 VOC_LICENCE = "images: Flickr terms; annotations: free for research"
 COCO_LICENCE = "images: Flickr terms; annotations: CC-BY-4.0"
 
@@ -593,9 +593,11 @@ BENCHMARKS = (
         "coco_stuff164k",
         "segmentation",
         "COCO-Stuff 164k",
-        _STUFF,
+        (File(STUFF_MASKS, 5000, _masks("*.png")), File(STUFF_IMAGES, optional=True)),
         functools.partial(
             read_coco_pixel_maps,
+            masks=STUFF_MASKS,
+            images=STUFF_IMAGES,
             classes="coco_stuff",
             native=labels_of(COCO_IDS - 1),
             suffix="_labelTrainIds.png",
@@ -613,9 +615,11 @@ BENCHMARKS = (
         "coco_object",
         "segmentation",
         "COCO-Object",
-        _STUFF,
+        (File(OBJECT_MASKS, 5000, _masks("*.png")), File(OBJECT_IMAGES, optional=True)),
         functools.partial(
             read_coco_pixel_maps,
+            masks=OBJECT_MASKS,
+            images=OBJECT_IMAGES,
             classes="coco_object",
             native=objects(),
             suffix="_instanceTrainIds.png",
