@@ -188,10 +188,10 @@ def test_dci_all_splits_and_its_test_split(tmp_path):
 
 
 def test_urban1k_from_its_folders_and_from_json(tmp_path):
-    names = {f"Urban1k/caption/{number}.txt": f"Text {number}.\n\n" for number in (1, 10, 2)}
+    names = {f"Urban1k/caption/{number}.txt": f"Text\u2028{number}.\r\n\r\n" for number in (1, 10, 2)}
     root = write(tmp_path / "native", {**names, "Urban1k/caption/3.txt": ""})
     (root / "Urban1k/image").mkdir()
-    texts = {f"Urban1k/image/{number}.jpg": [f"Text {number}."] for number in (1, 10, 2)}
+    texts = {f"Urban1k/image/{number}.jpg": [f"Text\u2028{number}."] for number in (1, 10, 2)}
     assert shown(read(root, "urban1k"), root) == {**texts, "Urban1k/image/3.jpg": [""]}  # one text of the set is empty
     rows = [{"image_id": 0, "image": "1.jpg", "caption": "Text 1."}]
     other = write(tmp_path / "json", {"urban1k/annotations/annotations.json": {"annotations": rows}})
@@ -278,6 +278,13 @@ def test_ties_are_those_of_the_same_sets_in_their_own_releases():
     assert {"imagenet", "imagenet_v2", "imagenet_sketch"} <= first
 
 
+def test_a_set_that_says_so_has_several_labels_though_it_has_single_ones_too(tmp_path):
+    wds(tmp_path, "wds_voc2007_multilabel", [("npy", npy([1, 1]))], **{"dataset_type.txt": "multilabel"})
+    members = [("s0.webp", b"I"), ("s0.cls", b"1"), ("s0.npy", npy([1, 1]))]
+    write_tar(tmp_path / "wds_voc2007_multilabel/test/0.tar", members)
+    assert read(tmp_path, "wds_voc2007_multilabel").labels.tolist() == [[True, True]]
+
+
 @pytest.mark.parametrize("name", RETRIEVAL)
 def test_each_retrieval_set_of_clip_benchmark(tmp_path, name):
     wds(
@@ -326,7 +333,7 @@ def test_a_set_of_which_a_tar_is_missing_is_read_in_part(tmp_path):
 def test_sets_in_the_layout_that_no_table_names(tmp_path):
     wds(tmp_path, "wds_mnist", [("cls", b"1")])
     wds(tmp_path, "wds_birds", [("cls", b"1")])
-    wds(tmp_path, "wds_stories", [("txt", b"a")], **{"dataset_type.txt": "retrieval"})
+    wds(tmp_path, "wds_stories", [("txt", b"a")], **{"dataset_type.txt": "Retrieval\n"})
     birds, stories = clip_benchmark.unlisted(tmp_path)
     assert (birds.name, birds.task, birds.read(tmp_path).labels.tolist()) == ("wds_birds", "classification", [1])
     assert (stories.name, stories.task, stories.read(tmp_path).texts) == ("wds_stories", "retrieval", ["a"])

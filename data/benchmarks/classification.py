@@ -143,7 +143,7 @@ def _lines(path: pathlib.Path, fields: int | None = None) -> list[list[str]]:
       AnnotationError: naming the line; it has fewer.
     """
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):  # a name may hold other signs of lines
         if line.strip():
             rows.append([line.strip()] if fields is None else line.split())
             if len(rows[-1]) < (fields or 1):

@@ -2,7 +2,7 @@
 
 Source: https://github.com/LAION-AI/CLIP_benchmark (MIT) and https://huggingface.co/clip-benchmark. A set is a folder:
 
-    dataset_type.txt                        "retrieval"; absent for classification
+    dataset_type.txt                        "retrieval", or "multilabel"; absent for other classification
     classnames.txt                          a class a line, in the order of the labels
     zeroshot_classification_templates.txt   a prompt a line, `{c}` is the class
     test/nshards.txt                        N
@@ -61,7 +61,8 @@ def read_classification(root: pathlib.Path, folders: str) -> Classification:
         if "{c}" not in template:
             raise AnnotationError(f"{templates_file}: template {template!r} has no {{c}} for the name of the class")
     tars, parts = _tars(root, folder)
-    partner = next((name for name in ("cls", "npy") if len(_scan(tars[0], name).spans)), "cls")
+    kinds = ("npy", "cls") if _type(folder) == "multilabel" else ("cls", "npy")
+    partner = next((name for name in kinds if len(_scan(tars[0], name).spans)), kinds[0])
     read_label = {"cls": _label, "npy": _vector}[partner]
     pictures, labels = [], []
     for tar in tars:
@@ -100,9 +101,9 @@ def unlisted(root: pathlib.Path) -> list[Benchmark]:
         name = shards.parents[1].name
         if name in known:
             continue
-        type_file = shards.parents[1] / TYPE
-        retrieval = type_file.is_file() and type_file.read_bytes().strip() == b"retrieval"
-        found.append(located(f"wds_{'retrieval' if retrieval else 'classification'}:{name}"))
+        found.append(
+            located(f"wds_{'retrieval' if _type(shards.parents[1]) == 'retrieval' else 'classification'}:{name}")
+        )
     return found
 
 
@@ -125,6 +126,12 @@ def located(name: str) -> Benchmark:
 def _folder(root: pathlib.Path, folders: str) -> pathlib.Path:
     """The folder of a set: the first one with a number of shards."""
     return find(root, *(f"{folder}/{SHARDS}" for folder in folders.split("|"))).parents[1]
+
+
+def _type(folder: pathlib.Path) -> str:
+    """What dataset_type.txt says, whatever that is; empty if there is none."""
+    file = folder / TYPE
+    return file.read_bytes().decode("utf-8", "replace").strip().lower() if file.is_file() else ""
 
 
 def _need(root: pathlib.Path, path: pathlib.Path) -> pathlib.Path:

@@ -94,8 +94,8 @@ def read_urban1k(root: pathlib.Path) -> Retrieval:
     file, folder = find(root, URBAN_TEXTS, URBAN_JSON), find_folder(root, URBAN_IMAGES)
     if file.is_dir():
         files = sorted(file.glob("*.txt"), key=lambda path: path.name)
-        lines = ((path, read_text(path).splitlines()) for path in files)
-        return gather(file, ((inside(folder, f"{path.stem}.jpg", path), text[:1] or [""]) for path, text in lines))
+        lines = ((path, read_text(path).replace("\r", "\n").partition("\n")[0]) for path in files)
+        return gather(file, ((inside(folder, f"{path.stem}.jpg", path), [text]) for path, text in lines))
     rows = []
     for number, record in enumerate(field(read_json(file), "annotations", list, str(file))):
         where = f"{file}: annotations[{number}]"
