@@ -17,7 +17,7 @@ from etils import epath
 from flair_jax import attention_maps, evaluation_sets, evaluation_tasks, models, pretrained, report, sharding
 from flair_jax import config as configuration
 from flair_jax.data import compositional_scenes, scenes
-from flair_jax.data.benchmarks import base, table
+from flair_jax.data.benchmarks import base, prompts, table
 from flair_jax.data.benchmarks import shards as shard_sets
 from flair_jax.data.counted import counted
 from flair_jax.data.sources.open import expand
@@ -240,10 +240,11 @@ def check(config: Mapping[str, Any]) -> None:
                 f"evaluators.{name}: config.data_root is {options['root']!r}; expected the folder of public sets"
             )
         elif kind == "benchmarks":
-            for key in ("names", "descriptions"):
-                path = (options.get("classification") or {}).get(key)
-                if isinstance(path, str) and not os.path.exists(path):
-                    raise FileNotFoundError(f"evaluators.{name}.classification.{key}: {path} is not there")
+            for task, keys in evaluation_tasks.FILES.items():
+                for key in keys:
+                    path = (options.get(task) or {}).get(key)
+                    if isinstance(path, str) and prompts.SLOT not in path and not os.path.exists(path):
+                        raise FileNotFoundError(f"evaluators.{name}.{task}.{key}: {path} is not there")
         elif kind == "shards":
             try:
                 expand(options["shards"])

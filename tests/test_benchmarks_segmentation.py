@@ -462,8 +462,9 @@ def test_options_reach_the_evaluator(tmp_path):
     pixel_maps(tmp_path)
     benchmark = table.ALL["coco_object"]
     data = benchmark.read(tmp_path)
-    options = {**benchmark.options, "image_batch": 8, "templates": ["a {c}."], "modes": ("projected",)}
+    options = {**benchmark.options, "image_batch": 8, "templates": "a {c}.", "modes": "projected"}
     (evaluator,) = evaluation_tasks.TASKS["segmentation"](Words(2), benchmark, data, options)
+    assert evaluator._modes == ("projected",)
     assert evaluator._decision["temperature"] == 50
     assert evaluator._data.class_of_query.tolist() == [0] * 26 + [1] * 8 + list(range(2, 81))
     assert evaluator._data.sizes.tolist() == [list(SIZE)] * 2

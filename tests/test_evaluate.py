@@ -164,7 +164,8 @@ def test_what_is_wrong_is_said_before_a_run(section, error, words):
 
 def test_files_for_classes_are_looked_for_before_a_run(tmp_path):
     def check(**options):
-        section = {"kind": "benchmarks", "sets": ("imagenet",), "classification": options}
+        task = "segmentation" if options.keys() & {"classes", "templates"} else "classification"
+        section = {"kind": "benchmarks", "sets": ("imagenet",), task: options}
         evaluate.check({**config_of(zero_shot=section), "data_root": str(tmp_path)})
 
     check(descriptions=None, names=("a", "b"))
@@ -172,6 +173,10 @@ def test_files_for_classes_are_looked_for_before_a_run(tmp_path):
     for key in ("descriptions", "names"):
         with pytest.raises(FileNotFoundError, match=rf"evaluators\.zero_shot\.classification\.{key}: no/such\.json"):
             check(**{key: "no/such.json"})
+    check(templates="a photo of a {c}.")
+    for key in ("classes", "templates"):
+        with pytest.raises(FileNotFoundError, match=rf"evaluators\.zero_shot\.segmentation\.{key}: no/such\.txt"):
+            check(**{key: "no/such.txt"})
 
 
 def test_captions_are_where_the_training_data_has_them():
