@@ -169,6 +169,16 @@ def test_images_of_docci_and_dci_serve_iiw(tmp_path):
     assert folders == {"docci/images", "iiw/docci_aar", "dci/densely_captioned_images/photos"}
 
 
+def test_iiw_in_the_folder_of_the_reference_and_of_its_release(tmp_path):
+    files = {path.replace("iiw/", "imageinwords/datasets/"): rows for path, rows in IIW.items()}
+    root = write(tmp_path, files | {"imageinwords/docci/test_00731.jpg": ""})
+    first, *_ = read(root, "iiw").pictures
+    assert first.exists() and first.path.endswith("imageinwords/docci/test_00731.jpg")
+    rows = [{"image_id": 0, "image": "docci/test_00731.jpg", "caption": "A toilet", "caption_id": 0}]
+    other = write(tmp_path / "own", {"imageinwords/test_annotations.json": {"annotations": rows}})
+    assert read(other, "iiw_fg").texts == ["A toilet"]
+
+
 def test_dci_all_splits_and_its_test_split(tmp_path):
     base_folder = "dci/densely_captioned_images"
     splits = {"train": ["1.json"], "valid": [], "test": ["2.json"]}
