@@ -20,6 +20,11 @@ def to_image(figure: Any, dpi: int = 110) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
+def plain(text: str) -> str:
+    """A text that matplotlib draws as it stands: a dollar sign begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def as_pixels(image: np.ndarray) -> np.ndarray:
     """uint8 pixels of an image, uint8 or float in [0, 1]."""
     return image if image.dtype == np.uint8 else np.uint8(np.clip(image, 0, 1) * 255)

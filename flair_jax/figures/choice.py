@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from flair_jax.figures import to_image
+from flair_jax.figures import plain, to_image
 from flair_jax.report import Result
 
 MAX_BARS = 40
@@ -56,9 +56,9 @@ def bars(results: Sequence[Result]) -> Image.Image:
         axes.barh(rows + number * height, [values[metric, mode] for metric in chosen], height, label=mode)
     chance = [values[metric, "chance"] for metric in chosen]
     axes.vlines(chance, rows - height / 2, rows - height / 2 + 0.8, colors="black", linestyles="dashed", label="chance")
-    labels = [metric.removeprefix(f"{first}/") if first else metric for metric in chosen]
+    labels = [plain(metric.removeprefix(f"{first}/") if first else metric) for metric in chosen]
     axes.set_yticks(rows + 0.4 - height / 2, labels, fontsize=8)
-    axes.set(xlim=(0, 1), xlabel=first or "score", title=results[0].set)
+    axes.set(xlim=(0, 1), xlabel=first or "score", title=plain(results[0].set))
     axes.invert_yaxis()
     figure.legend(loc="outside lower center", ncols=len(modes) + 1, fontsize=8)
     return to_image(figure, dpi=100)

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flair_jax.figures import to_image
+from flair_jax.figures import plain, to_image
 
 CLASSES = 15  # of a confusion matrix, at most
 BARS = 30
@@ -113,4 +113,4 @@ def _spread(order: np.ndarray, allowed: np.ndarray, truth: np.ndarray) -> list[i
 
 
 def _short(text: str, length: int = NAME) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    return plain(text if len(text) <= length else f"{text[: length - 1]}…")

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flair_jax.figures import to_image
+from flair_jax.figures import plain, to_image
 from flair_jax.figures.heat import attention_scale, overlay, with_legend
 
 DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text"}
@@ -62,7 +62,7 @@ def examples(rows: Sequence[Example]) -> Image.Image:
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for part, row in zip(parts, rows, strict=True):
         lines = textwrap.wrap(row.text, int(WIDTH * columns / 4), max_lines=LINES) or [""]
-        part.suptitle("\n".join(line.replace("$", r"\$") for line in lines), fontsize=8)
+        part.suptitle(plain("\n".join(lines)), fontsize=8)
         panels = iter(part.subplots(1, columns, squeeze=False)[0])
         for title, (pixels, heat) in ((f"its image: rank {row.rank}", row.own), ("the best other one", row.rival)):
             image = Image.fromarray(_uint8(pixels))

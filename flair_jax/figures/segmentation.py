@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from flair_jax.figures import to_image
+from flair_jax.figures import plain, to_image
 
 TILE = 256  # pixels of a picture's longer side
 MARGIN, LINE, FONT = 6, 18, 12
@@ -112,7 +112,7 @@ def bars(classes: Sequence[str], iou: Mapping[str, np.ndarray]) -> Image.Image:
         label = f"{mode}, mean {np.nanmean(values):.3f}"
         axes.barh(np.arange(len(order)) + number * height, np.nan_to_num(values[order]), height, label=label)
     axes.set(title=title, xlim=(0, min(1, 1.1 * largest + 1e-3)), yticks=np.arange(len(order)) + 0.4 - height / 2)
-    axes.set_yticklabels([classes[name] for name in order], fontsize=7)
+    axes.set_yticklabels([plain(classes[name]) for name in order], fontsize=7)
     axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
