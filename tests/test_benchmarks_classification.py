@@ -305,6 +305,9 @@ def test_imagenet_has_the_classes_of_clip_and_kaggles_layout(tmp_path):
     assert len(data.classes) == 1000 and len(data.templates) == 80 and data.parts == ("1 of 1000 classes",)
     assert entry.options == {"ties": "first"}  # "missile" and "sunglasses" are two classes each
 
+    with pytest.raises(MissingError, match="not found: imagenet/val/<class> or imagenet/LOC_val_solution.csv"):
+        entry.read(tmp_path / "nowhere")
+
     kaggle = tmp_path / "kaggle"
     rows = ("ImageId,PredictionString", f"ILSVRC2012_val_00000001,{WNIDS[5]} 1 2 3 4 {WNIDS[5]} 5 6 7 8 ", "")
     write(kaggle, **{"imagenet/LOC_val_solution.csv": lines(*rows)})

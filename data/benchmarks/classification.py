@@ -312,7 +312,10 @@ def read_imagenet(root: pathlib.Path) -> Classification:
     folder = find_folder(root, _VAL)
     if folder.is_dir() and _subfolders(folder):
         return _imagenet_folders(folder, "imagenet1k")
-    path = find(root, _SOLUTION)
+    try:
+        path = find(root, _SOLUTION)
+    except MissingError as error:
+        raise MissingError([f"imagenet/val/<class> or {error.files[0]}"]) from error
     numbers, rows = _Numbers(prompts.imagenet_folders(), path), []
     for row in csv.reader(io.StringIO(read_text(path))):
         if row[:1] != ["ImageId"] and row:
