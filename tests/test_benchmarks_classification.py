@@ -305,7 +305,7 @@ def test_imagenet_has_the_classes_of_clip_and_kaggles_layout(tmp_path):
     assert len(data.classes) == 1000 and len(data.templates) == 80 and data.parts == ("1 of 1000 classes",)
     assert entry.options == {"ties": "first"}  # "missile" and "sunglasses" are two classes each
 
-    with pytest.raises(MissingError, match="not found: imagenet/val/<class> or imagenet/LOC_val_solution.csv"):
+    with pytest.raises(MissingError, match=r"not found: imagenet/val/<class> or imagenet/LOC_val_solution\.csv"):
         entry.read(tmp_path / "nowhere")
 
     kaggle = tmp_path / "kaggle"
@@ -446,7 +446,8 @@ def test_a_name_of_tensorflow_datasets(tmp_path, monkeypatch, tfds_records):
     assert opened == ["tfds:group/shapes:1.0.0?split=test"]
 
 
-def test_a_data_set_that_tensorflow_datasets_made(tmp_path):
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_a_data_set_that_tensorflow_datasets_made(tmp_path, file_format):
     tfds = pytest.importorskip("tensorflow_datasets", reason="the extra `tf` is not installed")
     pixels = {"red": (255, 0, 0), "blue": (0, 0, 255)}
     samples = [
@@ -461,7 +462,7 @@ def test_a_data_set_that_tensorflow_datasets_made(tmp_path):
         ),
         split_datasets={"test": samples},
         data_dir=tmp_path,
-        file_format="array_record",
+        file_format=file_format,
         disable_shuffling=True,
     )
     (entry,) = table.select([f"tfds:things?split=test&data_dir={tmp_path}"])
@@ -469,6 +470,16 @@ def test_a_data_set_that_tensorflow_datasets_made(tmp_path):
     assert data.labels.tolist() == [1, 0, 1] and data.classes == [("blue thing",), ("red thing",)]
     assert [picture.decode().getpixel((0, 0)) for picture in data.pictures] == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
     assert len({picture.key() for picture in data.pictures}) == 3
+    for wrong in ("tfds:things?split=train", "tfds:other?split=test"):
+        (entry,) = table.select([f"{wrong}&data_dir={tmp_path}"])
+        with pytest.raises(AnnotationError, match=wrong.partition("?")[0]):
+            entry.read(tmp_path)
+    (entry,) = table.select([f"tfds:things?split=test[1:]&data_dir={tmp_path}"])
+    if file_format == "tfrecord":  # files are read whole
+        with pytest.raises(AnnotationError, match="prepared as ArrayRecord"):
+            entry.read(tmp_path)
+    else:
+        assert entry.read(tmp_path).labels.tolist() == [0, 1]
 
 
 def open_array_record(path):

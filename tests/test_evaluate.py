@@ -148,7 +148,7 @@ def test_a_picture_that_fails_is_reported_and_ends_nothing(fixed, tmp_path, capl
         (
             {"kind": "benchmarks", "sets": ("folders:a/b", "folders:a_b")},
             ValueError,
-            r"the same name, rename a folder: folders:a/b, folders:a_b",
+            r"the same name, evaluate them apart: folders:a/b, folders:a_b",
         ),
         (
             {"kind": "benchmarks", "sets": ("imagenet", "folders:imagenet")},

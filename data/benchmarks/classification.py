@@ -242,7 +242,7 @@ def located(name: str) -> Benchmark:
 
     Args:
       name: `folders:DIR`, a folder per class, relative to the root or absolute; or `tfds:NAME?split=test`, see
-        `array_record.open_tfds`.
+        `array_record.open_tfds`; of data sets in TensorFlow Datasets' default format whole splits.
 
     Raises:
       ValueError: it is neither.
@@ -266,9 +266,15 @@ def _read_folders(root: pathlib.Path, where: str) -> Classification:
 
 @functools.lru_cache(maxsize=4)  # the pass over all records is made once
 def _read_tfds(root: pathlib.Path, name: str) -> Classification:
+    """As ArrayRecord, or as TFRecord, the default format of TensorFlow Datasets."""
     del root
     try:
-        return records(name)
+        try:
+            return records(name)
+        except ShardError:
+            if not (files := array_record.tfrecord_files(name)):
+                raise
+            return records(files)
     except (ShardError, ImportError) as error:
         raise AnnotationError(str(error)) from error
 

@@ -69,5 +69,5 @@ def select(patterns: Iterable[str]) -> list[Benchmark]:
     found = [*(benchmark for name, benchmark in ALL.items() if name in chosen), *own.values()]
     counts = collections.Counter(benchmark.name for benchmark in found)
     if twice := [benchmark.source for benchmark in found if counts[benchmark.name] > 1]:
-        raise ValueError(f"results of these sets would have the same name, rename a folder: {', '.join(twice)}")
+        raise ValueError(f"results of these sets would have the same name, evaluate them apart: {', '.join(twice)}")
     return found
