@@ -60,8 +60,10 @@ def read_dci(root: pathlib.Path, splits: tuple[str, ...] = ()) -> Retrieval:
         for name in field(content, split, list, str(file))
     ]
     if missing := [name for name in names if not pathlib.Path(name).exists()]:
-        shown = [str(pathlib.Path(name).relative_to(root)) for name in missing[:3]]
-        raise MissingError(shown + ([f"and {len(missing) - 3} more"] if len(missing) > 3 else []))
+        where = folder.relative_to(root)
+        raise MissingError(
+            [f"{len(missing):,} of {len(names):,} files of {where}, such as {pathlib.Path(missing[0]).name}"]
+        )
 
     def rows():
         for name in names:
