@@ -400,10 +400,16 @@ def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, fl
     for warning in warnings:
         logging.warning("%s: %s", weights, warning)
     with jax.set_mesh(sharding.create_mesh(**config["mesh"])), _session(config, workdir):
-        params = jax.device_put(params, sharding.replicated(jax.sharding.get_mesh()))
+        params = on_all_devices(params)
         results = run(config, model, params, workdir, notes=[f"weights: {weights}"], warnings=warnings)
         draw_attention_sheets(config, model, params, workdir)
     return report.flat(results)
+
+
+def on_all_devices(params: Any) -> Any:
+    """Parameters that each process has read, whole on every device of the mesh of `jax.set_mesh`."""
+    # Over the host: an array cannot move from a device of this process to those of the others.
+    return jax.device_put(jax.device_get(params), sharding.replicated(jax.sharding.get_mesh()))
 
 
 def _session(config: Mapping[str, Any], workdir: epath.PathLike) -> contextlib.AbstractContextManager:
