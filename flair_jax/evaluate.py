@@ -413,11 +413,19 @@ def on_all_devices(params: Any) -> Any:
 
 
 def _session(config: Mapping[str, Any], workdir: epath.PathLike) -> contextlib.AbstractContextManager:
-    """The feature store of an evaluation, on a file system that can append to files."""
+    """The feature store of an evaluation, on a file system that can append to files.
+
+    Raises:
+      ValueError: its folder cannot be made.
+    """
     folder = config["feature_store"] or os.fspath(epath.Path(workdir) / "features")
     if "://" in folder:
         logging.warning("%s is in a store, which cannot keep features: --config.feature_store=FOLDER", folder)
         return contextlib.nullcontext()
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"config.feature_store is {folder!r}; expected a folder for features: {error}") from error
     return features.session(store=FeatureStore(folder))
 
 

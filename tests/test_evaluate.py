@@ -179,6 +179,14 @@ def test_files_for_classes_are_looked_for_before_a_run(tmp_path):
             check(**{key: "no/such.txt"})
 
 
+def test_features_need_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"config\.feature_store is '.*file'; expected a folder"):
+        evaluate._session({"feature_store": str(tmp_path / "file")}, tmp_path)
+    with evaluate._session({"feature_store": None}, tmp_path / "run"):
+        assert (tmp_path / "run/features").is_dir()
+
+
 def test_captions_are_where_the_training_data_has_them():
     """PixelProse has one field, `caption`; an evaluator of its own may name others."""
     config = configuration.read("flair_pixelprose", ["--config.data.index_dir=/index"])
