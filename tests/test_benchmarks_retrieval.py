@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import tarfile
 
 import numpy as np
 import pytest
@@ -324,6 +325,24 @@ def test_what_a_set_of_clip_benchmark_lacks_is_named_from_the_root(tmp_path, mon
         with pytest.raises(base.MissingError) as error:
             read(root, "wds_mnist")
         assert error.value.files == (f"wds_mnist/{name}",)
+
+
+@pytest.mark.parametrize("name", ["wds_mnist", "wds_flickr8k"])
+def test_a_set_of_clip_benchmark_that_was_packed_as_a_folder(tmp_path, name):
+    """By `tar -cf 0.tar .`, on a Mac."""
+    partner = ("cls", b"1") if name == "wds_mnist" else ("txt", b"a")
+    wds(tmp_path, name, [])
+    with tarfile.open(tmp_path / name / "test/0.tar", "w") as tar:
+        for member, content in (
+            (".", None),
+            ("./s0.jpg", b"I"),
+            ("./._s0.jpg", b"?"),
+            (f"./s0.{partner[0]}", partner[1]),
+        ):
+            info = tarfile.TarInfo(member)
+            info.type, info.size = (tarfile.DIRTYPE, 0) if content is None else (tarfile.REGTYPE, len(content))
+            tar.addfile(info, io.BytesIO(content or b""))
+    assert [picture.read() for picture in read(tmp_path, name).pictures] == [b"I"]
 
 
 @pytest.mark.parametrize("name", ["wds_mnist", "wds_flickr8k"])
