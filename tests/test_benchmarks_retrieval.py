@@ -202,6 +202,7 @@ def test_urban1k_from_its_folders_and_from_json(tmp_path):
     names = {f"Urban1k/caption/{number}.txt": f"Text\u2028{number}.\r\n\r\n" for number in (1, 10, 2)}
     root = write(tmp_path / "native", {**names, "Urban1k/caption/3.txt": ""})
     (root / "Urban1k/image").mkdir()
+    (root / "Urban1k/caption/._1.txt").write_bytes(b"\xff Mac OS X")
     texts = {f"Urban1k/image/{number}.jpg": [f"Text\u2028{number}."] for number in (1, 10, 2)}
     assert shown(read(root, "urban1k"), root) == {**texts, "Urban1k/image/3.jpg": [""]}  # one text of the set is empty
     rows = [{"image_id": 0, "image": "1.jpg", "caption": "Text 1."}]

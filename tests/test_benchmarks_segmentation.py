@@ -264,6 +264,16 @@ def test_the_table_states_the_sizes_of_the_releases():
     }
 
 
+@pytest.mark.parametrize("name", ["ade20k", "coco_stuff164k", "cityscapes"])
+def test_files_that_a_mac_adds_to_archives_are_no_masks(tmp_path, name):
+    BUILD[name](tmp_path)
+    for mask in [path for path in tmp_path.rglob("*.png") if "leftImg8bit" not in path.name]:
+        mask.with_name(f"._{mask.name}").write_bytes(b"Mac OS X")
+    data = table.ALL[name].read(tmp_path)
+    assert len(data.pictures) == 2 and all(picture.exists() for picture in data.pictures)
+    assert table.ALL[name].files[0].count(segmentation.find(tmp_path, table.ALL[name].files[0].path)) == 2
+
+
 def test_annotations_alone_can_be_counted(tmp_path):
     pixel_maps(tmp_path)
     for path in (tmp_path / "coco/val2017").iterdir():

@@ -84,6 +84,7 @@ def _count_dci(path: pathlib.Path) -> int:
 URBAN = ("urban1k", "Urban1k", "urban1k/Urban1k")
 URBAN_JSON = "|".join(f"{folder}/{name}annotations.json" for folder in URBAN for name in ("annotations/", ""))
 URBAN_TEXTS = "|".join(f"{folder}/caption" for folder in URBAN)
+CAPTIONS = "[!.]*.txt"  # an archive that was packed on a Mac brings "._1.txt" beside 1.txt
 URBAN_IMAGES = "|".join(f"{folder}/{name}" for folder in URBAN for name in ("images", "image"))
 
 
@@ -95,7 +96,7 @@ def read_urban1k(root: pathlib.Path) -> Retrieval:
     """
     file, folder = find(root, URBAN_TEXTS, URBAN_JSON), find_folder(root, URBAN_IMAGES)
     if file.is_dir():
-        files = sorted(file.glob("*.txt"), key=lambda path: path.name)
+        files = sorted(file.glob(CAPTIONS), key=lambda path: path.name)
         lines = ((path, read_text(path).replace("\r", "\n").partition("\n")[0]) for path in files)
         return gather(file, ((inside(folder, f"{path.stem}.jpg", path), [text]) for path, text in lines))
     rows = []
@@ -107,7 +108,7 @@ def read_urban1k(root: pathlib.Path) -> Retrieval:
 
 
 def _count_urban1k(path: pathlib.Path) -> int:
-    return len(list(path.glob("*.txt"))) if path.is_dir() else len(read_json(path)["annotations"])
+    return len(list(path.glob(CAPTIONS))) if path.is_dir() else len(read_json(path)["annotations"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

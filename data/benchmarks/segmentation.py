@@ -223,12 +223,17 @@ def _by_list(
     return pictures, paths
 
 
+def _is_mask(name: str, suffix: str) -> bool:
+    """By the name of a file; an archive that was packed on a Mac brings "._1.png" beside 1.png."""
+    return name.endswith(suffix) and not name.startswith(".")
+
+
 def _names_in(folder: pathlib.Path, suffix: str, without: str | None = None) -> list[str]:
     """Names, without their suffix, of the files of a folder that have it, in order; files with `without` left out."""
     names = sorted(
         entry.name.removesuffix(suffix)
         for entry in os.scandir(folder)
-        if entry.name.endswith(suffix) and (without is None or without not in entry.name)
+        if _is_mask(entry.name, suffix) and (without is None or without not in entry.name)
     )
     return _unique(names, folder)
 
@@ -328,7 +333,7 @@ def read_cityscapes(root: pathlib.Path) -> Segmentation:
     images = base.find_folder(root, _under(CITYSCAPES, "leftImg8bit/val"))
     ids = labels_of(CITYSCAPES_IDS, ignored=(*np.setdiff1d(np.arange(34), CITYSCAPES_IDS), IGNORE))
     for suffix, table in (("_gtFine_labelIds.png", ids), ("_gtFine_labelTrainIds.png", labels_of(range(19)))):
-        if paths := sorted(masks.glob(f"*/*{suffix}")):
+        if paths := sorted(masks.glob(f"*/[!.]*{suffix}")):
             names = [f"{path.parent.name}/{path.name.removesuffix(suffix)}_leftImg8bit.png" for path in paths]
             pictures = [base.inside(images, name, masks) for name in names]
             return Segmentation(pictures, Masks(paths, pictures, read_indices, table), class_names("cityscapes"))
@@ -364,7 +369,7 @@ def read_coco_pixel_maps(
     In the released ones a pixel has the category's id less 1, and 255 where nothing is labelled.
     """
     folder = find(root, masks)
-    entries = [entry.name for entry in os.scandir(folder) if entry.name.endswith(".png")]
+    entries = [entry.name for entry in os.scandir(folder) if _is_mask(entry.name, ".png")]
     if any("TrainIds" not in name for name in entries):
         names, ending, table = _names_in(folder, ".png", without="TrainIds"), ".png", native
     else:
@@ -478,7 +483,7 @@ def _lines(file: pathlib.Path) -> int:
 def _masks(pattern: str) -> Callable[[pathlib.Path], int]:
     """Counts images that have a mask, one or several: 1.png, 1_labelTrainIds.png."""
     endings = re.compile(r"(_gtFine)?(_label(Train)?Ids|_instanceTrainIds)?\.png$")
-    return lambda folder: len({endings.sub("", str(path)) for path in folder.glob(pattern)})
+    return lambda folder: len({endings.sub("", str(path)) for path in folder.glob(pattern) if path.name[0] != "."})
 
 
 def _pascal(folders: str, split: str, masks: str, images: int) -> tuple[File, ...]:
