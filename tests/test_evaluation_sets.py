@@ -142,6 +142,8 @@ def test_selection(root):
     assert [benchmark.name for benchmark in table.select(("g*", "whole"))] == ["whole", "gaps"]
     with pytest.raises(ValueError, match=r"no evaluation set is called 'coko'; there are whole, gaps, absent"):
         table.select(("coko",))
+    with pytest.raises(ValueError, match=r"several sets are a tuple, \('whole', 'gaps'\)"):
+        table.select(("whole, gaps",))
 
 
 def test_pictures(tmp_path):

@@ -64,6 +64,8 @@ def select(patterns: Iterable[str]) -> list[Benchmark]:
         if not names:
             close = difflib.get_close_matches(pattern, ALL)
             similar = f"; similar names are {', '.join(close)}" if close else ""
+            if "," in pattern:
+                similar = f"; several sets are a tuple, {tuple(part.strip() for part in pattern.split(','))}"
             raise ValueError(f"no evaluation set is called {pattern!r}{similar}; there are {', '.join(ALL)}")
         chosen.update(names)
     found = [*(benchmark for name, benchmark in ALL.items() if name in chosen), *own.values()]
