@@ -13,6 +13,8 @@ import tqdm
 from clu import parameter_overview
 from etils import epath
 
+from flair_jax.figures import to_image
+
 
 @contextmanager
 def _hidden(name: str) -> Iterator[None]:
@@ -217,4 +219,4 @@ def draw_loss_curve(workdir: epath.PathLike, path: epath.PathLike, parts: Iterab
         axes.legend()
     axes.grid(alpha=0.3)
     with epath.Path(path).open("wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+        to_image(figure).save(file, format="png")

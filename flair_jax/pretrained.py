@@ -10,12 +10,13 @@ import jax
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from flair_jax import checkpoint, lora, models, state
+from flair_jax import checkpoint, initialize, lora, models, state
 from flair_jax.config import flatten as config_flat
 from flair_jax.config import normalize
 from flair_jax.convert import flax_files, hub, hugging_face, lora_files, names, released
 from flair_jax.convert.tables import flatten
 from flair_jax.inference import Pretrained
+from flair_jax.models.vision import grid
 
 
 def read(
@@ -116,6 +117,30 @@ def model_of(config: Mapping[str, Any], workdir: str | os.PathLike) -> dict[str,
             node = node[parent]
         node[last] = value
     return section
+
+
+def initial_params(config: Mapping[str, Any], fresh: Any) -> Any:
+    """The parameters of `init_from`; with `init_resized` those of the same model for other sizes of images and
+    texts, with `init_partial` those of any other model too, see `initialize.combine`.
+
+    Args:
+      config: of the run.
+      fresh: its model's own parameters.
+
+    Raises:
+      ValueError: the weights do not fit, by what these two allow.
+    """
+    if not config["init_partial"] and not config["init_resized"]:
+        return read(config["init_from"], config["model"])[0]
+    loaded, section = read(config["init_from"], gelu=config["model"].get("gelu", "exact"))
+    if config["init_resized"]:
+        flax_files.check_same_model(initialize.resized(section, config["model"]), config["model"], config["init_from"])
+    towers = (model["vision"] for model in (config["model"], section))
+    grids = (None if tower is None else grid(tower["image_size"], tower["patch_size"]) for tower in towers)
+    params, origins = initialize.combine(fresh, loaded, *grids)
+    if jax.process_index() == 0:
+        print(f"{config['init_from']}: {initialize.table(origins)}", flush=True)
+    return params
 
 
 def read_fine_tuned(

@@ -11,7 +11,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-import optax
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
@@ -24,23 +23,22 @@ from flair_jax import (
     distributed,
     evaluate,
     flops,
-    initialize,
     metrics,
     models,
     objectives,
     optimizer,
     pretrained,
+    schedule,
     sharding,
     state,
 )
 from flair_jax import config as configuration
-from flair_jax.convert import flax_files, lora_files
+from flair_jax.convert import lora_files
 from flair_jax.data import iterator_state, loader, scenes
 from flair_jax.data.counted import counted
 from flair_jax.data.transforms import packing
 from flair_jax.early_stopping import EarlyStopping, EarlyStoppingOptions
 from flair_jax.lock import WorkdirLock
-from flair_jax.models.vision import grid
 from flair_jax.report import flat
 from flair_jax.step import step_of, text_slots
 
@@ -110,19 +108,19 @@ def _train(config, workdir, mesh, signals, lock):
         raise ValueError(f"config.data.shards is {now!r}, was {before!r}, and holds other data: {error}") from error
 
     # 3. State: born on its devices, then restored, or started from other weights.
-    steps = total_steps(config, len(stream.source))
+    steps = schedule.total_steps(config, len(stream.source))
     optimize = optimizer.create(total_steps=steps, **config["optimizer"])
     kept = dict(ema=config["ema_decay"] is not None, lora=config["lora"])
     current = state.create(model, optimize, mesh, config["seed"], **kept)
     if latest is not None:
         current = saved.restore(latest, current)
         logging.warning("going on from step %d in %s", latest, saved.folder)
-        warn_of_new_schedule(saved.config(latest), config, len(stream.source), latest)
+        schedule.warn_of_change(saved.config(latest), config, len(stream.source), latest)
     elif config["init_from"]:
-        current = current.start_from(initial_weights(config, current.model_params))
+        current = current.start_from(pretrained.initial_params(config, current.model_params))
     first = int(current.step)
 
-    rate = schedule(config, steps)
+    rate = schedule.learning_rate(config, steps)
     writer = metrics.Writer(workdir, first) if main_process else None
     if main_process:
         (workdir / "parameters.txt").write_text(metrics.parameter_table(current.params))
@@ -287,62 +285,6 @@ def write_lora(path: epath.Path, current: state.TrainState, config: Mapping[str,
             local = os.path.join(folder, path.name)
             lora_files.write(local, jax.device_get(whole), config["model"], config["lora"])
             path.write_bytes(epath.Path(local).read_bytes())
-
-
-def initial_weights(config: Mapping[str, Any], fresh: Any) -> Any:
-    """The parameters of `init_from`; with `init_resized` those of the same model for other sizes of images and
-    texts, with `init_partial` those of any other model too, see `initialize.combine`.
-
-    Args:
-      config: of the run.
-      fresh: its model's own parameters.
-
-    Raises:
-      ValueError: the weights do not fit, by what these two allow.
-    """
-    if not config["init_partial"] and not config["init_resized"]:
-        return pretrained.read(config["init_from"], config["model"])[0]
-    loaded, section = pretrained.read(config["init_from"], gelu=config["model"].get("gelu", "exact"))
-    if config["init_resized"]:
-        flax_files.check_same_model(initialize.resized(section, config["model"]), config["model"], config["init_from"])
-    towers = (model["vision"] for model in (config["model"], section))
-    grids = (None if tower is None else grid(tower["image_size"], tower["patch_size"]) for tower in towers)
-    params, origins = initialize.combine(fresh, loaded, *grids)
-    if jax.process_index() == 0:
-        print(f"{config['init_from']}: {initialize.table(origins)}", flush=True)
-    return params
-
-
-def total_steps(config: Mapping[str, Any], samples: int) -> int:
-    """Steps of a run over so many samples."""
-    return config["steps"] or math.ceil(config["epochs"] * samples / config["batch_size"])
-
-
-def schedule(config: Mapping[str, Any], steps: int) -> optax.Schedule:
-    """The learning rate of a run by step."""
-    keys = ("learning_rate", "warmup_steps", "first_learning_rate", "last_learning_rate")
-    options = {key: config["optimizer"][key] for key in keys if key in config["optimizer"]}
-    return optimizer.schedule(total_steps=steps, **options)
-
-
-def warn_of_new_schedule(before: Mapping[str, Any], config: Mapping[str, Any], samples: int, step: int) -> None:
-    """Says what the learning rate is from `step` on, if it is not what the run was started with.
-
-    The schedule is a function of the whole length: a run that is made longer does not go on where its rate was.
-    """
-    lengths = [total_steps(one, samples) for one in (before, config)]
-    rates = [float(schedule(one, length)(step)) for one, length in zip((before, config), lengths, strict=True)]
-    if rates[0] != rates[1]:
-        logging.warning(
-            "the learning rate at step %d is %.3g, was to be %.3g by the config of the checkpoint: steps %d, were %d; "
-            "optimizer.learning_rate %g, was %g; optimizer.warmup_steps %d, were %d",
-            *(step, rates[1], rates[0], lengths[1], lengths[0]),
-            *(
-                section[key]
-                for key in ("learning_rate", "warmup_steps")
-                for section in (config["optimizer"], before["optimizer"])
-            ),
-        )
 
 
 def peak_flops(config: Mapping[str, Any]) -> float | None:

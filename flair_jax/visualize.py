@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from flair_jax.figures import heat
+from flair_jax.figures import heat, page
 from flair_jax.figures import regions as region_figures
 from flair_jax.inference import Pretrained, as_texts
 from flair_jax.pictures import Picture, as_pictures
@@ -99,7 +99,7 @@ def regions(model: Pretrained, images: Picture | Sequence[Picture], texts: str |
             fit, names = None, [f"query {n}" for n in range(len(found.boxes))]
         part = _part(model, picture)
         hatched |= part != (0, 0, *picture.size)
-        small, factor = heat.fit_tile(picture, region_figures.TILE)
+        small, factor = page.fit_tile(picture, region_figures.TILE)
         pixels = heat.mark_unseen(small, tuple(factor * side for side in part))
         examples.append(region_figures.Example(np.asarray(pixels), None, shares, fit, names))
     sheet = region_figures.sheet(examples)

@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import random
+import socket
 import sys
 import time
 
@@ -16,6 +18,21 @@ if sys.version_info < (3, 12):
 def one_device(**variables: str) -> dict[str, str]:
     """Environment of a child process that starts jax with one device."""
     return {**os.environ, "XLA_FLAGS": QUICK, **variables}
+
+
+def free_port() -> int:
+    """Among those that jax chooses from by the number of a Slurm job; the system gives them to nobody else."""
+    while True:
+        port = random.SystemRandom().randint(65535 - 2**12 + 1, 65535)
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)):
+                return port
+
+
+def as_slurm(count: int, port: int) -> list[dict[str, str]]:
+    """The environments of the tasks of a job step."""
+    job = {"SLURM_JOB_ID": str(port % 2**12), "SLURM_NTASKS": str(count), "SLURM_STEP_NODELIST": "localhost"}
+    return [job | {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)} for index in range(count)]
 
 
 def alive(pid: int) -> bool:

@@ -10,8 +10,7 @@ FOLDER, PORT, COUNT, INDEX = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.arg
 jax.distributed.initialize(f"localhost:{PORT}", COUNT, INDEX)
 
 import numpy as np  # noqa: E402
-from test_fine_tuning import STOPPING  # noqa: E402
-from test_train import tiny  # noqa: E402
+from tiny_run import STOPPING, tiny  # noqa: E402
 
 from flair_jax import checkpoint, report, train  # noqa: E402
 

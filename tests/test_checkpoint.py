@@ -13,7 +13,7 @@ import time
 import pytest
 from processes import alive, one_device, wait_for
 from saver import assert_right, save
-from test_train import tiny
+from tiny_run import tiny
 
 from flair_jax import checkpoint, metrics, train
 

@@ -23,6 +23,7 @@ from flair_jax.evaluators.classification import (
     voc_11_point,
 )
 from flair_jax.figures import classification as figures
+from flair_jax.figures.page import MARGIN
 from flair_jax.models.dual_encoder import TextFeatures
 from flair_jax.models.layers import normalize
 from flair_jax.models.text import Text
@@ -361,7 +362,7 @@ def test_several_labels_and_the_main_metric():
     assert [result.value for result in results] == [1, 1, pytest.approx((expected[3] + expected[2]) / 2), 1]
     (title, bars), (_, examples) = run.figures({})
     assert title == "average precision by class (flair_after)"
-    assert bars.mode == examples.mode == "RGB" and examples.width > 500
+    assert bars.mode == examples.mode == "RGB" and examples.width == 2 * (figures.TILE + MARGIN) + MARGIN
     # Blue counts for three images, two of them blue, and red for one, which is red: one order of three has 7/12.
     counted = np.array([[1, 0, 1], [1, 1, 1], [1, 0, 1], [0, 0, 1]], bool)
     run = evaluator(dataclasses.replace(data, counted=counted), modes=("flair_after",))

@@ -21,7 +21,7 @@ from conftest import nhwc
 from optional import torch
 
 import flair_jax
-from flair_jax import models, state, train
+from flair_jax import models, pretrained, state
 from flair_jax.config import check as check_config
 from flair_jax.configs import base, variants
 from flair_jax.convert import __main__ as command
@@ -973,7 +973,9 @@ def test_one_tower_of_a_state_dict(tmp_path):
 def partial(path, model):
     """What a run with `init_partial` starts from; fresh parameters are shapes alone."""
     fresh = jax.eval_shape(lambda: state.init_params(models.create(model), 0))
-    return train.initial_weights(dict(init_from=str(path), init_partial=True, init_resized=False, model=model), fresh)
+    return pretrained.initial_params(
+        dict(init_from=str(path), init_partial=True, init_resized=False, model=model), fresh
+    )
 
 
 @pytest.mark.parametrize("patches", [5, 2])

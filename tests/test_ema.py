@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from test_train import tiny
+from tiny_run import tiny
 
 from flair_jax import checkpoint, evaluate, optimizer, pretrained, train
 

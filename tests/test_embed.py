@@ -18,9 +18,8 @@ import pytest
 import safetensors
 from conftest import TINY, fresh_params
 from PIL import Image
-from processes import one_device, wait_for
+from processes import as_slurm, free_port, one_device, wait_for
 from shard_files import write_array_record, write_tar
-from test_processes import as_slurm, free_port
 
 from flair_jax import embed, models, pretrained
 from flair_jax.convert import flax_files

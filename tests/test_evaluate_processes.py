@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_processes import free_port
+from processes import free_port
 
 
 @pytest.fixture(scope="module")

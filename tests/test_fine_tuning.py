@@ -9,9 +9,8 @@ import jax
 import numpy as np
 import pytest
 from conftest import fresh_params, take_devices
-from processes import one_device
-from test_processes import free_port
-from test_train import MODEL, SIZE, assert_same_checkpoint, checkpoint_of, tiny
+from processes import free_port, one_device
+from tiny_run import METRIC, MODEL, SIZE, STOPPING, assert_same_checkpoint, checkpoint_of, tiny
 
 from flair_jax import checkpoint, evaluate, pretrained, report, train
 from flair_jax import config as configuration
@@ -20,8 +19,6 @@ from flair_jax.data import scenes
 from flair_jax.early_stopping import EarlyStopping, EarlyStoppingOptions
 
 pytestmark = pytest.mark.usefixtures("shared_programs", "on_one_device")
-METRIC = "retrieval/scenes/global/text_to_image_R@1"
-STOPPING = dict(evaluator="scenes", metric=METRIC, patience=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ import optax
 import pytest
 from conftest import fresh_params, load_golden, nhwc, take_devices
 from optional import torch
-from test_train import checkpoint_of
-from test_train import tiny as tiny_run
+from tiny_run import checkpoint_of
+from tiny_run import tiny as tiny_run
 
 import flair_jax
 from flair_jax import config as configuration
@@ -328,7 +328,7 @@ def test_a_released_checkpoint_with_pairs_starts_a_run_converts_and_goes_part_of
     torch_files.write(path, released_weights(golden, source, "traj/final/" if "cut" not in golden else "init/"))
     merged = flatten(flair_jax.load(path, section, gelu="quick").params)
     start = {"init_from": str(path), "init_partial": False, "init_resized": False, "model": section}
-    started = train.initial_weights(start, None)
+    started = pretrained.initial_params(start, None)
     converted, model = tmp_path / "converted.safetensors", tmp_path / "model.json"
     model.write_text(json.dumps(section))
     assert command.main(["check", str(path), "--model-config", str(model)]) == 0

@@ -2,9 +2,7 @@
 
 import os
 import pathlib
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 from conftest import take_devices
-from processes import one_device, wait_for
-from test_train import ROOT, command, tiny
+from processes import as_slurm, free_port, one_device, wait_for
+from tiny_run import ROOT, command, tiny
 
 from flair_jax import checkpoint, distributed, metrics, train
 
@@ -22,21 +20,6 @@ from flair_jax import checkpoint, distributed, metrics, train
 OPTIONS = dict(steps=2000, save_every=4, data__packing__row_length=20, data__packing__quantile=0.01)
 HEARTBEAT = 10  # seconds
 SCRIPTS = ROOT / "scripts"
-
-
-def free_port() -> int:
-    """Among those that jax chooses from by the number of a Slurm job; the system gives them to nobody else."""
-    while True:
-        port = random.SystemRandom().randint(65535 - 2**12 + 1, 65535)
-        with socket.socket() as probe:
-            if probe.connect_ex(("localhost", port)):
-                return port
-
-
-def as_slurm(count: int, port: int) -> list[dict[str, str]]:
-    """The environments of the tasks of a job step."""
-    job = {"SLURM_JOB_ID": str(port % 2**12), "SLURM_NTASKS": str(count), "SLURM_STEP_NODELIST": "localhost"}
-    return [job | {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)} for index in range(count)]
 
 
 def as_tpu_pod(count: int, port: int) -> list[dict[str, str]]:

@@ -15,6 +15,9 @@ from flair_jax.evaluators import Segmentation, SegmentationSet, features, segmen
 from flair_jax.evaluators.features import BrokenImages
 from flair_jax.evaluators.segmentation import IGNORE, UNDECIDED, ConfusionMatrix, Grid, Windows
 from flair_jax.evaluators.store import FeatureStore
+from flair_jax.figures import page
+from flair_jax.figures import segmentation as figures
+from flair_jax.figures.page import LINE, MARGIN
 from flair_jax.models.text import Text
 from flair_jax.report import flat
 
@@ -543,10 +546,21 @@ def test_figures_show_masks_of_the_best_mode_and_bars(modes):
     ]
     assert bars.width > 400
     pixels = np.asarray(masks)
-    column = 256 + 6
-    true, predicted = pixels[18:188, 6 + column : column + 262], pixels[18:188, 6 + 2 * column : 2 * column + 262]
+    top, left = MARGIN + LINE, MARGIN + figures.TILE + MARGIN
+    true, predicted = pixels[top : top + 170, left:], pixels[top : top + 170, left + figures.TILE + MARGIN :]
     assert (true[20, 20] == predicted[20, 20]).all()  # red is right in the first image
     assert (true[20, 20] != true[20, 200]).any()
+
+
+def test_the_legend_names_every_class_that_is_seen(monkeypatch):
+    """Those of the true mask first; predicted ones where nothing is labelled, too."""
+    named, marked = [], page.marked
+    monkeypatch.setattr(page, "marked", lambda text, *rest: named.append(text) or marked(text, *rest))
+    label, found = np.full((4, 4), 255), np.full((4, 4), 2)
+    label[0], found[0], found[1, 0] = 1, 1, -1
+    names = [f"class {number}" for number in range(5)]
+    figures.masks([np.zeros((4, 4, 3), np.uint8)], [label], [found], names)
+    assert named == ["class 1", "class 2 *"]
 
 
 def test_wrong_sets_and_options_are_refused():

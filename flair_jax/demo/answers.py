@@ -12,7 +12,7 @@ from flair_jax import predict, visualize
 from flair_jax.data import scenes
 from flair_jax.data.benchmarks import prompts
 from flair_jax.data.transforms import images as image_rules
-from flair_jax.figures import heat, segmentation
+from flair_jax.figures import heat, page, segmentation
 from flair_jax.inference import Pretrained
 from flair_jax.pictures import Pictures, as_pictures
 from flair_jax.search import Index
@@ -139,7 +139,7 @@ def heat_maps(
         raise Refused(f"This model has no heat map {view!r}. Choose another one.")
     pictures = as_pictures(picture)
     (picture,) = pictures
-    shown, factor = heat.fit_tile(picture, SIDE)
+    shown, factor = page.fit_tile(picture, SIDE)
     seen = model.model.preprocessing.seen(picture.size, model.model.image_size)
     part = tuple(factor * side for side in seen)
     if view == PATCHES:
@@ -183,7 +183,7 @@ def segment(model: Pretrained, picture: Image.Image, names: Sequence[str], templ
     palette = segmentation.colours(len(names))
     counts = np.bincount(mask[mask >= 0], minlength=len(names))
     coloured = np.where((mask >= 0)[..., None], palette[mask], segmentation.NONE)
-    shown, _ = heat.fit_tile(picture, SIDE)
+    shown, _ = page.fit_tile(picture, SIDE)
     flat = Image.fromarray(coloured).resize(shown.size, Image.Resampling.NEAREST)
     classes = [
         (names[number], tuple(palette[number].tolist()), counts[number] / mask.size)
@@ -212,7 +212,7 @@ def search(index: Index, texts: Sequence[str]) -> list[tuple[str, list[Figure]]]
             except (OSError, image_rules.ImageError):
                 continue
             name = str(hit.path.relative_to(index.folder))
-            figures.append(Figure(heat.fit_tile(picture, SIDE)[0], name, f"cosine {hit.score:.3f}"))
+            figures.append(Figure(page.fit_tile(picture, SIDE)[0], name, f"cosine {hit.score:.3f}"))
         results.append((text, figures))
     return results
 

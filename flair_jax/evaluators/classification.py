@@ -454,10 +454,12 @@ class Classification:
                 f"classes most often confused ({mode})",
                 figures.confusion(data.classes, data.labels, kept["best"][:, 0]),
             )
-        yield (
-            f"right and wrong images ({mode})",
-            figures.examples(data.images, data.labels, data.classes, kept["best"], kept["best_scores"], kept["margin"]),
-        )
+        if np.isfinite(kept["margin"]).any():
+            scored = kept["best"], kept["best_scores"], kept["margin"]
+            yield (
+                f"right and wrong images ({mode})",
+                figures.examples(data.images, data.labels, data.classes, *scored),
+            )
 
 
 def _summary(scores: np.ndarray, labels: np.ndarray, counted: np.ndarray | None) -> Mapping[str, np.ndarray]:

@@ -1,21 +1,19 @@
 """Pictures of choice: accuracy by part beside chance, and wrong decisions with their scores."""
 
 import dataclasses
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from flair_jax.figures import plain, to_image
+from flair_jax.figures import page, plain, to_image
 from flair_jax.report import Result
 
 MAX_BARS = 40
 TILE = 160  # width of an image in pixels
 TEXT = 420  # width of the column of texts
-MARGIN, LINE, FONT_SIZE = 8, 16, 12
 RIGHT, WRONG = (0, 110, 40), (180, 0, 0)
 
 
@@ -58,7 +56,7 @@ def bars(results: Sequence[Result]) -> Image.Image:
     axes.vlines(chance, rows - height / 2, rows - height / 2 + 0.8, colors="black", linestyles="dashed", label="chance")
     labels = [plain(metric.removeprefix(f"{first}/") if first else metric) for metric in chosen]
     axes.set_yticks(rows + 0.4 - height / 2, labels, fontsize=8)
-    axes.set(xlim=(0, 1), xlabel=first or "score", title=plain(results[0].set))
+    axes.set(xlim=(0, 1), xlabel=plain(first or "score"), title=plain(results[0].set))
     axes.invert_yaxis()
     figure.legend(loc="outside lower center", ncols=len(modes) + 1, fontsize=8)
     return to_image(figure, dpi=100)
@@ -66,51 +64,31 @@ def bars(results: Sequence[Result]) -> Image.Image:
 
 def sheet(decisions: Sequence[Decision]) -> Image.Image:
     """One row per decision: its images, and its texts with their scores, right answers green, wrong ones red."""
-    rows = [_row(decision) for decision in decisions]
-    page = Image.new("RGB", (max(row.width for row in rows), sum(row.height + MARGIN for row in rows)), "white")
-    top = 0
-    for row in rows:
-        page.paste(row, (0, top))
-        top += row.height + MARGIN
-    return page
+    return page.framed(page.stacked([_row(decision) for decision in decisions], 2 * page.MARGIN))
 
 
 def _row(decision: Decision) -> Image.Image:
-    tiles = [Image.fromarray(_pixels(image)) for image in decision.images]
-    tiles = [tile.resize((TILE, max(1, tile.height * TILE // tile.width))) for tile in tiles]
-    lines = _lines(decision)
-    height = max(max(tile.height for tile in tiles) + LINE, LINE * len(lines)) + MARGIN
-    row = Image.new("RGB", ((TILE + MARGIN) * len(tiles) + TEXT + 2 * MARGIN, height), "white")
-    draw, font = ImageDraw.Draw(row), ImageFont.load_default(FONT_SIZE)
-    for number, tile in enumerate(tiles):
-        row.paste(tile, (MARGIN + number * (TILE + MARGIN), MARGIN))
-        if len(tiles) > 1 and len(decision.texts) == 1:
+    cells = []
+    for number, image in enumerate(decision.images):
+        picture, _ = page.fit_tile(page.as_picture(image), TILE)
+        label, colour = f"image {number}" if len(decision.images) > 1 else "", "black"
+        if len(decision.images) > 1 and len(decision.texts) == 1:
             label, colour = f"{decision.scores[number, 0]:.3f}", RIGHT if number < decision.positives else WRONG
-        else:
-            label, colour = f"image {number}" if len(tiles) > 1 else "", "black"
-        draw.text((MARGIN + number * (TILE + MARGIN), MARGIN + tile.height), label, fill=colour, font=font)
-    left = MARGIN + len(tiles) * (TILE + MARGIN)
-    for number, (line, colour) in enumerate(lines):
-        draw.text((left, MARGIN + number * LINE), line, fill=colour, font=font)
-    return row
+        cells.append(page.stacked([picture, page.text_block(label, TILE, colour)]))
+    blocks = [page.text_block(label, TEXT, colour) for label, colour in _labels(decision)]
+    return page.beside([*cells, page.stacked(blocks)])
 
 
-def _lines(decision: Decision) -> list[tuple[str, object]]:
-    """Lines of text with their colours."""
-    columns = int(TEXT / ImageFont.load_default(FONT_SIZE).getlength("n"))
-    lines = [(decision.group, "black")] if decision.group else []
+def _labels(decision: Decision) -> list[tuple[str, page.Colour]]:
+    """What stands beside the images, with colours: the group, and each text with its scores."""
+    labels = [(decision.group, "black")]
     for number, text in enumerate(decision.texts):
         if len(decision.texts) == 1:
-            label, colour = text, "black"
+            labels.append((text, "black"))
         elif len(decision.images) == 1:
             label = f"{decision.scores[0, number]:.3f}  {text}"
-            colour = RIGHT if number < decision.positives else WRONG
+            labels.append((label, RIGHT if number < decision.positives else WRONG))
         else:
             label = f"{decision.scores[0, number]:.3f} / {decision.scores[1, number]:.3f}  text {number}: {text}"
-            colour = "black"
-        lines += [(line, colour) for line in textwrap.wrap(label, columns)]
-    return lines
-
-
-def _pixels(image: np.ndarray) -> np.ndarray:
-    return image if image.dtype == np.uint8 else np.uint8(np.clip(image, 0, 1) * 255)
+            labels.append((label, "black"))
+    return labels

@@ -6,12 +6,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flair_jax.figures import plain, to_image
+from flair_jax.figures import page, plain, to_image
 
 CLASSES = 15  # of a confusion matrix, at most
 BARS = 30
 EXAMPLES = 5  # images that are right, and as many that are wrong
-NAME, TITLE = 24, 36  # characters of a class's name, and of an image's title
+NAME = 24  # characters of a class's name in a chart
+TILE = 192  # width of an image in pixels
+TRUE = (0, 110, 40)
 
 
 def confusion(classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> Image.Image:
@@ -79,30 +81,31 @@ def examples(
       classes: C names.
       best, scores: (I, k), the best classes and their scores.
       margin: (I,), by how much a true class leads; not finite: the image is not shown.
+
+    Raises:
+      ValueError: there is nothing to draw.
     """
+    if not np.isfinite(margin).any():
+        raise ValueError("examples need an image whose true classes lead or follow by a finite margin")
     truth = labels if labels.ndim == 2 else labels[:, None] == np.arange(len(classes))
     known = np.isfinite(margin)
     right, wrong = known & (margin > 0), known & (margin <= 0)
     rows = [_spread(np.argsort(-margin, kind="stable"), right, truth), _spread(np.argsort(margin), wrong, truth)]
-    figure = Figure(figsize=(2.4 * EXAMPLES, 7), layout="constrained")
-    grid = figure.subplots(2, EXAMPLES, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for row, chosen, title in zip(grid, rows, ("right", "wrong"), strict=True):
-        for axes, image in zip(row, chosen, strict=False):
-            axes.imshow(images[int(image)])
-            axes.set_title(
-                _short(f"{title}: {', '.join(classes[c] for c in np.flatnonzero(truth[image]))}", TITLE), size=9
-            )
-            for line, (name, score) in enumerate(zip(best[image], scores[image], strict=True)):
-                axes.text(
-                    *(0.0, -0.04 - 0.1 * line, f"{score:.2f} {_short(classes[name])}"),
-                    color="green" if truth[image, name] else "black",
-                    transform=axes.transAxes,
-                    va="top",
-                    size=9,
-                )
-    return to_image(figure, dpi=100)
+    lines = []
+    for chosen, title in zip(rows, ("right", "wrong"), strict=True):
+        cells = []
+        for image in chosen:
+            true = ", ".join(classes[number] for number in np.flatnonzero(truth[image]))
+            parts = [
+                page.text_block(f"{title}: {true}", TILE, most=2),
+                page.fit_tile(page.as_picture(images[image]), TILE)[0],
+            ]
+            for name, score in zip(best[image], scores[image], strict=True):
+                line = page.cut(f"{score:.2f} {classes[name]}", TILE)
+                parts.append(page.text_block(line, TILE, TRUE if truth[image, name] else "black"))
+            cells.append(page.stacked(parts))
+        lines += [page.beside(cells)] if cells else []
+    return page.framed(page.stacked(lines, 2 * page.MARGIN))
 
 
 def _spread(order: np.ndarray, allowed: np.ndarray, truth: np.ndarray) -> list[int]:
@@ -112,5 +115,6 @@ def _spread(order: np.ndarray, allowed: np.ndarray, truth: np.ndarray) -> list[i
     return list(dict.fromkeys([*reversed(first_of_class.values()), *order]))[:EXAMPLES]
 
 
-def _short(text: str, length: int = NAME) -> str:
-    return plain(text if len(text) <= length else f"{text[: length - 1]}…")
+def _short(text: str) -> str:
+    """The name of a class in a chart."""
+    return plain(text if len(text) <= NAME else f"{text[: NAME - 1]}…")

@@ -1,20 +1,17 @@
 """Heat maps over pictures: overlays, sheets of several of them, and the scale that their colours stand for."""
 
-import bisect
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from flair_jax.figures import as_pixels
+from flair_jax.figures import page
+from flair_jax.figures.page import LINE, MARGIN
 
 BOX = (0, 255, 0)
-MARGIN = 6  # pixels between the pictures of a sheet
-FONT_SIZE, LINE = 12, 15
 LEAST_GAP = 4  # pixels between numbers of a scale; of two that are nearer the mark's is left out
 COLUMNS = 6  # maps beside a picture, at most
-TALLEST = 1.5  # height of a picture in a sheet, in widths
 # From the lowest value to the highest: how opaque the heat is, and its colour.
 STOPS = (0.0, 0.25, 0.6, 1.0)
 OPACITY = (0.0, 0.2, 0.65, 0.85)
@@ -140,7 +137,7 @@ def overlay(
     Raises:
       ValueError: the map has a value that is not finite.
     """
-    picture = _rgb(image)
+    picture = page.as_picture(image)
     pixels = np.asarray(picture, np.float32)
     pixels = grey * (pixels @ LUMA)[..., None] + (1 - grey) * pixels
     rows, columns = _part(part, pixels.shape[:2])
@@ -176,10 +173,6 @@ def _part(part: tuple[float, float, float, float] | None, size: tuple[int, int])
     x0, y0, x1, y1 = (0, 0, width, height) if part is None else (round(side) for side in part)
     left, top = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
     return slice(top, max(top + 1, min(y1, height))), slice(left, max(left + 1, min(x1, width)))
-
-
-def _rgb(image: Image.Image | np.ndarray) -> Image.Image:
-    return (Image.fromarray(as_pixels(image)) if isinstance(image, np.ndarray) else image).convert("RGB")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,93 +216,46 @@ def sheet(rows: Sequence[Row], scale: Scale, *, tile: int = 192) -> Image.Image:
         ]
         if not cells:
             continue
-        width, height = _rgb(row.image).size
+        width, height = page.as_picture(row.image).size
         hatched |= _part(row.part, (height, width)) != _part(None, (height, width))
         first = _cell(row, None, scale, row.title, None, tile)
         columns = -(-len(cells) // -(-len(cells) // COLUMNS))  # of equally full lines
         for start in range(0, len(cells), columns):
             before = first if start == 0 else Image.new("RGB", (tile, 1), "white")
-            lines.append([before, *cells[start : start + columns]])
+            lines.append(page.beside([before, *cells[start : start + columns]]))
     if not lines:
         raise ValueError("a sheet needs at least one text")
-    return _page(lines, scale, hatched)
+    return with_legend(page.stacked(lines, MARGIN), scale, hatched)
 
 
 def _cell(row: Row, heat: np.ndarray | None, scale: Scale, caption: str, box, tile: int) -> Image.Image:
     """An overlay scaled to the width of a tile, with a frame in it and a caption below; without a map the picture."""
-    picture, factor = fit_tile(_rgb(row.image), tile)
+    picture, factor = page.fit_tile(page.as_picture(row.image), tile)
     if heat is not None:
         part = None if row.part is None else tuple(factor * side for side in row.part)
         picture = overlay(picture, heat, scale, part)
     if box is not None:
         ImageDraw.Draw(picture).rectangle([factor * side for side in box], outline=BOX, width=2)
-    words = text_block(caption, tile)
-    cell = Image.new("RGB", (tile, picture.height + words.height), "white")
-    cell.paste(picture)
-    cell.paste(words, (0, picture.height))
-    return cell
-
-
-def fit_tile(picture: Image.Image, tile: int) -> tuple[Image.Image, float]:
-    """A picture scaled to the width of a tile, a tall one to less, and the factor; small pictures show their pixels."""
-    factor = min(tile / picture.width, TALLEST * tile / picture.height)
-    resampling = Image.Resampling.NEAREST if factor > 2 else Image.Resampling.BICUBIC
-    return picture.resize(tuple(max(1, round(factor * side)) for side in picture.size), resampling), factor
-
-
-def text_block(text: str, width: int) -> Image.Image:
-    """A text in black on white, wrapped to a width in pixels; empty texts have no height."""
-    font = ImageFont.load_default(FONT_SIZE)
-    lines = [line for part in text.split("\n") for line in _wrapped(part, width, font)]
-    block = Image.new("RGB", (width, LINE * len(lines)), "white")
-    draw = ImageDraw.Draw(block)
-    for number, line in enumerate(lines):
-        draw.text((0, LINE * number), line, fill="black", font=font)
-    return block
+    return page.stacked([picture, page.text_block(caption, tile)])
 
 
 def with_title(picture: Image.Image, title: str) -> Image.Image:
     """A picture with a line or two above it."""
-    return _below(text_block(title, picture.width - MARGIN), picture)
+    return page.framed(page.stacked([page.text_block(title, picture.width), picture], MARGIN))
 
 
-def with_legend(picture: Image.Image, scale: Scale) -> Image.Image:
+def with_legend(picture: Image.Image, scale: Scale, hatched: bool = False) -> Image.Image:
     """A picture with the scale of its overlays above it."""
-    return _below(legend(scale, picture.width - MARGIN), picture)
-
-
-def _below(head: Image.Image, picture: Image.Image) -> Image.Image:
-    page = Image.new("RGB", (picture.width, head.height + 2 * MARGIN + picture.height), "white")
-    page.paste(head, (MARGIN, MARGIN))
-    page.paste(picture, (0, head.height + 2 * MARGIN))
-    return page
-
-
-def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Lines of words that are no wider than `width` pixels; a longer word is divided."""
-    lines, line = [], ""
-    for word in text.split():
-        longer = f"{line} {word}" if line else word
-        if font.getlength(longer) <= width:
-            line = longer
-            continue
-        lines += [line] if line else []
-        while font.getlength(word) > width and len(word) > 1:
-            ends = range(1, len(word) + 1)
-            fits = max(1, bisect.bisect_right(ends, width, key=lambda end: font.getlength(word[:end])))
-            lines.append(word[:fits])
-            word = word[fits:]
-        line = word
-    return [*lines, line] if line else lines
+    return page.framed(page.stacked([legend(scale, picture.width, hatched), picture], MARGIN))
 
 
 def legend(scale: Scale, width: int, hatched: bool = False) -> Image.Image:
     """The colours over grey from the lowest to the highest value, with numbers below and what they are."""
-    font, bar = ImageFont.load_default(FONT_SIZE), min(240, width // 2)
+    font, bar = page.font(), min(240, width // 2)
     share = np.broadcast_to(np.linspace(0, 1, bar, dtype=np.float32), (12, bar))
     colours = coloured(np.full((12, bar, 3), 128, np.float32), share)
     words = scale.title + (HATCHED_TITLE if hatched else "")
-    text = text_block(words, max(1, width - bar - 30))
+    text = page.text_block(words, max(1, width - bar - 30))
     picture = Image.new("RGB", (width, max(2 * LINE, text.height + 2)), "white")
     picture.paste(Image.fromarray(np.uint8(np.rint(colours))), (0, 0))
     picture.paste(text, (bar + 30, 0))
@@ -331,20 +277,3 @@ def legend(scale: Scale, width: int, hatched: bool = False) -> Image.Image:
             draw.text((left, 14), label, fill="black", font=font)
             taken.append((left, left + length))
     return picture
-
-
-def _page(rows: Sequence[Sequence[Image.Image]], scale: Scale, hatched: bool) -> Image.Image:
-    """The scale, and cells in rows below, each row as high as its highest cell."""
-    heights = [max(cell.height for cell in row) for row in rows]
-    width = max(sum(cell.width + MARGIN for cell in row) for row in rows)
-    head = legend(scale, width - MARGIN, hatched)
-    page = Image.new("RGB", (width + MARGIN, head.height + sum(heights) + MARGIN * (len(rows) + 2)), "white")
-    page.paste(head, (MARGIN, MARGIN))
-    top = head.height + 2 * MARGIN
-    for row, height in zip(rows, heights, strict=True):
-        left = MARGIN
-        for cell in row:
-            page.paste(cell, (left, top))
-            left += cell.width + MARGIN
-        top += height + MARGIN
-    return page

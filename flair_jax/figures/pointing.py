@@ -1,18 +1,16 @@
 """Pictures of the pointing game: the heat over an image, the boxes to hit, and the patch that was pointed at."""
 
 import dataclasses
-import textwrap
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from flair_jax.evaluators.features import patch_grid
-from flair_jax.figures import as_pixels, in_rows
 from flair_jax.figures import heat as heats
+from flair_jax.figures import page
 
 TILE = 224  # width of an image in pixels
-LINE, FONT_SIZE = 16, 12
 COLUMNS = 4
 HIT, MISS, BOX = (0, 110, 40), (180, 0, 0), (0, 255, 0)
 PEAK = (255, 255, 0)
@@ -45,26 +43,17 @@ def sheet(examples: Sequence[Example], scale_of: Callable[[Sequence[np.ndarray]]
     maps = [example.heat.reshape(grid) for example, grid in zip(examples, grids, strict=True)]
     scale = scale_of(maps)
     cells = [_cell(example, heat, scale) for example, heat in zip(examples, maps, strict=True)]
-    return heats.with_legend(in_rows(cells, COLUMNS), scale)
+    return heats.with_legend(page.in_rows(cells, COLUMNS), scale)
 
 
 def _cell(example: Example, heat: np.ndarray, colours: heats.Scale) -> Image.Image:
-    image = as_pixels(example.image)
-    (height, width), grid = image.shape[:2], heat.shape
-    scale = TILE / width
+    picture, scale = page.fit_tile(page.as_picture(example.image), TILE)
     # In colour, of which the phrases speak: the picture itself does not stand beside it.
-    picture = heats.overlay(Image.fromarray(image).resize((TILE, round(scale * height))), heat, colours, grey=0.0)
+    picture, grid = heats.overlay(picture, heat, colours, grey=0.0), heat.shape
     draw = ImageDraw.Draw(picture)
     for box in example.boxes:
         draw.rectangle([scale * side for side in box], outline=BOX, width=2)
     row, column = np.unravel_index(heat.argmax(), grid)
-    x, y = (column + 0.5) * TILE / grid[1], (row + 0.5) * scale * height / grid[0]
+    x, y = (column + 0.5) * picture.width / grid[1], (row + 0.5) * picture.height / grid[0]
     draw.ellipse([x - 5, y - 5, x + 5, y + 5], outline=PEAK, width=3)
-    font = ImageFont.load_default(FONT_SIZE)
-    lines = textwrap.wrap(example.text, int(TILE / font.getlength("n"))) or [""]
-    cell = Image.new("RGB", (TILE, picture.height + LINE * len(lines)), "white")
-    cell.paste(picture)
-    for number, line in enumerate(lines):
-        position = 0, picture.height + LINE * number
-        ImageDraw.Draw(cell).text(position, line, fill=HIT if example.hit else MISS, font=font)
-    return cell
+    return page.stacked([picture, page.text_block(example.text, TILE, HIT if example.hit else MISS)])

@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from flair_jax.figures import as_pixels, in_rows
+from flair_jax.figures import page
 
 TILE = 280  # width of an image in pixels
-LINE, FONT_SIZE = 16, 12
 COLUMNS = 4
 # A colour for each box of an image, told apart by people who do not see colours as most do (Okabe and Ito).
 COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
@@ -38,15 +37,13 @@ def sheet(examples: Sequence[Example]) -> Image.Image:
     """Examples in rows. True boxes are drawn with one line, predicted ones with a dashed line of the same colour; under
     the picture stand their names and how well they fit.
     """
-    return in_rows([_cell(example) for example in examples], COLUMNS)
+    return page.in_rows([_cell(example) for example in examples], COLUMNS)
 
 
 def _cell(example: Example) -> Image.Image:
-    pixels = as_pixels(example.image)
-    height = round(TILE * pixels.shape[0] / pixels.shape[1])
-    picture = Image.fromarray(pixels).resize((TILE, height))
-    cell = Image.new("RGB", (TILE, height + LINE * max(len(example.names), 1)), "white")
-    font, scale = ImageFont.load_default(FONT_SIZE), (TILE - 1, height - 1, TILE - 1, height - 1)
+    picture, _ = page.fit_tile(page.as_picture(example.image), TILE)
+    width, height = picture.size
+    scale = (width - 1, height - 1, width - 1, height - 1)
     draw = ImageDraw.Draw(picture)
     whole = example.found if example.truth is None else example.truth
     fits = np.zeros(len(whole)) if example.fit is None else example.fit
@@ -58,16 +55,11 @@ def _cell(example: Example) -> Image.Image:
         draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=2)
         if example.truth is not None and np.isfinite(fit):
             _dashed(draw, np.clip(found, 0, 1) * scale, colour)
-    cell.paste(picture)
-    text = ImageDraw.Draw(cell)
+    lines = [picture]
     for number, (name, fit) in enumerate(zip(example.names, fits, strict=True)):
-        top = height + LINE * number
-        text.rectangle((2, top + 4, 10, top + 12), fill=COLOURS[number % len(COLOURS)], outline="black")
-        longest = max(1, int((TILE - 60) / font.getlength("n")))
-        shown = name if len(name) <= longest else f"{name[: longest - 1]}…"
-        number_of_it = "" if example.fit is None else f"{fit:.2f}  " if np.isfinite(fit) else "none  "
-        text.text((16, top), f"{number_of_it}{shown}", fill="black", font=font)
-    return cell
+        shown = "" if example.fit is None else f"{fit:.2f}  " if np.isfinite(fit) else "none  "
+        lines.append(page.marked(f"{shown}{name}", TILE, COLOURS[number % len(COLOURS)]))
+    return page.stacked(lines)
 
 
 def _dashed(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: tuple[int, int, int], dash: int = 6) -> None:

@@ -1,6 +1,5 @@
 """Pictures of retrieval: recall against the number of answers looked at, and answers with what the model looks at."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -8,11 +7,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flair_jax.figures import plain, to_image
-from flair_jax.figures.heat import attention_scale, overlay, with_legend
+from flair_jax.figures import page, to_image
+from flair_jax.figures.heat import Scale, attention_scale, overlay, with_legend
 
 DIRECTIONS = {"text_to_image": "text to image", "image_to_text": "image to text"}
-WIDTH = 110  # characters of a line of text
+TILE = 224  # width of an image in pixels
 LINES = 4  # of a text; the rest is cut off
 
 Picture = tuple[np.ndarray, np.ndarray | None]  # pixels (H, W, 3), and a heat map (h, w) over them or None
@@ -57,28 +56,16 @@ def examples(rows: Sequence[Example]) -> Image.Image:
         raise ValueError("examples need at least one text")
     maps = [heat for row in rows for _, heat in (row.own, row.rival) if heat is not None]
     scale = attention_scale(maps) if maps else None
-    columns = sum(1 if heat is None else 2 for _, heat in (rows[0].own, rows[0].rival))
-    figure = Figure(figsize=(2.6 * columns, 3.2 * len(rows)), layout="constrained")
-    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
-    for part, row in zip(parts, rows, strict=True):
-        lines = textwrap.wrap(row.text, int(WIDTH * columns / 4), max_lines=LINES) or [""]
-        part.suptitle(plain("\n".join(lines)), fontsize=8)
-        panels = iter(part.subplots(1, columns, squeeze=False)[0])
-        for title, (pixels, heat) in ((f"its image: rank {row.rank}", row.own), ("the best other one", row.rival)):
-            image = Image.fromarray(_uint8(pixels))
-            _show(next(panels), image, title)
-            if heat is not None:
-                _show(next(panels), overlay(image, heat, scale), "where the text looks")
-    picture = to_image(figure)
-    return with_legend(picture, scale) if maps else picture
+    sheet = page.stacked([_block(row, scale) for row in rows], 2 * page.MARGIN)
+    return with_legend(sheet, scale) if maps else sheet
 
 
-def _show(panel, image: Image.Image, title: str) -> None:
-    panel.imshow(image)
-    panel.set_title(title, fontsize=8)
-    panel.axis("off")
-
-
-def _uint8(pixels: np.ndarray) -> np.ndarray:
-    """Pixels as they are, or floats from 0 to 1, as uint8."""
-    return pixels if pixels.dtype == np.uint8 else np.uint8(np.clip(255 * pixels, 0, 255))
+def _block(row: Example, scale: Scale | None) -> Image.Image:
+    cells = []
+    for title, (pixels, heat) in ((f"its image: rank {row.rank}", row.own), ("the best other one", row.rival)):
+        picture, _ = page.fit_tile(page.as_picture(pixels), TILE)
+        cells.append((title, picture))
+        if heat is not None:
+            cells.append(("where the text looks", overlay(picture, heat, scale)))
+    line = page.beside([page.stacked([page.text_block(title, TILE), picture]) for title, picture in cells])
+    return page.stacked([page.text_block(row.text, line.width, most=LINES), line], page.MARGIN // 2)

@@ -4,12 +4,11 @@ import colorsys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from flair_jax.figures import plain, to_image
+from flair_jax.figures import page, plain, to_image
 
-TILE = 256  # pixels of a picture's longer side
-MARGIN, LINE, FONT = 6, 18, 12
+TILE, NAMES = 256, 200  # width of a picture and of its legend in pixels
 LEGEND = 8  # classes in the legend of an image
 OPACITY = 0.65  # of a mask over its image
 NONE = np.array([0, 0, 0], np.uint8)  # pixels without a class
@@ -37,54 +36,38 @@ def masks(
       classes: C names.
     """
     counts = [_pixels(*masks, len(classes)) for masks in zip(labels, predictions, strict=True)]
-    palette = np.tile(NONE, (256, 1))
+    palette = np.tile(NONE, (len(classes) + 1, 1))
     # The most frequent classes get the colours that differ most.
     palette[np.argsort(-sum(map(sum, counts)), kind="stable")] = colours(len(classes))
-    font = ImageFont.load_default(FONT)
     rows = []
     for image, label, prediction, (true, found) in zip(images, labels, predictions, counts, strict=True):
-        picture = Image.fromarray(image if image.dtype == np.uint8 else np.uint8(255 * np.clip(image, 0, 1)))
-        scale = TILE / max(picture.size)
-        size = tuple(max(1, round(side * scale)) for side in picture.size)
-        picture = picture.resize(size)
+        picture, _ = page.fit_tile(page.as_picture(image), TILE)
         tiles = [picture]
         for mask in (label, prediction):
-            flat = Image.fromarray(palette[np.asarray(mask, np.uint8)]).resize(size, Image.Resampling.NEAREST)
-            tiles.append(Image.blend(picture, flat, OPACITY))
-        rows.append((tiles, _legend(true, found, classes, palette, font)))
-    heights = [max(tiles[0].height, legend.height) for tiles, legend in rows]
-    width = 3 * (TILE + MARGIN) + MARGIN + max(140, *(legend.width for _, legend in rows))
-    page = Image.new("RGB", (width, LINE + sum(heights) + MARGIN * (len(rows) + 1)), "white")
-    draw = ImageDraw.Draw(page)
-    for column, title in enumerate(("image", "true", "predicted", "* not in the true mask")):
-        draw.text((MARGIN + column * (TILE + MARGIN), 2), title, fill="black", font=font)
-    top = LINE
-    for (tiles, legend), height in zip(rows, heights, strict=True):
-        for column, tile in enumerate([*tiles, legend]):
-            page.paste(tile, (MARGIN + column * (TILE + MARGIN), top))
-        top += height + MARGIN
-    return page
+            is_class = (mask >= 0) & (mask < len(classes))
+            flat = Image.fromarray(palette[np.where(is_class, mask, len(classes))])
+            tiles.append(Image.blend(picture, flat.resize(picture.size, Image.Resampling.NEAREST), OPACITY))
+        titled = zip(("image", "true", "predicted"), tiles, strict=True)
+        cells = [page.stacked([page.text_block(title, TILE), tile]) for title, tile in titled]
+        rows.append(page.beside([*cells, _legend(true, found, classes, palette)]))
+    return page.framed(page.stacked(rows, page.MARGIN))
 
 
 def _pixels(label: np.ndarray, prediction: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """How many pixels each class has in the true mask and, where something is labelled, in the predicted one."""
-    counted = prediction[label < classes]
-    return tuple(np.bincount(x.reshape(-1), minlength=256)[:classes] for x in (label, counted))
+    """How many pixels each class has in the true mask and in the predicted one."""
+    return tuple(np.bincount(x[(x >= 0) & (x < classes)], minlength=classes) for x in (label, prediction))
 
 
-def _legend(true: np.ndarray, found: np.ndarray, classes, palette, font) -> Image.Image:
-    """Classes by the pixels that they have or get; a star marks those that are not in the true mask."""
-    order = [int(name) for name in np.argsort(-(true + found), kind="stable") if true[name] + found[name]]
-    lines = [(palette[name], f"{classes[name]}{'' if true[name] else ' *'}") for name in order[:LEGEND]]
+def _legend(true: np.ndarray, found: np.ndarray, classes: Sequence[str], palette: np.ndarray) -> Image.Image:
+    """Classes of the true mask by their pixels, then those that are only predicted, which a star marks."""
+    order = [int(number) for number in np.lexsort((-found, -true)) if true[number] + found[number]]
+    lines = [page.text_block("* not in the true mask", NAMES)]
+    for number in order[:LEGEND]:
+        name = f"{classes[number]}{'' if true[number] else ' *'}"
+        lines.append(page.marked(name, NAMES, tuple(palette[number].tolist())))
     if len(order) > LEGEND:
-        lines.append((np.array([255, 255, 255], np.uint8), f"and {len(order) - LEGEND} more"))
-    width = max((int(font.getlength(text)) for _, text in lines), default=0) + LINE + MARGIN
-    picture = Image.new("RGB", (width + MARGIN, LINE * max(1, len(lines))), "white")
-    draw = ImageDraw.Draw(picture)
-    for number, (colour, text) in enumerate(lines):
-        draw.rectangle((0, number * LINE + 2, LINE - 6, (number + 1) * LINE - 4), fill=tuple(colour.tolist()))
-        draw.text((LINE, number * LINE), text, fill="black", font=font)
-    return picture
+        lines.append(page.text_block(f"and {len(order) - LEGEND} more", NAMES))
+    return page.stacked(lines)
 
 
 def bars(classes: Sequence[str], iou: Mapping[str, np.ndarray]) -> Image.Image:
