@@ -220,9 +220,9 @@ def tfrecord_files(name: str) -> list[str]:
     except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError, KeyError):
         return []
     whole = all(part.skip == 0 and part.take in (-1, part.examples_in_shard) for part in parts)
-    return (
-        [os.fspath(part.filename) for part in parts] if whole and builder.info.file_format.value == "tfrecord" else []
-    )
+    if not whole or builder.info.file_format.value != "tfrecord":
+        return []
+    return [os.fspath(part.filename) for part in parts]
 
 
 def _tfds_options(name: str) -> tuple[str, dict[str, str]]:

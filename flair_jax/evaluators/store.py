@@ -27,9 +27,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-LINE = (
-    74  # bytes of the index per row: SHA-256 of the key and CRC-32 of the row, in hexadecimal digits, each with an end
-)
+LINE = 64 + 1 + 8 + 1  # bytes of the index per row: SHA-256 of the key and CRC-32 of the row in hexadecimal digits
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # name of an array -> shape and type of its row
 
 
