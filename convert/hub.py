@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub
-from huggingface_hub import errors
 
 from flair_jax.convert import flax_files
 
@@ -135,6 +134,8 @@ def _download(name: str, address: Address, file: str) -> Path:
 @contextlib.contextmanager
 def _explained(name: str, address: Address, file: str) -> Iterator[None]:
     """Turns what huggingface_hub raises into an error that says what to do."""
+    from huggingface_hub import errors  # slow to import: they need the HTTP client, and few runs fetch anything
+
     try:
         yield
     except errors.GatedRepoError as error:

@@ -17,7 +17,7 @@ from etils import epath
 from flair_jax import attention_maps, evaluation_sets, evaluation_tasks, models, pretrained, report, sharding
 from flair_jax import config as configuration
 from flair_jax.data import compositional_scenes, scenes
-from flair_jax.data.benchmarks import base, table
+from flair_jax.data.benchmarks import base, prompts, table
 from flair_jax.data.benchmarks import shards as shard_sets
 from flair_jax.data.counted import counted
 from flair_jax.data.sources.open import expand
@@ -45,7 +45,6 @@ from flair_jax.untrained import looks_untrained
 
 SHEET_IMAGES = 6
 SHEET_TEXTS = 4  # per image
-INTERNAL = ("preprocess", "mesh", "label", "text_tower")  # arguments of evaluators that no config sets
 
 # Images, and for each its texts and their boxes or None: what a sheet of attention maps shows.
 Examples = tuple[Sequence[np.ndarray], Sequence[Sequence[str]], Sequence[Sequence[Any]]]
@@ -222,7 +221,8 @@ def check(config: Mapping[str, Any]) -> None:
     Evaluators that are off are named in the log.
 
     Raises:
-      ValueError: see `sections`; or scenes are not as large as the model's images; or no public set has such a name.
+      ValueError: see `sections`; or scenes are not as large as the model's images; or no public set, mode or option of
+        a task has such a name.
       FileNotFoundError: naming the evaluator.
     """
     for name, (kind, options) in sections(config).items():
@@ -236,6 +236,13 @@ def check(config: Mapping[str, Any]) -> None:
                 raise ValueError(f"evaluators.{name}.modes has {sorted(unknown)}; this model has {list(modes)}")
         if kind == "benchmarks":
             table.select(options.get("sets", ("*",)))
+            for task in evaluation_tasks.OPTIONS:
+                evaluation_tasks.check_options(f"evaluators.{name}.{task}", task, options.get(task))
+        for key in evaluation_tasks.RETRIEVAL_NAMES.keys() & options.keys():
+            if options[key] is not None:
+                evaluation_tasks.check_names(
+                    f"evaluators.{name}.{key}", options[key], evaluation_tasks.RETRIEVAL_NAMES[key]
+                )
         if is_off(kind, options):
             logging.warning("evaluators.%s: not evaluated, since %s is not set", name, SOURCES[kind][1].format(name))
         elif kind == "benchmarks" and not os.path.isdir(options["root"]):
@@ -243,10 +250,11 @@ def check(config: Mapping[str, Any]) -> None:
                 f"evaluators.{name}: config.data_root is {options['root']!r}; expected the folder of public sets"
             )
         elif kind == "benchmarks":
-            for key in ("names", "descriptions"):
-                path = (options.get("classification") or {}).get(key)
-                if isinstance(path, str) and not os.path.exists(path):
-                    raise FileNotFoundError(f"evaluators.{name}.classification.{key}: {path} is not there")
+            for task, keys in evaluation_tasks.FILES.items():
+                for key in keys:
+                    path = (options.get(task) or {}).get(key)
+                    if isinstance(path, str) and prompts.SLOT not in path and not os.path.exists(path):
+                        raise FileNotFoundError(f"evaluators.{name}.{task}.{key}: {path} is not there")
         elif kind == "shards":
             try:
                 expand(options["shards"])
@@ -273,14 +281,9 @@ def check_early_stopping(config: Mapping[str, Any]) -> None:
 
 
 def _keywords(function: Callable) -> dict[str, bool]:
-    """Keyword arguments that a config may set, and whether they have no default; `**options` are those of Retrieval."""
-    found: dict[str, bool] = {}
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            found |= _keywords(Retrieval)
-        elif parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in INTERNAL:
-            found[parameter.name] = parameter.default is parameter.empty
-    return found
+    """See `evaluation_tasks.keywords`; `**options` are those of Retrieval."""
+    rest = any(one.kind is one.VAR_KEYWORD for one in inspect.signature(function).parameters.values())
+    return evaluation_tasks.keywords(function) | (evaluation_tasks.keywords(Retrieval) if rest else {})
 
 
 def cadence(config: Mapping[str, Any], name: str) -> int:
@@ -407,18 +410,32 @@ def evaluate(config: Mapping[str, Any], workdir: epath.PathLike) -> dict[str, fl
     for warning in warnings:
         logging.warning("%s: %s", weights, warning)
     with jax.set_mesh(sharding.create_mesh(**config["mesh"])), _session(config, workdir):
-        params = jax.device_put(params, sharding.replicated(jax.sharding.get_mesh()))
+        params = on_all_devices(params)
         results = run(config, model, params, workdir, notes=[f"weights: {weights}"], warnings=warnings)
         draw_attention_sheets(config, model, params, workdir)
     return report.flat(results)
 
 
+def on_all_devices(params: Any) -> Any:
+    """Parameters that each process has read, whole on every device of the mesh of `jax.set_mesh`."""
+    # Over the host: an array cannot move from a device of this process to those of the others.
+    return jax.device_put(jax.device_get(params), sharding.replicated(jax.sharding.get_mesh()))
+
+
 def _session(config: Mapping[str, Any], workdir: epath.PathLike) -> contextlib.AbstractContextManager:
-    """The feature store of an evaluation, on a file system that can append to files."""
+    """The feature store of an evaluation, on a file system that can append to files.
+
+    Raises:
+      ValueError: its folder cannot be made.
+    """
     folder = config["feature_store"] or os.fspath(epath.Path(workdir) / "features")
     if "://" in folder:
         logging.warning("%s is in a store, which cannot keep features: --config.feature_store=FOLDER", folder)
         return contextlib.nullcontext()
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"config.feature_store is {folder!r}; expected a folder for features: {error}") from error
     return features.session(store=FeatureStore(folder))
 
 

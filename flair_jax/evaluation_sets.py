@@ -12,7 +12,7 @@ from absl import logging
 
 from flair_jax.data.benchmarks import base, suites, table
 from flair_jax.evaluation_tasks import TASKS, UnusableSet
-from flair_jax.evaluators.features import BrokenImages, session
+from flair_jax.evaluators.features import BrokenImages, EmptySet, session
 from flair_jax.progress import progress
 from flair_jax.report import Result, SetDetails, missing_lines
 
@@ -56,11 +56,14 @@ class SetEvaluator:
         """
         try:
             self.data = self.benchmark.read(self._root)
+            absent = [number for number, picture in enumerate(self.data.pictures) if not picture.exists()]
         except base.MissingError as error:
             raise UnusableSet(self.benchmark, str(error), error.files) from error
         except (base.AnnotationError, OSError) as error:
             raise UnusableSet(self.benchmark, str(error)) from error
-        absent = [number for number, picture in enumerate(self.data.pictures) if not picture.exists()]
+        except Exception as error:  # a fault of the reader must not end the evaluation of the other sets
+            logging.exception("%s was not read", self.benchmark.name)
+            raise UnusableSet(self.benchmark, f"{type(error).__name__}: {error}") from error
         self._leave_out(dict.fromkeys(absent, "missing"))
 
     def forget(self) -> None:
@@ -72,7 +75,7 @@ class SetEvaluator:
         """Evaluates parameters, a nested dict. Images that turn out to be broken are left out, and the rest runs again.
 
         Raises:
-          UnusableSet: see `read`; or an image is broken, and `allow_missing` is not set.
+          UnusableSet: see `read`; or an image is broken, and `allow_missing` is not set; or nothing can be measured.
         """
         self.forget()
         self.read()
@@ -88,6 +91,8 @@ class SetEvaluator:
                 for reason in broken.reasons.values():
                     logging.warning("%s: %s", self.benchmark.name, reason)
                 self._leave_out(dict.fromkeys(broken.reasons, "broken"))
+            except EmptySet as error:
+                raise UnusableSet(self.benchmark, str(error)) from error
 
     def details(self) -> SetDetails:
         """What the report says about the set, after `run`."""

@@ -1,16 +1,18 @@
 """A task's data as evaluators of a model: pictures become pixels, texts become tokens."""
 
 import dataclasses
+import difflib
 import functools
+import inspect
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import numpy as np
 from flax.core import freeze
 
-from flair_jax import initialize
+from flair_jax import evaluators, initialize
 from flair_jax.data.benchmarks import base, prompts
 from flair_jax.data.benchmarks import segmentation as segmentation_sets
 from flair_jax.data.transforms import images as image_rules
@@ -93,6 +95,11 @@ class Pixels(Sequence):
         return [f"{self._fit.__name__} {self._size} {picture.key()}" for picture in self._pictures]
 
 
+def _several(options: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Options of which some are one name or several: always several."""
+    return {key: (value,) if key in keys and isinstance(value, str) else value for key, value in options.items()}
+
+
 def retrieval(
     model: nn.Module, benchmark: base.Benchmark, data: base.Retrieval, options: Mapping[str, Any]
 ) -> Iterator[Retrieval]:
@@ -102,10 +109,7 @@ def retrieval(
       windows: a way or several of `windows.WAYS`, of what is done with texts that are longer than the context.
       context_length: evaluates with a longer context, too, of stretched position embeddings; None: no.
     """
-    options = dict(options)
-    for key in ("windows", "modes", "pooling"):
-        if isinstance(options.get(key), str):
-            options[key] = (options[key],)
+    options = _several(options, "windows", "modes", "pooling")
     ways, modes = options.pop("windows", ("truncate",)), options.pop("modes", None)
     longer = options.pop("context_length", None)
     pixels = Pixels(data.pictures, model.image_size, model.preprocessing.fit)
@@ -143,7 +147,7 @@ def classification(
       ValueError: names, descriptions and classes do not fit together, or a template has no `{c}`.
       UnusableSet: the folder of descriptions has no file for the set.
     """
-    options = dict(options)
+    options = _several(options, "modes")
     templates, names, descriptions = (options.pop(key, None) for key in ("templates", "names", "descriptions"))
     classes = data.classes
     if names is not None:
@@ -161,8 +165,6 @@ def classification(
         described = prompts.descriptions_of(classes, known)
         if not any(described):
             raise ValueError(f"{benchmark.name}: no class in {descriptions} has a description")
-    if isinstance(options.get("modes"), str):
-        options["modes"] = (options["modes"],)
     tokenize = Tokenizer(model.context_length)
     titles = [names[0] for names in classes]
     pixels = Pixels(data.pictures, model.image_size, model.preprocessing.fit)
@@ -220,7 +222,7 @@ def choice(model: nn.Module, benchmark: base.Benchmark, data: base.Choice, optio
         model,
         ChoiceSet(benchmark.name, pixels, tokens, data.items, data.texts, whole_images(model, data.pictures)),
         preprocess=model.preprocessing,
-        **options,
+        **_several(options, "modes"),
     )
 
 
@@ -248,7 +250,7 @@ def pointing(
     Raises:
       UnusableSet: no phrase is left.
     """
-    size = image_rules.pair(model.image_size)
+    size, options = image_rules.pair(model.image_size), _several(options, "modes")
     boxes = [
         model.preprocessing.fit_boxes(own, data.sizes[image], size)
         for own, image in zip(data.boxes, data.image_of_text, strict=True)
@@ -295,7 +297,7 @@ def segmentation(
       options: of `evaluators.Segmentation`, and
         classes: lines with the name or names of a class, see `segmentation_sets.parse_classes`, or a file of such
             lines, in place of the set's own.
-        templates: prompts in which `{c}` is the name, or a file of such lines; None: the 80 of ImageNet.
+        templates: one or several prompts in which `{c}` is the name, or a file of such lines; None: the 80 of ImageNet.
 
     Raises:
       ValueError: another number of classes than the set has, or a template without `{c}`.
@@ -303,7 +305,7 @@ def segmentation(
     """
     if not model.has_local:
         raise UnusableSet(benchmark, "the model has no projected patches: config.model.project_image is False")
-    options = {"short_side": 1.5, **options}
+    options = {"short_side": 1.5, **_several(options, "modes")}
     classes, templates = (_lines(options.pop(name, None)) for name in ("classes", "templates"))
     classes = data.classes if classes is None else segmentation_sets.parse_classes(classes)
     if len(classes) != len(data.classes):
@@ -330,8 +332,10 @@ def segmentation(
 
 
 def _lines(option: str | Sequence[str] | None) -> Sequence[str] | None:
-    """Lines of text, or those of the file that is named."""
-    return base.read_text(pathlib.Path(option)).splitlines() if isinstance(option, str) else option
+    """Lines of text, a single prompt as one, or those of the file that is named."""
+    if not isinstance(option, str):
+        return option
+    return (option,) if prompts.SLOT in option else base.read_text(pathlib.Path(option)).splitlines()
 
 
 def _sizes(pictures: Sequence[base.Picture]) -> np.ndarray:
@@ -362,3 +366,57 @@ TASKS: dict[str, Build] = {
     "choice": choice,
     "pointing": pointing,
 }
+
+INTERNAL = ("preprocess", "mesh", "label", "text_tower")  # arguments of evaluators that no config sets
+RETRIEVAL_NAMES = {"modes": evaluators.retrieval.MODES, "pooling": evaluators.retrieval.POOLINGS}
+# Task -> its evaluator, the options that it has here beside the evaluator's own, and for some options the values known.
+OPTIONS: dict[str, tuple[type, tuple[str, ...], dict[str, Sequence[str]]]] = {
+    "retrieval": (Retrieval, ("windows", "context_length"), {**RETRIEVAL_NAMES, "windows": text_windows.WAYS}),
+    "classification": (
+        Classification,
+        ("templates", "names", "descriptions"),
+        {"modes": tuple(evaluators.classification.MODES), "ties": tuple(evaluators.classification.TIES)},
+    ),
+    "segmentation": (Segmentation, ("classes", "templates"), {"modes": evaluators.segmentation.MODES}),
+    "choice": (Choice, (), {"modes": tuple(evaluators.choice.MODES), "ties": evaluators.choice.TIES}),
+    "pointing": (Pointing, (), {"modes": evaluators.pointing.MODES}),
+}
+
+
+# Task -> options that may name a file.
+FILES = {"classification": ("names", "descriptions"), "segmentation": ("classes", "templates")}
+
+
+def keywords(function: Callable) -> dict[str, bool]:
+    """Keyword arguments that a config may set, and whether they have no default."""
+    return {
+        parameter.name: parameter.default is parameter.empty
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in INTERNAL
+    }
+
+
+def check_options(where: str, task: str, options: Mapping[str, Any] | None) -> None:
+    """Refuses, before a set is read, options that its task's evaluator would refuse when the set's turn comes.
+
+    Raises:
+      ValueError: naming `where.option`: there is no such option, or no such mode or other value.
+    """
+    if options is None:
+        return
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{where} is {options!r}; expected the options of {task} by name")
+    evaluator, own, names = OPTIONS[task]
+    check_names(f"options of {where}", options, (*own, *keywords(evaluator)))
+    for key in names.keys() & options.keys():
+        if options[key] is not None:
+            check_names(f"{where}.{key}", options[key], names[key])
+
+
+def check_names(where: str, found: str | Iterable[str], known: Sequence[str]) -> None:
+    """Raises ValueError if one of some names is not known, with those that are similar."""
+    for name in (found,) if isinstance(found, str) else found:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known)
+            similar = f"similar are {', '.join(close)}; " if close else ""
+            raise ValueError(f"{where}: there is no {name!r}; {similar}there are {', '.join(known)}")

@@ -14,6 +14,7 @@ from clu import parameter_overview
 from etils import epath
 
 from flair_jax.atomic import write_whole
+from flair_jax.figures import to_image
 
 
 @contextmanager
@@ -219,4 +220,4 @@ def draw_loss_curve(workdir: epath.PathLike, path: epath.PathLike, parts: Iterab
         axes.legend()
     axes.grid(alpha=0.3)
     with epath.Path(path).open("wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+        to_image(figure).save(file, format="png")

@@ -13,7 +13,7 @@ if COUNT > 1:
 
 from colour_model import ColourModel  # noqa: E402
 
-from flair_jax import sharding  # noqa: E402
+from flair_jax import evaluate, sharding  # noqa: E402
 from flair_jax.data.transforms.images import ImageError  # noqa: E402
 from flair_jax.evaluators import Retrieval, RetrievalSet, features  # noqa: E402
 from flair_jax.evaluators.store import FeatureStore  # noqa: E402
@@ -52,6 +52,13 @@ with jax.set_mesh(sharding.create_mesh()):
     found = {"results": run(images, "w"), "loaded": sorted(set(images.loaded))}
     images = Images()
     found |= {"again": run(images, "w"), "loaded again": images.loaded}
+    if INDEX == 0:  # of a file that one process alone reads
+        (rows,) = FOLDER.glob("w/*/images-*-00000.rows")
+        rows.write_bytes(b"\x7f" + rows.read_bytes()[1:])
+    images = Images()
+    found |= {"repaired": run(images, "w"), "loaded to repair": sorted(set(images.loaded))}
+    placed = evaluate.on_all_devices({"w": jax.device_put(np.arange(3), jax.local_devices()[0])})["w"]
+    found |= {"placed": [np.asarray(placed).tolist(), placed.is_fully_replicated]}
     try:
         run(Images(broken=1), "other weights")
     except features.BrokenImages as error:

@@ -305,6 +305,9 @@ def test_imagenet_has_the_classes_of_clip_and_kaggles_layout(tmp_path):
     assert len(data.classes) == 1000 and len(data.templates) == 80 and data.parts == ("1 of 1000 classes",)
     assert entry.options == {"ties": "first"}  # "missile" and "sunglasses" are two classes each
 
+    with pytest.raises(MissingError, match=r"not found: imagenet/val/<class> or imagenet/LOC_val_solution\.csv"):
+        entry.read(tmp_path / "nowhere")
+
     kaggle = tmp_path / "kaggle"
     rows = ("ImageId,PredictionString", f"ILSVRC2012_val_00000001,{WNIDS[5]} 1 2 3 4 {WNIDS[5]} 5 6 7 8 ", "")
     write(kaggle, **{"imagenet/LOC_val_solution.csv": lines(*rows)})
@@ -341,6 +344,8 @@ def test_pixels_without_a_header(tmp_path, name, side, header):
         ("food101", {"food101/food-101/meta/test.txt": "\n"}, "no image is named"),
         ("food101", {"food101/food-101/meta/test.txt": b"\xff\n"}, "not UTF-8"),
         ("food101", {"food101/food-101/meta/classes.txt": "a\na\n"}, "2 classes are named, of which 1 differ"),
+        ("food101", {"food101/food-101/meta/classes.txt": ""}, "no class is named"),
+        ("dtd", {"dtd/labels/test1.txt": "lined/\0.jpg\n"}, "expected a path inside of"),
         ("pets", {"pets/annotations/test.txt": "Abyssinian_1 2 1 1\n"}, "has class 2, which is American Bulldog"),
         ("pets", {"pets/annotations/test.txt": "Abyssinian_1 99 1 1\n"}, "has class 98; expected 0 to 36"),
         ("pets", {"pets/annotations/test.txt": "Abyssinian_1 one 1 1\n"}, "'one'; expected a number"),
@@ -348,6 +353,7 @@ def test_pixels_without_a_header(tmp_path, name, side, header):
         ("flowers102", {"flowers102/setid.mat": mat(tstid=np.array([[4]]))}, "3 labels; setid.mat names image 4"),
         ("flowers102", {"flowers102/setid.mat": "no MATLAB file"}, "expected a MATLAB file with tstid"),
         ("flowers102", {"flowers102/setid.mat": mat(other=np.array([[4]]))}, "expected a MATLAB file with tstid"),
+        ("flowers102", {"flowers102/setid.mat": mat(tstid=np.array([[4]]))[:128]}, "expected a MATLAB file with tstid"),
         ("cars", {"stanford_cars/cars_test_annos_withlabels.mat": mat(annotations=np.ones(3))}, "fname and class"),
         ("cub", {"cub/CUB_200_2011/train_test_split.txt": "1 0\n"}, "name others"),
         ("caltech101", {"caltech101/101_ObjectCategories/more/x.jpg": ""}, "103 folders; expected one for each of 102"),
@@ -440,7 +446,8 @@ def test_a_name_of_tensorflow_datasets(tmp_path, monkeypatch, tfds_records):
     assert opened == ["tfds:group/shapes:1.0.0?split=test"]
 
 
-def test_a_data_set_that_tensorflow_datasets_made(tmp_path):
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_a_data_set_that_tensorflow_datasets_made(tmp_path, file_format):
     tfds = pytest.importorskip("tensorflow_datasets", reason="the extra `tf` is not installed")
     pixels = {"red": (255, 0, 0), "blue": (0, 0, 255)}
     samples = [
@@ -455,7 +462,7 @@ def test_a_data_set_that_tensorflow_datasets_made(tmp_path):
         ),
         split_datasets={"test": samples},
         data_dir=tmp_path,
-        file_format="array_record",
+        file_format=file_format,
         disable_shuffling=True,
     )
     (entry,) = table.select([f"tfds:things?split=test&data_dir={tmp_path}"])
@@ -463,6 +470,16 @@ def test_a_data_set_that_tensorflow_datasets_made(tmp_path):
     assert data.labels.tolist() == [1, 0, 1] and data.classes == [("blue thing",), ("red thing",)]
     assert [picture.decode().getpixel((0, 0)) for picture in data.pictures] == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
     assert len({picture.key() for picture in data.pictures}) == 3
+    for wrong in ("tfds:things?split=train", "tfds:other?split=test"):
+        (entry,) = table.select([f"{wrong}&data_dir={tmp_path}"])
+        with pytest.raises(AnnotationError, match=wrong.partition("?")[0]):
+            entry.read(tmp_path)
+    (entry,) = table.select([f"tfds:things?split=test[1:]&data_dir={tmp_path}"])
+    if file_format == "tfrecord":  # files are read whole
+        with pytest.raises(AnnotationError, match="prepared as ArrayRecord"):
+            entry.read(tmp_path)
+    else:
+        assert entry.read(tmp_path).labels.tolist() == [0, 1]
 
 
 def open_array_record(path):

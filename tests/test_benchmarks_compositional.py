@@ -377,6 +377,16 @@ def test_options_are_those_of_the_evaluator():
         ("cola", "cola/data/COLA_multiobjects_matching_benchmark.json", [["a", "b"]], "has 2 entries"),
         ("spec", "spec/count/image2text.json", [{"query": "a", "keys": ["b", "c"], "label": 2}], "label 2 of 2 keys"),
         ("fg_ovd", "fg_ovd/1_attributes.json", {"images": [], "categories": []}, "no 'annotations'"),
+        (
+            "fg_ovd",
+            "fg_ovd/1_attributes.json",
+            {
+                "images": [{"id": 1, "file_name": "1.jpg", "width": 9, "height": 9}],
+                "categories": [{"id": 0, "name": "a"}],
+                "annotations": [{"image_id": 1, "category_id": 0, "neg_category_ids": [[]], "bbox": [0, 0, 1, 1]}],
+            },
+            "'neg_category_ids' is .*expected an integer",
+        ),
         ("fg_ovd", "fg_ovd/h_attributes_llava.jsonl", [{"bbox": "[1, 2"}], "is no Python literal"),
     ],
 )

@@ -264,6 +264,16 @@ def test_the_table_states_the_sizes_of_the_releases():
     }
 
 
+@pytest.mark.parametrize("name", ["ade20k", "coco_stuff164k", "cityscapes"])
+def test_files_that_a_mac_adds_to_archives_are_no_masks(tmp_path, name):
+    BUILD[name](tmp_path)
+    for mask in [path for path in tmp_path.rglob("*.png") if "leftImg8bit" not in path.name]:
+        mask.with_name(f"._{mask.name}").write_bytes(b"Mac OS X")
+    data = table.ALL[name].read(tmp_path)
+    assert len(data.pictures) == 2 and all(picture.exists() for picture in data.pictures)
+    assert table.ALL[name].files[0].count(segmentation.find(tmp_path, table.ALL[name].files[0].path)) == 2
+
+
 def test_annotations_alone_can_be_counted(tmp_path):
     pixel_maps(tmp_path)
     for path in (tmp_path / "coco/val2017").iterdir():
@@ -293,6 +303,15 @@ def test_pixel_maps_of_converters(tmp_path, name, suffix, values, labels):
     data = table.ALL[name].read(tmp_path)
     assert data.counts()["images"] == 1
     assert first(data, 1) == [{"coco_stuff164k": 11, "coco_object": 12}[name]]
+
+
+def test_objects_in_the_folder_of_their_converter(tmp_path):
+    """As SCLIP and others lay them out, beside COCO-Stuff in train ids."""
+    for name, suffix in (("coco_stuff164k", "_labelTrainIds.png"), ("coco_object", "_instanceTrainIds.png")):
+        save_mask(tmp_path / f"{name}/annotations/val2017/000000000139{suffix}", [0, 80])
+        save_image(tmp_path / f"{name}/images/val2017/000000000139.jpg")
+        data = table.ALL[name].read(tmp_path)
+        assert first(data, 2) == [0, 80] and f"/{name}/images/" in data.pictures[0].path
 
 
 def test_cityscapes_train_ids_and_stuff10k_pngs(tmp_path):
@@ -453,8 +472,9 @@ def test_options_reach_the_evaluator(tmp_path):
     pixel_maps(tmp_path)
     benchmark = table.ALL["coco_object"]
     data = benchmark.read(tmp_path)
-    options = {**benchmark.options, "image_batch": 8, "templates": ["a {c}."], "modes": ("projected",)}
+    options = {**benchmark.options, "image_batch": 8, "templates": "a {c}.", "modes": "projected"}
     (evaluator,) = evaluation_tasks.TASKS["segmentation"](Words(2), benchmark, data, options)
+    assert evaluator._modes == ("projected",)
     assert evaluator._decision["temperature"] == 50
     assert evaluator._data.class_of_query.tolist() == [0] * 26 + [1] * 8 + list(range(2, 81))
     assert evaluator._data.sizes.tolist() == [list(SIZE)] * 2

@@ -56,16 +56,17 @@ def test_a_folder_is_inspected_set_by_set(tmp_path, capsys):
     (root / "coco/images/val2017/2.jpg").write_bytes(b"")
     (root / "urban1k").mkdir()
     (root / "urban1k/annotations.json").write_text('{"annotations": 3}')
-    for name, label in (("wds_mnist", b"1"), ("wds_birds", b"0")):
+    for name, label in (("wds_mnist", b"1"), ("wds_birds", b"0"), ("cifar10", b"0")):
         (root / name / "test").mkdir(parents=True)
         (root / name / "classnames.txt").write_text("zero\none\n")
         (root / name / "zeroshot_classification_templates.txt").write_text("a {c}")
         (root / name / "test/nshards.txt").write_text("1")
         write_tar(root / name / "test/0.tar", [("a.png", b"I"), ("a.cls", label)])
 
+    (root / "wds_birds/dataset_type.txt").write_bytes(b"\xff")  # whatever it is, it is not "retrieval"
     command.main(["--root", str(root), "--json", str(tmp_path / "found.json")])
     text, found = capsys.readouterr().out, json.loads((tmp_path / "found.json").read_text())
-    assert set(found) == {*table.ALL, "wds_birds"}
+    assert set(found) == {*table.ALL, "wds_birds", "wds_classification:cifar10"}
 
     assert found["coco_val2017"]["state"] == "partly there"
     assert found["coco_val2017"]["pictures"] == {"there": 1, "of": 2}
@@ -98,7 +99,13 @@ def test_a_fault_of_a_reader_is_a_row_and_hides_no_other(tmp_path):
 
 
 def test_wrong_arguments_are_refused(tmp_path, capsys):
-    for arguments, message in ((["--root", str(tmp_path / "no")], "no such folder"), (["--json", "x"], "needs --root")):
+    root = ["--root", str(tmp_path)]
+    for arguments, message in (
+        (["--root", str(tmp_path / "no")], "no such folder"),
+        (["--json", "x"], "needs --root"),
+        ([*root, "--json", str(tmp_path)], "is a folder"),
+        ([*root, "--json", str(tmp_path / "no/found.json")], "in a folder that is not there"),
+    ):
         with pytest.raises(SystemExit) as error:
             command.main(arguments)
         assert error.value.code == 2 and message in capsys.readouterr().err

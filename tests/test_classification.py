@@ -548,3 +548,23 @@ def test_bars_show_the_worst_and_the_best_classes(monkeypatch):
 def test_examples_are_of_different_classes_first():
     truth = np.eye(3, dtype=bool)[[0, 0, 0, 1, 2, 2]]
     assert figures._spread([2, 1, 0, 5, 3, 4], np.array([1, 1, 1, 1, 0, 1], bool), truth) == [2, 5, 3, 1, 0]
+
+
+def test_dollar_signs_begin_no_formula():
+    """Names of classes and of parts of sets are drawn as they stand, in the pictures of every task."""
+    from flair_jax.figures import choice, segmentation
+    from flair_jax.report import Result
+
+    names = [r"$\frac{$", "$x$ y", "x y"]
+    scores = np.array([0.1, 0.2, 0.3])
+    pictures = [
+        *(figures.bars([name], scores[:1]) for name in names),
+        *(segmentation.bars([name], {"mode": scores[:1]}) for name in names),
+        *(
+            choice.bars([Result("choice", name, "accuracy", 0.5, mode) for mode in ("global", "chance")])
+            for name in names
+        ),
+        *(figures.confusion([name, "b"], np.array([0, 1]), np.array([1, 0])) for name in names),
+    ]
+    for _, formula, plain in zip(*[iter(pictures)] * 3, strict=True):
+        assert formula.size != plain.size or (np.asarray(formula) != np.asarray(plain)).any()

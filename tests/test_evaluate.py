@@ -116,6 +116,48 @@ def test_a_picture_that_fails_is_reported_and_ends_nothing(fixed, tmp_path, capl
         ({"kind": "shards", "shards": "/no/such.tar", "topk": None}, FileNotFoundError, r"evaluators\.val\.shards"),
         (None, ValueError, r"evaluators\.val is None; expected a section with a kind"),
         ({"kind": "shards", "shards": "/no/such.tar"}, FileNotFoundError, r"evaluators\.val\.shards: .*such\.tar"),
+        (
+            {"kind": "shards", "shards": "a", "modes": ("flar",)},
+            ValueError,
+            r"evaluators\.val\.modes: there is no 'flar'; similar are flair; there are flair, topk, global",
+        ),
+        (
+            {"kind": "benchmarks", "sets": ("coco_val2O17",)},
+            ValueError,
+            "'coco_val2O17'; similar names are coco_val2017",
+        ),
+        (
+            {"kind": "benchmarks", "retrieval": {"mode": "flair"}},
+            ValueError,
+            r"options of evaluators\.val\.retrieval: there is no 'mode'; similar are modes",
+        ),
+        (
+            {"kind": "benchmarks", "retrieval": {"windows": ("truncate", "sentence")}},
+            ValueError,
+            r"evaluators\.val\.retrieval\.windows: there is no 'sentence'; similar are sentences",
+        ),
+        (
+            {"kind": "benchmarks", "classification": {"modes": "regoins"}},
+            ValueError,
+            r"no 'regoins'; similar are regions",
+        ),
+        (
+            {"kind": "benchmarks", "segmentation": {"modes": ("csa",)}},
+            ValueError,
+            r"no 'csa'; there are projected, value",
+        ),
+        ({"kind": "benchmarks", "choice": {"ties": "last"}}, ValueError, r"choice\.ties: there is no 'last'"),
+        ({"kind": "benchmarks", "pointing": ("attention",)}, ValueError, r"expected the options of pointing by name"),
+        (
+            {"kind": "benchmarks", "sets": ("folders:a/b", "folders:a_b")},
+            ValueError,
+            r"the same name, evaluate them apart: folders:a/b, folders:a_b",
+        ),
+        (
+            {"kind": "benchmarks", "sets": ("imagenet", "folders:imagenet")},
+            ValueError,
+            r"net\.org/.*, folders:imagenet",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_before_a_run(section, error, words):
@@ -134,7 +176,8 @@ def test_options_that_are_none_have_their_default():
 
 def test_files_for_classes_are_looked_for_before_a_run(tmp_path):
     def check(**options):
-        section = {"kind": "benchmarks", "sets": ("imagenet",), "classification": options}
+        task = "segmentation" if options.keys() & {"classes", "templates"} else "classification"
+        section = {"kind": "benchmarks", "sets": ("imagenet",), task: options}
         evaluate.check({**config_of(zero_shot=section), "data_root": str(tmp_path)})
 
     check(descriptions=None, names=("a", "b"))
@@ -142,6 +185,18 @@ def test_files_for_classes_are_looked_for_before_a_run(tmp_path):
     for key in ("descriptions", "names"):
         with pytest.raises(FileNotFoundError, match=rf"evaluators\.zero_shot\.classification\.{key}: no/such\.json"):
             check(**{key: "no/such.json"})
+    check(templates="a photo of a {c}.")
+    for key in ("classes", "templates"):
+        with pytest.raises(FileNotFoundError, match=rf"evaluators\.zero_shot\.segmentation\.{key}: no/such\.txt"):
+            check(**{key: "no/such.txt"})
+
+
+def test_features_need_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"config\.feature_store is '.*file'; expected a folder"):
+        evaluate._session({"feature_store": str(tmp_path / "file")}, tmp_path)
+    with evaluate._session({"feature_store": None}, tmp_path / "run"):
+        assert (tmp_path / "run/features").is_dir()
 
 
 def test_captions_are_where_the_training_data_has_them():

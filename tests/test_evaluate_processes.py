@@ -54,6 +54,16 @@ def test_what_another_process_encoded_is_not_loaded_again(found):
         assert process["loaded again"] == [] and process["again"] == process["results"]
 
 
+def test_rows_that_one_process_finds_damaged_are_encoded_again_by_all(found):
+    for process in found.values():
+        assert process["repaired"] == process["results"]
+        assert 0 < len(process["loaded to repair"]) < 9
+
+
+def test_weights_that_each_process_has_read_are_whole_on_all_devices(found):
+    assert all(process["placed"] == [[0, 1, 2], True] for process in found.values())
+
+
 def test_all_processes_hear_of_a_broken_image(found):
     for process in found.values():
         assert process["broken"] == [1]

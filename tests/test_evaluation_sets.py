@@ -1,5 +1,6 @@
 """Public sets in an evaluation: what is missing or broken is said, counted, and left out if that is allowed."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -114,10 +115,35 @@ def test_broken_images_are_refused_with_their_count(root):
     assert run(root, sets=("gaps",), allow_missing=True)[1]["gaps"].startswith("3 of 3 images are broken")
 
 
+def test_a_fault_of_a_reader_ends_no_other_set(root, monkeypatch, caplog):
+    def fail(_):
+        raise KeyError("x")
+
+    monkeypatch.setitem(table.ALL, "gaps", dataclasses.replace(table.ALL["gaps"], read=fail))
+    results, reasons = run(root)
+    assert results["retrieval/whole/images"] == 3 and reasons["gaps"] == "KeyError: 'x'"
+    assert "gaps was not read" in caplog.text
+
+
+def test_a_set_of_which_nothing_can_be_measured_is_not_evaluated(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    pictures = [base.Picture(str(tmp_path / "a.png"))]
+    several = base.Classification(pictures, np.zeros((1, 2), bool), [("red",), ("blue",)], ["a {c}"])
+    masks = base.Segmentation(pictures, [np.full((8, 8), 255, np.uint8)], [("red",), ("blue",)])
+    for task, data, words in (("classification", several, "no image has a class"), ("segmentation", masks, "no pixel")):
+        entry = base.Benchmark("set", task, "Set", (), lambda root, data=data: data, "none", "here")
+        options = {"templates": ("a {c}",)}
+        evaluator = evaluation_sets.SetEvaluator(WordModel(8), entry, tmp_path, allow_missing=True, options=options)
+        with pytest.raises(evaluation_tasks.UnusableSet, match=words):
+            evaluator.run({})
+
+
 def test_selection(root):
     assert [benchmark.name for benchmark in table.select(("g*", "whole"))] == ["whole", "gaps"]
     with pytest.raises(ValueError, match=r"no evaluation set is called 'coko'; there are whole, gaps, absent"):
         table.select(("coko",))
+    with pytest.raises(ValueError, match=r"several sets are a tuple, \('whole', 'gaps'\)"):
+        table.select(("whole, gaps",))
 
 
 def test_pictures(tmp_path):
@@ -133,7 +159,7 @@ def test_pictures(tmp_path):
     inside = base.Picture(str(tmp_path / "b.tar"), offset=4, size=len(content))
     assert np.array_equal(np.asarray(inside.decode()), np.asarray(picture.decode()))
     assert len({picture.key(), inside.key(), base.Picture(picture.path, box=(0, 0, 1, 1)).key()}) == 3
-    for name in ("../a.png", "/a.png", "", None, 3, "b/../../a.png"):
+    for name in ("../a.png", "/a.png", "", None, 3, "b/../../a.png", "\ud800.png", "a\0.png", 256 * "a"):
         with pytest.raises(base.AnnotationError, match=r"list\.json: image name"):
             base.inside(tmp_path, name, tmp_path / "list.json")
 

@@ -11,7 +11,7 @@ from optional import torch
 
 from flair_jax import cpu, models, objectives
 from flair_jax.configs import variants
-from flair_jax.models import layers
+from flair_jax.models import dual_encoder, layers
 from flair_jax.models.text import Text
 
 INPUTS = load_golden("tiny_inputs.npz")
@@ -105,12 +105,14 @@ def test_scanned_and_rematerialised_blocks_read_the_same_parameters(tiny_params,
     jax.tree.map(lambda a, b: close(a, b, 1e-4 * (1e-3 + np.abs(b).max())), grads, jax.device_get(expected_grads))
 
 
-def test_scores_image_by_image_are_the_same(tiny_model, tiny_params, encoded, monkeypatch):
-    """On a single CPU device."""
-    bound = tiny_model.bind({"params": tiny_params})
+@pytest.mark.parametrize("at_a_time", [5, 256])  # of 12
+def test_scores_image_by_image_are_the_same(tiny_model, tiny_params, encoded, monkeypatch, at_a_time):
+    """As a single CPU computes them, some texts of an image at a time."""
     image, text = encoded
+    bound = tiny_model.bind({"params": tiny_params})
     together = bound.score(image, text)
     monkeypatch.setattr(cpu, "alone", lambda: True)
+    monkeypatch.setattr(dual_encoder, "CACHED_TEXTS", at_a_time)
     close(bound.score(image, text), together, 1e-5)
 
 

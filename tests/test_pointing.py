@@ -136,12 +136,21 @@ def test_a_hit_in_any_box_counts(image_batch, devices):
     assert all(np.asarray(picture).std() > 0 for picture in pictures.values())
 
 
-def test_equal_heat_everywhere_points_at_the_first_patch():
-    """Which is chance at best: a box around the whole image is hit, one without the first patch is not."""
-    boxes = [[0, 0, 24, 16], [8, 0, 24, 16], [8, 0, 24, 16], [8, 0, 24, 16]]
+@pytest.mark.parametrize("first", [[0, 0, 24, 16], [0, 0, 8, 8], [16, 8, 24, 16]])
+def test_equal_heat_everywhere_is_chance_wherever_the_boxes_are(first):
+    boxes = [first, first, [0, 0, 8, 8], first]
     evaluator = Pointing(ColourModel(8), colour_set(boxes=np.array(boxes)), preprocess=jnp.zeros_like)
     results = flat(evaluator.run({}))
-    assert {results[f"pointing/colours/{mode}/accuracy"] for mode in ("attention", "projected")} == {0.25}
+    chance = results["pointing/colours/chance"]
+    assert [results[f"pointing/colours/{mode}/accuracy"] for mode in ("attention", "projected")] == [chance] * 2
+    assert 0 < chance < 1
+
+
+def test_of_several_patches_with_the_largest_heat_each_counts_for_its_share():
+    image = canvas(16, 24, red=(0, 8, 16, 16))  # four of six patches
+    data = colour_set(images=[image, image], tokens=texts(0, 0, 0, 0), boxes=np.array([[8, 0, 24, 8]] * 4))
+    results = flat(Pointing(ColourModel(8), data, preprocess=lambda x: x, modes=("attention",)).run({}))
+    assert results["pointing/colours/attention/accuracy"] == 0.5
 
 
 def test_a_model_without_pooling_points_with_its_patch_tokens():

@@ -8,7 +8,7 @@ import pytest
 from flair_jax import sharding
 from flair_jax.data.transforms.images import ImageError
 from flair_jax.evaluators import features
-from flair_jax.evaluators.store import FeatureStore, Rows
+from flair_jax.evaluators.store import LINE, FeatureStore, Rows
 
 
 class Images:
@@ -94,7 +94,9 @@ def test_a_killed_run_loses_at_most_the_row_it_wrote(tiny_model, tiny_params, pi
         expected = encode(runs(tiny_model), tiny_params, Images(pixels[:4], list("abcd")))
     (index,), (rows,) = tmp_path.glob("*/*.index"), tmp_path.glob("*/*.rows")
     whole = index.read_bytes(), rows.read_bytes()
-    for index_cut, rows_cut, lost in ((5, 0, {3}), (0, 9, {3}), (66, len(whole[1]) // 2, {2, 3})):
+    for index_cut, rows_cut, lost in ((5, 0, {3}), (0, 9, {3}), (LINE + 1, len(whole[1]) // 2, {2, 3})):
+        for later in {*rows.parent.iterdir()} - {index, rows}:
+            later.unlink()
         index.write_bytes(whole[0][: len(whole[0]) - index_cut])
         rows.write_bytes(whole[1][: len(whole[1]) - rows_cut])
         with features.session(store=FeatureStore(tmp_path)):
@@ -138,8 +140,8 @@ def test_broken_images_are_named_together_and_never_kept(tiny_model, tiny_params
 
 def test_bfloat16_rows(tmp_path):
     rows = {"pooled": np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16), "local": np.ones((2, 4), np.float32)}
-    Rows(tmp_path, "images").add(["a", "b"], rows)
-    found = Rows(tmp_path, "images").read(["b", "a"])
+    Rows(tmp_path, "images", "run").add(["a", "b"], rows)
+    found = Rows(tmp_path, "images", "run").read(["b", "a"])
     assert found["pooled"].dtype == ml_dtypes.bfloat16
     assert found["pooled"].astype(int).tolist() == [[3, 4, 5], [0, 1, 2]] and found["local"].tolist() == [[1.0] * 4] * 2
 
@@ -158,11 +160,69 @@ def test_a_full_disk_ends_no_evaluation(tiny_model, tiny_params, pixels, tmp_pat
 
 
 def test_what_a_full_disk_cut_short_is_written_over(tmp_path):
-    kind = Rows(tmp_path, "images")
+    kind = Rows(tmp_path, "images", "run")
     kind.add(["a"], {"pooled": np.zeros((1, 3), np.float32)})
-    for path in (tmp_path / "images-00000.index", tmp_path / "images-00000.rows"):
+    for path in (tmp_path / "images-run-00000.index", tmp_path / "images-run-00000.rows"):
         with path.open("ab") as file:
             file.write(b"half a row")
     kind.add(["b"], {"pooled": np.ones((1, 3), np.float32)})
-    for opened in (kind, Rows(tmp_path, "images")):
+    for opened in (kind, Rows(tmp_path, "images", "run"), Rows(tmp_path, "images", "other")):
         assert opened.read(["b", "a"])["pooled"].tolist() == [[1.0] * 3, [0.0] * 3]
+
+
+def test_runs_at_the_same_time_share_a_folder(tmp_path):
+    """Each opens the folder before the other one has written, and neither writes over the other's rows."""
+    runs = [FeatureStore(tmp_path).open("images", None, {}) for _ in range(2)]
+    for number, (key, kind) in enumerate(zip("abcd", runs * 2, strict=True)):
+        kind.add([key], {"pooled": np.full((1, 3), number, np.float32)})
+    found = FeatureStore(tmp_path).open("images", None, {}).read(list("abcd"))
+    assert found["pooled"].tolist() == [[number] * 3 for number in range(4)]
+    assert [kind.read(keys)["pooled"][:, 0].tolist() for kind, keys in zip(runs, ("ac", "bd"), strict=True)] == [
+        [0, 2],
+        [1, 3],
+    ]
+
+
+def _changed(content, start, new):
+    return content[:start] + new + content[start + len(new) :]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "lost"),
+    [
+        ("rows", lambda content: _changed(content, 2, b"\x7f"), {0}),
+        (
+            "rows",
+            lambda content: _changed(content, len(content) // 4 + 1, b"\0" * (len(content) * 3 // 4 - 1)),
+            {1, 2, 3},
+        ),
+        ("rows", lambda content: b"", {0, 1, 2, 3}),
+        ("index", lambda content: b"garbage\n" + content, {0, 1, 2, 3}),
+        ("index", lambda content: b"\0" * len(content), {0, 1, 2, 3}),
+        ("index", lambda content: content.replace(b"[[", b"[[1", 1), {0, 1, 2, 3}),
+        ("index", lambda content: _changed(content, len(content) - 2 * LINE, b"zz"), {2, 3}),
+        ("index", lambda content: _changed(content, len(content) - 3, b"zz"), {3}),
+    ],
+)
+def test_what_is_damaged_is_encoded_again(tiny_model, tiny_params, pixels, tmp_path, file, change, lost):
+    with features.session(store=FeatureStore(tmp_path)):
+        expected = encode(runs(tiny_model), tiny_params, Images(pixels[:4], list("abcd")), local=False)
+    (path,) = tmp_path.glob(f"*/pooled-*.{file}")
+    path.write_bytes(change(path.read_bytes()))
+    for read in (lost, set()):
+        with features.session(store=FeatureStore(tmp_path)):
+            images = Images(pixels[:4], list("abcd"))
+            close(encode(runs(tiny_model), tiny_params, images, local=False), expected)
+            assert lost <= set(images.loaded) if read else not images.loaded
+
+
+def test_damaged_texts_are_encoded_again(tiny_model, tiny_params, tmp_path):
+    tokens = np.array([[510, 7, 511], [510, 8, 511]], np.int32)
+    for _ in range(2):
+        with features.session(store=FeatureStore(tmp_path)):
+            encoder = runs(tiny_model)
+            found = np.asarray(encoder.texts(encoder.place(tiny_params), tokens).pooled)
+        (rows, *_) = sorted(tmp_path.glob("*/texts-*.rows"))
+        rows.write_bytes(b"\0" * rows.stat().st_size)
+    encoder = runs(tiny_model)
+    np.testing.assert_allclose(found, encoder.texts(encoder.place(tiny_params), tokens).pooled, atol=1e-5)

@@ -90,6 +90,7 @@ def inspect(benchmark: Benchmark, root: pathlib.Path) -> dict[str, Any]:
     }
     try:
         data = benchmark.read(root)
+        there = sum(picture.exists() for picture in data.pictures)
     except MissingError as error:
         return found | {"missing": list(error.files)}
     except (AnnotationError, OSError) as error:
@@ -98,7 +99,6 @@ def inspect(benchmark: Benchmark, root: pathlib.Path) -> dict[str, Any]:
         return found | {"state": "broken", "error": f"{type(error).__name__}: {error}"}
     counts = data.counts()
     differs = [name for name, count in found["expected"].items() if counts.get(name) != count]
-    there = sum(picture.exists() for picture in data.pictures)
     whole = there == len(data.pictures) and not data.parts and not differs
     return found | {
         "state": "there" if whole else "partly there",
@@ -177,8 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if not parsed.root.is_dir():
         parser.error(f"--root {parsed.root}: no such folder")
+    if parsed.json is not None and (parsed.json.is_dir() or not parsed.json.parent.is_dir()):
+        parser.error(f"--json {parsed.json}: is a folder, or in a folder that is not there")
     benchmarks = dict(table.ALL)
-    benchmarks |= {entry.name: entry for entry in clip_benchmark.unlisted(parsed.root) if entry.name not in benchmarks}
+    for entry in clip_benchmark.unlisted(parsed.root):
+        # A folder may be called as a set of the table: such as "cifar10", the release's own form.
+        benchmarks[entry.source if entry.name in table.ALL else entry.name] = entry
     found = {name: inspect(benchmark, parsed.root) for name, benchmark in benchmarks.items()}
     print(summary(found), end="")
     if parsed.json is not None:

@@ -419,11 +419,18 @@ def inside(folder: pathlib.Path, name: Any, file: pathlib.Path) -> Picture:
     """The picture that an annotation file names, relative to a folder.
 
     Raises:
-      AnnotationError: the name is no text, or leads out of the folder.
+      AnnotationError: the name is no text, no name that a file can have, or leads out of the folder.
     """
-    if not isinstance(name, str) or not name or pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/"):
+    if not isinstance(name, str) or not _can_name_a_file(name) or name[0] == "/" or ".." in name.split("/"):
         raise AnnotationError(f"{file}: image name {name!r}; expected a path inside of {folder}")
     return Picture(str(folder / name))
+
+
+def _can_name_a_file(name: str) -> bool:
+    try:
+        return 0 not in os.fsencode(name) and 0 < max(map(len, os.fsencode(name).split(b"/"))) < 256
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON may hold
+        return False
 
 
 def read_text(path: pathlib.Path) -> str:

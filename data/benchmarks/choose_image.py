@@ -49,7 +49,7 @@ def _image_set(folder: pathlib.Path, name: str, file: pathlib.Path) -> list[Pict
     own = pathlib.Path(inside(folder, name, file).path)
     names = [f"img{number}.jpg" for number in range(IMAGES)]
     if own.is_dir():
-        found = sorted((path.name for path in own.glob("*.jpg")), key=_number)
+        found = sorted((path.name for path in own.glob("[!.]*.jpg")), key=_number)
         names = found if len(found) == IMAGES else names  # where some are missing, they are called by these names
     return [Picture(str(own / name)) for name in names]
 

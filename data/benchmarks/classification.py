@@ -143,7 +143,7 @@ def _lines(path: pathlib.Path, fields: int | None = None) -> list[list[str]]:
       AnnotationError: naming the line; it has fewer.
     """
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):  # a name may hold other signs of lines
         if line.strip():
             rows.append([line.strip()] if fields is None else line.split())
             if len(rows[-1]) < (fields or 1):
@@ -165,12 +165,14 @@ class _Numbers(dict[str, int]):
     """The number of each class by its key in the release's files, in the order of `keys`.
 
     Raises:
-      AnnotationError: a class is named twice.
+      AnnotationError: a class is named twice, or there is none.
     """
 
     def __init__(self, keys: Sequence[str], path: pathlib.Path):
         super().__init__((key, number) for number, key in enumerate(keys))
         self._path = path
+        if not keys:
+            raise AnnotationError(f"{path}: no class is named")
         if len(self) < len(keys):
             raise AnnotationError(f"{path}: {len(keys)} classes are named, of which {len(self)} differ")
 
@@ -240,7 +242,7 @@ def located(name: str) -> Benchmark:
 
     Args:
       name: `folders:DIR`, a folder per class, relative to the root or absolute; or `tfds:NAME?split=test`, see
-        `array_record.open_tfds`.
+        `array_record.open_tfds`; of data sets in TensorFlow Datasets' default format whole splits.
 
     Raises:
       ValueError: it is neither.
@@ -264,9 +266,15 @@ def _read_folders(root: pathlib.Path, where: str) -> Classification:
 
 @functools.lru_cache(maxsize=4)  # the pass over all records is made once
 def _read_tfds(root: pathlib.Path, name: str) -> Classification:
+    """As ArrayRecord, or as TFRecord, the default format of TensorFlow Datasets."""
     del root
     try:
-        return records(name)
+        try:
+            return records(name)
+        except ShardError:
+            if not (files := array_record.tfrecord_files(name)):
+                raise
+            return records(files)
     except (ShardError, ImportError) as error:
         raise AnnotationError(str(error)) from error
 
@@ -310,7 +318,10 @@ def read_imagenet(root: pathlib.Path) -> Classification:
     folder = find_folder(root, _VAL)
     if folder.is_dir() and _subfolders(folder):
         return _imagenet_folders(folder, "imagenet1k")
-    path = find(root, _SOLUTION)
+    try:
+        path = find(root, _SOLUTION)
+    except MissingError as error:
+        raise MissingError([f"imagenet/val/<class> or {error.files[0]}"]) from error
     numbers, rows = _Numbers(prompts.imagenet_folders(), path), []
     for row in csv.reader(io.StringIO(read_text(path))):
         if row[:1] != ["ImageId"] and row:
@@ -565,13 +576,13 @@ def _mat(path: pathlib.Path, *names: str) -> list[np.ndarray]:
     Raises:
       AnnotationError: it is none, or lacks one.
     """
-    from scipy.io import loadmat, matlab  # of these sets alone
+    from scipy.io import loadmat  # of these sets alone
 
     try:
         found = loadmat(path, squeeze_me=True, struct_as_record=True, verify_compressed_data_integrity=True)
         return [np.atleast_1d(found[name]) for name in names]
-    except (KeyError, ValueError, TypeError, NotImplementedError, OSError, matlab.MatReadError) as error:
-        raise AnnotationError(f"{path}: expected a MATLAB file with {', '.join(names)}: {error}") from error
+    except Exception as error:  # damaged files raise a dozen types of exception
+        raise AnnotationError(f"{path}: expected a MATLAB file with {', '.join(names)}: {error!r}") from error
 
 
 def _read_flowers(root: pathlib.Path) -> Classification:

@@ -2,7 +2,7 @@
 
 Source: https://github.com/LAION-AI/CLIP_benchmark (MIT) and https://huggingface.co/clip-benchmark. A set is a folder:
 
-    dataset_type.txt                        "retrieval"; absent for classification
+    dataset_type.txt                        "retrieval", or "multilabel"; absent for other classification
     classnames.txt                          a class a line, in the order of the labels
     zeroshot_classification_templates.txt   a prompt a line, `{c}` is the class
     test/nshards.txt                        N
@@ -18,6 +18,7 @@ import functools
 import io
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,8 @@ from flair_jax.data.sources.base import ShardError
 HUB = "https://huggingface.co/datasets/clip-benchmark"
 SHARDS, CLASSES, TEMPLATES = "test/nshards.txt", "classnames.txt", "zeroshot_classification_templates.txt"
 TYPE = "dataset_type.txt"
+# What packing a folder adds to a tar beside its samples: "./", and "._0.jpg" on a Mac. The suite passes over them, too.
+HARMLESS = ("directory", "name without a key")
 PREFIXES = ("wds_retrieval:", "wds_classification:")  # of folders of one's own
 OPENAI = "OpenAI CLIP ViT-B/16"
 RESULTS = "LAION-AI/CLIP_benchmark, benchmark/benchmark.csv"
@@ -54,13 +57,14 @@ def read_classification(root: pathlib.Path, folders: str) -> Classification:
       MissingError, AnnotationError: see `Benchmark.read`.
     """
     folder = _folder(root, folders)
-    classes, templates_file = _lines(_need(root, folder / CLASSES)), _need(root, folder / TEMPLATES)
+    classes, templates_file = _classes(_need(root, folder / CLASSES)), _need(root, folder / TEMPLATES)
     templates = _lines(templates_file)
     for template in templates:
         if "{c}" not in template:
             raise AnnotationError(f"{templates_file}: template {template!r} has no {{c}} for the name of the class")
     tars, parts = _tars(root, folder)
-    partner = next((name for name in ("cls", "npy") if len(_scan(tars[0], name).spans)), "cls")
+    kinds = ("npy", "cls") if _type(folder) == "multilabel" else ("cls", "npy")
+    partner = next((name for name in kinds if len(_scan(tars[0], name).spans)), kinds[0])
     read_label = {"cls": _label, "npy": _vector}[partner]
     pictures, labels = [], []
     for tar in tars:
@@ -92,20 +96,16 @@ def read_retrieval(root: pathlib.Path, folders: str) -> Retrieval:
 
 
 def unlisted(root: pathlib.Path) -> list[Benchmark]:
-    """Entries for the sets in this layout that lie under the root and that the table does not name.
-
-    Raises:
-      AnnotationError: a dataset_type.txt is broken.
-    """
+    """Entries for the sets in this layout that lie under the root and that the table does not name."""
     known = {folder.split("/")[0] for name in LISTED for folder in _folders(name).split("|")}
     found = []
     for shards in sorted(root.glob(f"*/{SHARDS}")):
         name = shards.parents[1].name
         if name in known:
             continue
-        type_file = shards.parents[1] / TYPE
-        retrieval = type_file.exists() and read_text(type_file).strip() == "retrieval"
-        found.append(located(f"wds_{'retrieval' if retrieval else 'classification'}:{name}"))
+        found.append(
+            located(f"wds_{'retrieval' if _type(shards.parents[1]) == 'retrieval' else 'classification'}:{name}")
+        )
     return found
 
 
@@ -130,6 +130,12 @@ def _folder(root: pathlib.Path, folders: str) -> pathlib.Path:
     return find(root, *(f"{folder}/{SHARDS}" for folder in folders.split("|"))).parents[1]
 
 
+def _type(folder: pathlib.Path) -> str:
+    """What dataset_type.txt says, whatever that is; empty if there is none."""
+    file = folder / TYPE
+    return file.read_bytes().decode("utf-8", "replace").strip().lower() if file.is_file() else ""
+
+
 def _need(root: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
     """Raises MissingError, relative to the root, if there is no such file."""
     if not path.exists():
@@ -142,6 +148,14 @@ def _lines(path: pathlib.Path) -> list[str]:
     if not lines:
         raise AnnotationError(f"{path}: empty; expected a line per class or template")
     return lines
+
+
+def _classes(path: pathlib.Path) -> list[str]:
+    """A class per line; the number of its line is its label, so that none may be empty but at the end."""
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    if not all(names) or not names:
+        raise AnnotationError(f"{path}: line {names.index('') + 1 if names else 1} is empty; expected a class per line")
+    return names
 
 
 def _tars(root: pathlib.Path, folder: pathlib.Path) -> tuple[list[pathlib.Path], tuple[str, ...]]:
@@ -170,10 +184,12 @@ def _samples(tar: pathlib.Path, partner: str) -> Iterator[tuple[Picture, str, by
       AnnotationError: a sample is incomplete, or the tar is damaged.
     """
     found = _scan(tar, partner)
-    if found.skipped:
-        faults = ", ".join(
-            f"{count} x {reason} ({found.examples.get(reason, 'no name')})" for reason, count in found.skipped.items()
-        )
+    faults = ", ".join(
+        f"{count} x {reason} ({found.examples.get(reason, 'no name')})"
+        for reason, count in found.skipped.items()
+        if reason not in HARMLESS
+    )
+    if faults:
         raise AnnotationError(f"{tar}: {faults}; expected an image and a .{partner} per key")
     keys, ends = found.keys.tobytes(), np.cumsum(found.key_lengths)
     with open(tar, "rb") as file:
@@ -240,6 +256,7 @@ def _classification_entry(
     published: tuple[Published, ...] = (),
     *,
     source: str,
+    **options: Any,
 ) -> Benchmark:
     return Benchmark(
         name=name,
@@ -248,7 +265,7 @@ def _classification_entry(
         files=(
             File(_files(folders, "test"), images, _count_classified),
             File(_files(folders, SHARDS)),
-            File(_files(folders, CLASSES), classes, lambda path: len(_lines(path))),
+            File(_files(folders, CLASSES), classes, lambda path: len(_classes(path))),
             File(_files(folders, TEMPLATES), count=lambda path: len(_lines(path))),
         ),
         read=functools.partial(read_classification, folders=folders),
@@ -257,7 +274,7 @@ def _classification_entry(
         images=images,
         classes=classes,
         published=published,
-        options={"metric": metric, "ties": "first"},  # None: what the labels allow first; the suite takes the argmax
+        options={"metric": metric, **options},  # None: what the labels allow first
     )
 
 
@@ -336,6 +353,8 @@ _CLASSIFICATION = (
     ("vtab-smallnorb_label_elevation", "smallNORB elevation", RESEARCH + "NORB", 12_150, 9, "acc1", 0.1186),
     ("vtab-svhn", "SVHN", RESEARCH + "SVHN", 26_032, 10, "acc1", 0.30482),
 )
+# Sets in which two pairs of classes have the same name: see `classification.BENCHMARKS`, where they stand, too.
+_SAME_NAMES = ("imagenet1k", "imagenetv2", "imagenet_sketch")
 # Sets whose main metric the suite does not publish: its accuracy.
 _ACCURACY = {"renderedsst2": 0.6112, "vtab-pcam": 0.50629}
 # Name on the hub, title, licence, images, texts, Recall@5 text to image and image to text for OpenAI's ViT-B/16.
@@ -357,7 +376,8 @@ def _entries() -> Iterator[Benchmark]:
     for name, title, licence, images, classes, metric, value in _CLASSIFICATION:
         values = {metric: value} if value is not None else {"acc1": _ACCURACY[name]} if name in _ACCURACY else {}
         entry = (f"wds_{name}", _folders(name), title, licence, images, classes, metric, _of_openai(**values))
-        yield _classification_entry(*entry, source=f"{HUB}/wds_{name}")
+        ties = {"ties": "first"} if name in _SAME_NAMES else {}
+        yield _classification_entry(*entry, source=f"{HUB}/wds_{name}", **ties)
 
 
 BENCHMARKS = tuple(_entries())

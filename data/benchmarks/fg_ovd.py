@@ -72,7 +72,8 @@ def _coco(file: pathlib.Path) -> Iterator[Row]:
         image = images.get(field(row, "image_id", int, where))
         if image is None:
             raise AnnotationError(f"{where}: there is no image {row['image_id']}")
-        categories = [field(row, "category_id", int, where), *field(row, "neg_category_ids", list, where)]
+        wrong = [typed(key, int, f"{where}: 'neg_category_ids'") for key in field(row, "neg_category_ids", list, where)]
+        categories = [field(row, "category_id", int, where), *wrong]
         if missing := [category for category in categories if category not in names]:
             raise AnnotationError(f"{where}: there are no categories {missing}")
         size = field(image, "width", int, where), field(image, "height", int, where)

@@ -60,8 +60,10 @@ def read_dci(root: pathlib.Path, splits: tuple[str, ...] = ()) -> Retrieval:
         for name in field(content, split, list, str(file))
     ]
     if missing := [name for name in names if not pathlib.Path(name).exists()]:
-        shown = [str(pathlib.Path(name).relative_to(root)) for name in missing[:3]]
-        raise MissingError(shown + ([f"and {len(missing) - 3} more"] if len(missing) > 3 else []))
+        where = folder.relative_to(root)
+        raise MissingError(
+            [f"{len(missing):,} of {len(names):,} files of {where}, such as {pathlib.Path(missing[0]).name}"]
+        )
 
     def rows():
         for name in names:
@@ -82,6 +84,7 @@ def _count_dci(path: pathlib.Path) -> int:
 URBAN = ("urban1k", "Urban1k", "urban1k/Urban1k")
 URBAN_JSON = "|".join(f"{folder}/{name}annotations.json" for folder in URBAN for name in ("annotations/", ""))
 URBAN_TEXTS = "|".join(f"{folder}/caption" for folder in URBAN)
+CAPTIONS = "[!.]*.txt"  # an archive that was packed on a Mac brings "._1.txt" beside 1.txt
 URBAN_IMAGES = "|".join(f"{folder}/{name}" for folder in URBAN for name in ("images", "image"))
 
 
@@ -93,9 +96,9 @@ def read_urban1k(root: pathlib.Path) -> Retrieval:
     """
     file, folder = find(root, URBAN_TEXTS, URBAN_JSON), find_folder(root, URBAN_IMAGES)
     if file.is_dir():
-        files = sorted(file.glob("*.txt"), key=lambda path: path.name)
-        lines = ((path, read_text(path).splitlines()) for path in files)
-        return gather(file, ((inside(folder, f"{path.stem}.jpg", path), text[:1] or [""]) for path, text in lines))
+        files = sorted(file.glob(CAPTIONS), key=lambda path: path.name)
+        lines = ((path, read_text(path).replace("\r", "\n").partition("\n")[0]) for path in files)
+        return gather(file, ((inside(folder, f"{path.stem}.jpg", path), [text]) for path, text in lines))
     rows = []
     for number, record in enumerate(field(read_json(file), "annotations", list, str(file))):
         where = f"{file}: annotations[{number}]"
@@ -105,7 +108,7 @@ def read_urban1k(root: pathlib.Path) -> Retrieval:
 
 
 def _count_urban1k(path: pathlib.Path) -> int:
-    return len(list(path.glob("*.txt"))) if path.is_dir() else len(read_json(path)["annotations"])
+    return len(list(path.glob(CAPTIONS))) if path.is_dir() else len(read_json(path)["annotations"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

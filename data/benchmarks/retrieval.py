@@ -194,15 +194,20 @@ def _read_docci(root: pathlib.Path, texts_of: Callable[[str], list[str]]) -> Ret
 # ImageInWords, and the format of sentences
 
 IIW_PARTS = {  # part -> its folder of images in the reference, and other ones
-    "DOCCI_Test": ("docci", "iiw/docci|docci/images"),
-    "IIW-400": ("docci_aar", "iiw/docci_aar|docci/images_aar|docci/docci_aar"),
-    "DCI_Test": ("dci", "iiw/dci|dci/densely_captioned_images/photos|dci/photos"),
+    "DOCCI_Test": ("docci", "iiw/docci|imageinwords/docci|docci/images"),
+    "IIW-400": ("docci_aar", "iiw/docci_aar|imageinwords/docci_aar|docci/images_aar|docci/docci_aar"),
+    "DCI_Test": ("dci", "iiw/dci|imageinwords/dci|dci/densely_captioned_images/photos|dci/photos"),
 }
-IIW_SENTENCES = "iiw/test_annotations.json|iiw/finegrained_test_annotations.json"
+IIW_SENTENCES = "|".join(
+    f"{folder}/{name}"
+    for folder in ("iiw", "imageinwords")
+    for name in ("test_annotations.json", "finegrained_test_annotations.json")
+)
 
 
 def iiw_file(part: str) -> str:
-    return f"iiw/{part}/data.jsonl|iiw/datasets/{part}/data.jsonl|imageinwords/{part}/data.jsonl"
+    folders = ("iiw", "iiw/datasets", "imageinwords", "imageinwords/datasets")
+    return "|".join(f"{folder}/{part}/data.jsonl" for folder in folders)
 
 
 def rejoined(text: str) -> list[str]:

@@ -223,12 +223,17 @@ def _by_list(
     return pictures, paths
 
 
+def _is_mask(name: str, suffix: str) -> bool:
+    """By the name of a file; an archive that was packed on a Mac brings "._1.png" beside 1.png."""
+    return name.endswith(suffix) and not name.startswith(".")
+
+
 def _names_in(folder: pathlib.Path, suffix: str, without: str | None = None) -> list[str]:
     """Names, without their suffix, of the files of a folder that have it, in order; files with `without` left out."""
     names = sorted(
         entry.name.removesuffix(suffix)
         for entry in os.scandir(folder)
-        if entry.name.endswith(suffix) and (without is None or without not in entry.name)
+        if _is_mask(entry.name, suffix) and (without is None or without not in entry.name)
     )
     return _unique(names, folder)
 
@@ -328,7 +333,7 @@ def read_cityscapes(root: pathlib.Path) -> Segmentation:
     images = base.find_folder(root, _under(CITYSCAPES, "leftImg8bit/val"))
     ids = labels_of(CITYSCAPES_IDS, ignored=(*np.setdiff1d(np.arange(34), CITYSCAPES_IDS), IGNORE))
     for suffix, table in (("_gtFine_labelIds.png", ids), ("_gtFine_labelTrainIds.png", labels_of(range(19)))):
-        if paths := sorted(masks.glob(f"*/*{suffix}")):
+        if paths := sorted(masks.glob(f"*/[!.]*{suffix}")):
             names = [f"{path.parent.name}/{path.name.removesuffix(suffix)}_leftImg8bit.png" for path in paths]
             pictures = [base.inside(images, name, masks) for name in names]
             return Segmentation(pictures, Masks(paths, pictures, read_indices, table), class_names("cityscapes"))
@@ -340,6 +345,9 @@ def read_cityscapes(root: pathlib.Path) -> Segmentation:
 
 STUFF_IMAGES = f"{base.COCO_IMAGES}|coco_stuff164k/images/val2017"
 STUFF_MASKS = "coco/stuffthingmaps/val2017|coco_stuff164k/annotations/val2017|cocostuff/val2017"
+# COCO-Object's converter writes a folder of its own.
+OBJECT_IMAGES = f"coco_object/images/val2017|{STUFF_IMAGES}"
+OBJECT_MASKS = f"coco_object/annotations/val2017|{STUFF_MASKS}"
 STUFF_10K = "coco_stuff10k|cocostuff10k|cocostuff-10k-v1.1"
 PANOPTIC = "coco/annotations/panoptic_val2017.json|coco/panoptic/panoptic_val2017.json"
 PANOPTIC_MASKS = "coco/annotations/panoptic_val2017|coco/panoptic/panoptic_val2017"
@@ -348,6 +356,8 @@ PANOPTIC_MASKS = "coco/annotations/panoptic_val2017|coco/panoptic/panoptic_val20
 def read_coco_pixel_maps(
     root: pathlib.Path,
     *,
+    masks: str,
+    images: str,
     classes: str,
     native: np.ndarray,
     suffix: str,
@@ -358,14 +368,13 @@ def read_coco_pixel_maps(
 
     In the released ones a pixel has the category's id less 1, and 255 where nothing is labelled.
     """
-    folder = find(root, STUFF_MASKS)
-    images = base.find_folder(root, STUFF_IMAGES)
-    entries = [entry.name for entry in os.scandir(folder) if entry.name.endswith(".png")]
+    folder = find(root, masks)
+    entries = [entry.name for entry in os.scandir(folder) if _is_mask(entry.name, ".png")]
     if any("TrainIds" not in name for name in entries):
         names, ending, table = _names_in(folder, ".png", without="TrainIds"), ".png", native
     else:
         names, ending, table = _names_in(folder, suffix), suffix, converted
-    pictures, paths = _by_list(folder, names, images, folder, ending)
+    pictures, paths = _by_list(folder, names, base.find_folder(root, images), folder, ending)
     return Segmentation(pictures, Masks(paths, pictures, read_indices, table), class_names(classes), background)
 
 
@@ -474,7 +483,7 @@ def _lines(file: pathlib.Path) -> int:
 def _masks(pattern: str) -> Callable[[pathlib.Path], int]:
     """Counts images that have a mask, one or several: 1.png, 1_labelTrainIds.png."""
     endings = re.compile(r"(_gtFine)?(_label(Train)?Ids|_instanceTrainIds)?\.png$")
-    return lambda folder: len({endings.sub("", str(path)) for path in folder.glob(pattern)})
+    return lambda folder: len({endings.sub("", str(path)) for path in folder.glob(pattern) if path.name[0] != "."})
 
 
 def _pascal(folders: str, split: str, masks: str, images: int) -> tuple[File, ...]:
@@ -493,10 +502,6 @@ _CONTEXT = (
 )
 _read_voc = functools.partial(
     read_pascal, folders=VOC2012, split="ImageSets/Segmentation/val.txt", masks="SegmentationClass"
-)
-_STUFF = (
-    File(STUFF_MASKS, 5000, _masks("*.png")),
-    File(STUFF_IMAGES, optional=True),
 )
 VOC_LICENCE = "images: Flickr terms; annotations: free for research"
 COCO_LICENCE = "images: Flickr terms; annotations: CC-BY-4.0"
@@ -593,9 +598,11 @@ BENCHMARKS = (
         "coco_stuff164k",
         "segmentation",
         "COCO-Stuff 164k",
-        _STUFF,
+        (File(STUFF_MASKS, 5000, _masks("*.png")), File(STUFF_IMAGES, optional=True)),
         functools.partial(
             read_coco_pixel_maps,
+            masks=STUFF_MASKS,
+            images=STUFF_IMAGES,
             classes="coco_stuff",
             native=labels_of(COCO_IDS - 1),
             suffix="_labelTrainIds.png",
@@ -613,9 +620,11 @@ BENCHMARKS = (
         "coco_object",
         "segmentation",
         "COCO-Object",
-        _STUFF,
+        (File(OBJECT_MASKS, 5000, _masks("*.png")), File(OBJECT_IMAGES, optional=True)),
         functools.partial(
             read_coco_pixel_maps,
+            masks=OBJECT_MASKS,
+            images=OBJECT_IMAGES,
             classes="coco_object",
             native=objects(),
             suffix="_instanceTrainIds.png",

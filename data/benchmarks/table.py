@@ -1,5 +1,7 @@
 """The table of all evaluation sets, and their selection by name."""
 
+import collections
+import difflib
 import fnmatch
 from collections.abc import Iterable
 
@@ -48,18 +50,26 @@ def select(patterns: Iterable[str]) -> list[Benchmark]:
     `wds_classification:DIR` and `wds_retrieval:DIR` (see `clip_benchmark.located`).
 
     Raises:
-      ValueError: a pattern matches none.
+      ValueError: a pattern matches none, or two sets have the same name.
     """
-    chosen, own = set(), []
+    chosen, own = set(), {}
     for pattern in patterns:
         if pattern.startswith((classification.FOLDERS, classification.TFDS)):
-            own.append(classification.located(pattern))
+            own[pattern] = classification.located(pattern)
             continue
         if pattern.startswith(clip_benchmark.PREFIXES):
-            own.append(clip_benchmark.located(pattern))
+            own[pattern] = clip_benchmark.located(pattern)
             continue
         names = fnmatch.filter(ALL, pattern)
         if not names:
-            raise ValueError(f"no evaluation set is called {pattern!r}; there are {', '.join(ALL)}")
+            close = difflib.get_close_matches(pattern, ALL)
+            similar = f"; similar names are {', '.join(close)}" if close else ""
+            if "," in pattern:
+                similar = f"; several sets are a tuple, {tuple(part.strip() for part in pattern.split(','))}"
+            raise ValueError(f"no evaluation set is called {pattern!r}{similar}; there are {', '.join(ALL)}")
         chosen.update(names)
-    return [benchmark for name, benchmark in ALL.items() if name in chosen] + own
+    found = [*(benchmark for name, benchmark in ALL.items() if name in chosen), *own.values()]
+    counts = collections.Counter(benchmark.name for benchmark in found)
+    if twice := [benchmark.source for benchmark in found if counts[benchmark.name] > 1]:
+        raise ValueError(f"results of these sets would have the same name, evaluate them apart: {', '.join(twice)}")
+    return found

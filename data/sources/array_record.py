@@ -199,6 +199,32 @@ def open_tfds(name: str) -> ArrayRecord:
     return _open_parts([(os.fspath(part.filename), part.skip, part.take) for part in instructions])
 
 
+def tfrecord_files(name: str) -> list[str]:
+    """The TFRecord files of whole splits, the format in which TensorFlow Datasets prepares by default.
+
+    Args:
+      name: see `open_tfds`.
+
+    Returns:
+      Paths; empty where the data set is not there, has another format, or the split is a part of the files' records.
+    """
+    import tensorflow_datasets as tfds  # of the users of this format alone
+
+    text, options = _tfds_options(name)
+    try:
+        if os.path.isdir(text):
+            builder = tfds.builder_from_directory(text)
+        else:
+            builder = tfds.builder(text, data_dir=options.get("data_dir"))
+        parts = builder.info.splits[options["split"]].file_instructions
+    except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError, KeyError):
+        return []
+    whole = all(part.skip == 0 and part.take in (-1, part.examples_in_shard) for part in parts)
+    if not whole or builder.info.file_format.value != "tfrecord":
+        return []
+    return [os.fspath(part.filename) for part in parts]
+
+
 def _tfds_options(name: str) -> tuple[str, dict[str, str]]:
     """`tfds:a/b:1.0.0?split=train&data_dir=/x` -> a/b:1.0.0, {split: train, data_dir: /x}."""
     text, _, query = name.removeprefix(TFDS_PREFIX).partition("?")

@@ -16,7 +16,7 @@ from absl import logging
 from jax.sharding import Mesh
 from PIL import Image
 
-from flair_jax.evaluators.features import Encoder, check_texts, lookahead
+from flair_jax.evaluators.features import EmptySet, Encoder, check_texts, lookahead
 from flair_jax.models.layers import normalize
 from flair_jax.report import Result
 
@@ -43,7 +43,7 @@ class ClassificationSet:
       class_of_description: int (M,); None as `descriptions` is.
 
     Raises:
-      ValueError: the parts do not fit together.
+      ValueError: the parts do not fit together. EmptySet: no image has a class.
     """
 
     name: str
@@ -73,7 +73,7 @@ class ClassificationSet:
         if counted is not None and not (several and counted.shape == labels.shape and counted.dtype == bool):
             raise ValueError(f"{self.name}: counted {counted.dtype} {counted.shape}; expected bool, as the labels")
         if several and not present_classes(labels, classes, counted).any():
-            raise ValueError(f"{self.name}: no image has a class")
+            raise EmptySet(f"{self.name}: no image has a class")
         check_texts(self.name, self.tokens, self.class_of_prompt, classes)
         if missing := set(range(classes)) - set(self.class_of_prompt.tolist()):
             raise ValueError(f"{self.name}: no prompt for the classes {[self.classes[c] for c in sorted(missing)][:5]}")

@@ -48,6 +48,10 @@ class BrokenImages(ValueError):
         )
 
 
+class EmptySet(ValueError):
+    """Nothing of a set can be measured, for instance because no pixel of the images at hand is labelled."""
+
+
 def raise_broken(broken: Mapping[int, str], count: int, mesh: Mesh | None = None) -> None:
     """Raises BrokenImages on every process of a mesh if one of them met some of `count` images: number -> why.
 
@@ -275,7 +279,7 @@ class Encoder:
         kind = opened = (
             None if keys is None else self._session.store.open("images" if local else "pooled", self._model, params)
         )
-        stored = np.array([key in opened for key in keys] if keys is not None else [False] * len(images), bool)
+        stored = np.zeros(len(images), bool) if opened is None else self._stored(opened, keys)
         batches = [
             (group[start : start + rows], known)
             for group, known in ((np.flatnonzero(stored), True), (np.flatnonzero(~stored), False))
@@ -285,12 +289,12 @@ class Encoder:
 
         def started():
             for numbers, known in batches:
-                if known:
-                    yield numbers, known, self._from_store(opened, keys, numbers, rows)
+                if known and (features := self._from_store(opened, keys, numbers, rows)) is not None:
+                    yield numbers, known, features
                     continue
                 pixels = self._load(images, numbers, rows, broken)
                 with jax.set_mesh(self.mesh):
-                    yield numbers, known, self._encode_image(params, pixels, local=local, attention=attention)
+                    yield numbers, False, self._encode_image(params, pixels, local=local, attention=attention)
 
         for numbers, known, features in self._session.progress(lookahead(started()), len(batches)):
             if kind is not None and not known:
@@ -330,9 +334,23 @@ class Encoder:
         pixels = {row: black if loaded[number] is None else loaded[number] for row, number in wanted.items()}
         return self._by_row(rows, pixels)
 
-    def _from_store(self, kind: Any, keys: Sequence[str], numbers: np.ndarray, rows: int) -> ImageFeatures:
+    def _stored(self, kind: Any, keys: Sequence[str]) -> np.ndarray:
+        """Which keys are in the store, bool (K,); for all processes alike, though another run may be adding some."""
+        found = np.array([key in kind for key in keys], bool)
+        return multihost_utils.process_allgather(found).all(0) if self.mesh.is_multi_process else found
+
+    def _read(self, kind: Any, keys: Sequence[str]) -> dict[str, np.ndarray] | None:
+        """Rows of the store; None, for all processes alike, if one of them finds damaged ones."""
+        fields = kind.read(keys)
+        sound = np.array(fields is not None)
+        return fields if not self.mesh.is_multi_process or multihost_utils.process_allgather(sound).all() else None
+
+    def _from_store(self, kind: Any, keys: Sequence[str], numbers: np.ndarray, rows: int) -> ImageFeatures | None:
+        """A batch of `rows` images; None if the store turns out to be damaged there."""
         mine = self._local_rows(rows)
-        fields = kind.read([keys[numbers[min(row, len(numbers) - 1)]] for row in mine])
+        fields = self._read(kind, [keys[numbers[min(row, len(numbers) - 1)]] for row in mine])
+        if fields is None:
+            return None
         arrays = {name: self._by_row(rows, dict(zip(mine, array, strict=True))) for name, array in fields.items()}
         return ImageFeatures(**{"local": None, **arrays})
 
@@ -369,12 +387,15 @@ class Encoder:
             return self.take(blocks, number[inverse])
         kind = self._session.store.open("texts", self._model, params)
         keys = [row[:length].tobytes().hex() for row, length in zip(tokens.astype(np.int32), lengths, strict=True)]
-        stored = np.array([key in kind for key in keys])
+        stored, fields = self._stored(kind, keys), None
+        while (
+            stored.any() and (fields := self._read(kind, [keys[number] for number in np.flatnonzero(stored)])) is None
+        ):
+            stored = self._stored(kind, keys)
         old, new = np.flatnonzero(stored), np.flatnonzero(~stored)
         blocks, position = [], np.empty(len(keys), np.int64)  # of each text in the blocks
         if len(old):
-            pooled = kind.read([keys[number] for number in old])["pooled"]
-            blocks.append(TextFeatures(jax.device_put(pooled, self.whole), local=None, mask=None))
+            blocks.append(TextFeatures(jax.device_put(fields["pooled"], self.whole), local=None, mask=None))
             position[old] = np.arange(len(old))
         if len(new):
             encoded, number = self._encode_texts(params, tokens[new], lengths[new])

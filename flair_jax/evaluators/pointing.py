@@ -105,8 +105,9 @@ def _own_maps(model: nn.Module, mode: str, whole: NamedSharding) -> Callable:
 class Pointing:
     """Yields `pointing/<set>/<mode>/accuracy`, and `…/<set>/chance` and `…/<set>/chance_object`, fractions.
 
-    A phrase is right when the centre of the patch with the largest heat (of equal ones the first) lies in one of its
-    boxes. A phrase without any patch's centre in a box cannot be hit and counts as wrong.
+    A phrase is right when the centre of the patch with the largest heat lies in one of its boxes; where several patches
+    have that heat, the share of them whose centres do counts, so that equal heat everywhere is chance. A phrase without
+    any patch's centre in a box cannot be hit and counts as wrong.
 
     Modes, where the heat comes from:
       attention: the attention over the patches averaged over the heads, as FLAIR's own pictures show it, without the
@@ -192,9 +193,10 @@ class Pointing:
                 raise ValueError(f"pointing/{data.name}: {mode} is not finite: the weights or an image are broken")
             inside = patches_in_boxes(np.concatenate(boxes), patch_grid(*size, heat.shape[1]), size)
             inside = np.logical_or.reduceat(inside, np.cumsum(counts) - counts)  # (N, L), in any box of the phrase
-            hit = np.take_along_axis(inside, heat.argmax(1)[:, None], axis=1)[:, 0]
-            self._found[mode] = heat, hit
-            yield Result("pointing", data.name, "accuracy", float(hit.mean()), mode)
+            peak = heat == heat.max(1, keepdims=True)
+            right = (inside & peak).sum(1) / peak.sum(1)  # (N,)
+            self._found[mode] = heat, right >= 0.5
+            yield Result("pointing", data.name, "accuracy", float(right.mean()), mode)
         yield Result("pointing", data.name, "chance", float(inside.mean()))
         yield Result("pointing", data.name, "chance_object", float(np.minimum(counts / data.objects, 1).mean()))
 

@@ -20,7 +20,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from flair_jax import initialize
-from flair_jax.evaluators.features import BrokenImages, Encoder, call, check_texts, lookahead, patch_grid, raise_broken
+from flair_jax.evaluators.features import (
+    BrokenImages,
+    EmptySet,
+    Encoder,
+    call,
+    check_texts,
+    lookahead,
+    patch_grid,
+    raise_broken,
+)
 from flair_jax.figures import segmentation as figures
 from flair_jax.models.layers import normalize
 from flair_jax.report import Result
@@ -555,12 +564,12 @@ class Segmentation:
         """Evaluates parameters, a nested dict.
 
         Raises:
-          ValueError: no pixel is labelled; and see `confusion`.
+          EmptySet: no pixel is labelled. And see `confusion`.
         """
         data, matrices = self._data, self.confusion(params)
         result = functools.partial(Result, "segmentation", data.name)
         if not matrices[self._modes[0]].counts.any():
-            raise ValueError(f"segmentation/{data.name}: no pixel has a label other than {IGNORE}")
+            raise EmptySet(f"segmentation/{data.name}: no pixel has a label other than {IGNORE}")
         self._iou = {mode: matrix.iou() for mode, matrix in matrices.items()}
         for mode, matrix in matrices.items():
             yield result("miou", float(np.nanmean(self._iou[mode])), mode)

@@ -1,5 +1,6 @@
 """Pages of pictures and texts, put together from parts: every part is a PIL image, RGB."""
 
+import bisect
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -80,7 +81,8 @@ def _wrapped(text: str, width: int) -> list[str]:
             continue
         lines += [line] if line else []
         while font().getlength(word) > width and len(word) > 1:
-            fits = max(1, sum(font().getlength(word[: end + 1]) <= width for end in range(len(word))))
+            ends = range(1, len(word) + 1)
+            fits = max(1, bisect.bisect_right(ends, width, key=lambda end: font().getlength(word[:end])))
             lines.append(word[:fits])
             word = word[fits:]
         line = word

