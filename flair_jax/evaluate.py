@@ -36,7 +36,6 @@ from flair_jax.evaluators import (
     Segmentation,
     SegmentationSet,
     features,
-    retrieval,
 )
 from flair_jax.evaluators.segmentation import IGNORE
 from flair_jax.evaluators.store import FeatureStore
@@ -230,10 +229,6 @@ def check(config: Mapping[str, Any]) -> None:
             size = config["model"]["vision"]["image_size"]
             if size not in (options["size"], (options["size"], options["size"])):
                 raise ValueError(f"evaluators.{name}.size is {options['size']}; model.vision.image_size is {size}")
-        if kind != "benchmarks" and options.get("modes"):
-            modes = retrieval.MODES if config["model"]["pooling"] is not None else ("global",)
-            if unknown := set(options["modes"]) - set(modes):
-                raise ValueError(f"evaluators.{name}.modes has {sorted(unknown)}; this model has {list(modes)}")
         if kind == "benchmarks":
             table.select(options.get("sets", ("*",)))
             for task in evaluation_tasks.OPTIONS:
@@ -243,6 +238,9 @@ def check(config: Mapping[str, Any]) -> None:
                 evaluation_tasks.check_names(
                     f"evaluators.{name}.{key}", options[key], evaluation_tasks.RETRIEVAL_NAMES[key]
                 )
+        lacking = () if kind == "benchmarks" else set(options.get("modes") or ()) - {"global"}
+        if lacking and config["model"]["pooling"] is None:
+            raise ValueError(f"evaluators.{name}.modes has {sorted(lacking)}; a model without pooling has 'global'")
         if is_off(kind, options):
             logging.warning("evaluators.%s: not evaluated, since %s is not set", name, SOURCES[kind][1].format(name))
         elif kind == "benchmarks" and not os.path.isdir(options["root"]):

@@ -112,7 +112,7 @@ def test_a_picture_that_fails_is_reported_and_ends_nothing(fixed, tmp_path, capl
         ({"kind": "shards"}, ValueError, r"lacks \['shards'\]"),
         ({"kind": "scenes", "count": 8, "seed": 1, "size": 48}, ValueError, "size is 48; .*image_size is 112"),
         ({"kind": "compositional_scenes", "count": 8, "seed": 1, "size": 48}, ValueError, "size is 48; .*size is 112"),
-        ({"kind": "shards", "shards": "a", "modes": ("flare",)}, ValueError, r"modes has \['flare'\]; this model has"),
+        ({"kind": "shards", "shards": "a", "modes": ("flare",)}, ValueError, r"modes: there is no 'flare'"),
         ({"kind": "shards", "shards": "/no/such.tar", "topk": None}, FileNotFoundError, r"evaluators\.val\.shards"),
         (None, ValueError, r"evaluators\.val is None; expected a section with a kind"),
         ({"kind": "shards", "shards": "/no/such.tar"}, FileNotFoundError, r"evaluators\.val\.shards: .*such\.tar"),
@@ -170,7 +170,7 @@ def test_options_that_are_none_have_their_default():
     assert "topk" not in options and options["shards"] is None  # which is off
     clip = configuration.read("scenes:clip")
     section = {"kind": "scenes", "count": 8, "seed": 1, "size": 48, "modes": ("flair",)}
-    with pytest.raises(ValueError, match=r"modes has \['flair'\]; this model has \['global'\]"):
+    with pytest.raises(ValueError, match=r"modes has \['flair'\]; a model without pooling has 'global'"):
         evaluate.check({**clip, "evaluators": {"val": section}})
 
 
