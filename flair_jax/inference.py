@@ -36,9 +36,7 @@ from flair_jax.progress import progress
 
 Item = TypeVar("Item")
 
-LARGEST_PIXEL = (
-    10.0  # of normalised pixels; those of pictures are within 3, and floats from 0 to 255 are not normalised
-)
+LARGEST_PIXEL = 10.0  # normalised; those of pictures are within 3, and floats from 0 to 255 are not normalised
 FEW_BATCHES = 3  # more of them than these show their progress
 # Of `score` and `search`, and what each asks the model for.
 MODES = {"conditioned": "score", "global": "global_score", "regions": "region_score"}

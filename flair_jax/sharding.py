@@ -27,8 +27,7 @@ def create_mesh(data: int = -1, fsdp: int = 1, devices: list[jax.Device] | None 
     copies = len(devices) // fsdp if data == -1 and fsdp > 0 else data
     if copies < 1 or copies * fsdp != len(devices):
         raise ValueError(f"config.mesh data={data} times fsdp={fsdp} is not the number of devices, {len(devices)}")
-    data = copies
-    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return jax.make_mesh((copies, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def batch_axes() -> tuple[str, ...]:

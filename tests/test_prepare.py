@@ -390,7 +390,7 @@ def test_the_encoding_can_be_given(tmp_path, capsys, photos, encoding, name, con
     (tmp_path / name).write_bytes(content.encode(encoding))
     prepare(capsys, *photos, "--captions", tmp_path / name, "--encoding", encoding)
     assert raw_captions(tmp_path / "out")["b.jpg"] == ["Träume im Café"]
-    assert atomic.read_json(tmp_path / "out" / job.INFO)["provenance"]["settings"]["text"] == [encoding, None]
+    assert atomic.read_json(tmp_path / "out" / job.INFO)["provenance"]["settings"]["text"] == [encoding, None, True]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-32-be"])
@@ -423,6 +423,12 @@ def test_quotation_marks_that_do_not_fit_stop_the_run(tmp_path, capsys, photos, 
         atomic.PrepareError, match=r"c\.csv, before line \d: .* Most likely a quotation mark is never closed"
     ):
         prepare(capsys, *photos, "--captions", tmp_path / "c.csv")
+
+
+def test_quotation_marks_may_be_a_part_of_the_text(tmp_path, capsys, photos):
+    (tmp_path / "c.tsv").write_text('file_name\tcaption\na.jpg\t"Hello" says "a dog\nb.jpg\tone\n')
+    prepare(capsys, *photos, "--captions", tmp_path / "c.tsv", "--no-quoting")
+    assert raw_captions(tmp_path / "out") == {"a.jpg": ['"Hello" says "a dog'], "b.jpg": ["one"]}
 
 
 def test_a_key_that_comes_twice_in_json_is_refused(tmp_path, capsys, photos):

@@ -76,7 +76,9 @@ def _job(options: argparse.Namespace) -> job.Job:
         resize=options.resize,
         quality=options.quality,
         upright=options.upright,
-        text=rows.Text(options.encoding, getattr(options, "delimiter", None)),
+        text=rows.Text(
+            options.encoding, getattr(options, "delimiter", None), not getattr(options, "no_quoting", False)
+        ),
         reader=_reader(options),
     )
 
@@ -143,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="CHARACTER",
                 help="between the cells of .csv and .tsv, such as `;` or `tab`; default: a comma, in .tsv a tab",
             )
+            add("--no-quoting", action="store_true", help="quotation marks in .csv and .tsv are a part of the text")
         if name == "captioned":
             add(
                 "--caption-key",

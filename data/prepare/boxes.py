@@ -4,7 +4,6 @@ A record keeps them under "regions", see `data.transforms.regions`: boxes in sha
 """
 
 import collections
-import csv
 import json
 import math
 import pathlib
@@ -27,10 +26,10 @@ from flair_jax.data.prepare.rows import (
     Row,
     Rows,
     Text,
-    csv_rows,
     dreamlip_captions,
     lines,
     open_text,
+    read_csv,
     read_json,
     read_table,
     relative,
@@ -128,19 +127,15 @@ def grain(path: str, progress: Progress, text: Text, mllm: Sequence[str], boxes:
 
 def _grain_csv(path: str, progress: Progress, text: Text) -> Rows:
     """Image path and web caption, without a header; more columns are ignored."""
-    csv.field_size_limit(MAX_CELL)
-    with open_text(path, text, csv_rows) as file:
-        for number, cells in enumerate(csv.reader(file, delimiter=text.delimiter or ",")):
-            if number % 1024 == 0:
-                progress(file.buffer.tell())
-            if not cells:
-                continue  # a blank line is no row
-            if not IMAGE_PATH.fullmatch(cells[0].strip()):
-                yield LeftOut(NO_IMAGE_PATH, cells[0][:80])
-            elif len(cells) < 2 or not cells[1].strip():
-                yield LeftOut(NO_CAPTIONS, cells[0][:80])
-            else:
-                yield Row(relative(cells[0]), {GRAIN_WEB: cells[1].strip()})
+    for cells in read_csv(path, progress, text):
+        if not cells:
+            continue  # a blank line is no row
+        if not IMAGE_PATH.fullmatch(cells[0].strip()):
+            yield LeftOut(NO_IMAGE_PATH, cells[0][:80])
+        elif len(cells) < 2 or not cells[1].strip():
+            yield LeftOut(NO_CAPTIONS, cells[0][:80])
+        else:
+            yield Row(relative(cells[0]), {GRAIN_WEB: cells[1].strip()})
 
 
 def _grain_mllm(path: str, progress: Progress, text: Text) -> Rows:

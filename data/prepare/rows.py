@@ -53,6 +53,7 @@ class Text(NamedTuple):
 
     encoding: str = "utf-8"
     delimiter: str | None = None  # between the cells of .csv and .tsv; None: a comma, or a tab in .tsv
+    quoted: bool = True  # whether a cell may stand in quotation marks, as in most files
 
 
 Rows = Iterator[Row | LeftOut]
@@ -276,25 +277,41 @@ def read_table(path: str, progress: Progress, text: Text, needed: Sequence[str])
 
 
 def _csv(path: str, progress: Progress, text: Text, needed: Sequence[str]) -> Iterator[Mapping | LeftOut]:
+    cells_of_rows = read_csv(path, progress, text)
+    header = next(cells_of_rows, [])
+    _check_columns(path, header, needed)
+    for cells in cells_of_rows:
+        if len(cells) == len(header):
+            yield dict(zip(header, cells, strict=True))
+        elif cells:  # a blank line is no row
+            yield LeftOut(BAD_ROW, f"{len(cells)} instead of {len(header)}")
+
+
+def read_csv(path: str, progress: Progress, text: Text) -> Iterator[list[str]]:
+    """The cells of each row, of the header too.
+
+    Raises:
+      InputError: it is not in the encoding, or quotation marks do not fit.
+    """
     csv.field_size_limit(MAX_CELL)
     with open_text(path, text, csv_rows) as file:
         # Strict: else a quotation mark that is never closed takes the following rows into its cell in silence.
-        reader = csv.reader(file, delimiter=text.delimiter, strict=True)
+        reader = csv.reader(file, **_csv_form(text), strict=True)
         try:
-            header = next(reader, [])
-            _check_columns(path, header, needed)
             for number, cells in enumerate(reader):
                 if number % 1024 == 0:
                     progress(file.buffer.tell())
-                if len(cells) == len(header):
-                    yield dict(zip(header, cells, strict=True))
-                elif cells:  # a blank line is no row
-                    yield LeftOut(BAD_ROW, f"{len(cells)} instead of {len(header)}")
+                yield cells
         except csv.Error as error:
             raise InputError(
                 f"{path}, before line {reader.line_num}: {error}. Most likely a quotation mark is never closed, or one "
-                "inside of a cell in quotation marks is not doubled: repair the file, or fetch it again if it was cut."
+                "inside of a cell in quotation marks is not doubled: repair the file, or fetch it again if it was cut. "
+                "Of a file whose cells never stand in quotation marks: --no-quoting"
             ) from error
+
+
+def _csv_form(text: Text) -> dict[str, Any]:
+    return {"delimiter": text.delimiter or ",", "quoting": csv.QUOTE_MINIMAL if text.quoted else csv.QUOTE_NONE}
 
 
 def _parquet(path: str, progress: Progress, needed: Sequence[str]) -> Iterator[Mapping | str]:
@@ -417,7 +434,7 @@ def lines(file: TextIO, text: Text) -> Iterator[tuple[str, str]]:
 
 def csv_rows(file: TextIO, text: Text) -> Iterator[tuple[str, str]]:
     """Rows are counted as in the table of reasons: without the header."""
-    rows = enumerate(filter(None, csv.reader(file, delimiter=text.delimiter)))
+    rows = enumerate(filter(None, csv.reader(file, **_csv_form(text))))
     return ((f"row {number}" if number else "header", "\n".join(cells)) for number, cells in rows)
 
 

@@ -39,8 +39,7 @@ def write(
       pictures/: the figures as files.
 
     Each file appears whole or not at all, so that it can be written after every evaluator; the numbers come first, for
-    a disk that is nearly full. Without results nothing is
-    written: what an earlier evaluation found stays.
+    a disk that is nearly full. Without results nothing is written: what an earlier evaluation found stays.
 
     Args:
       workdir: local, or in a store (`gs://`, `s3://`).
