@@ -186,6 +186,8 @@ def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]
         options = {key: value for key, value in section.items() if value is not None or key == source}
         options.pop("kind", None)
         options.pop("every", None)
+        if isinstance(options.get("modes"), str):
+            options["modes"] = (options["modes"],)
         if kind not in KINDS:
             raise ValueError(f"evaluators.{name}.kind is {kind!r}; expected one of {sorted(KINDS)}")
         known = _keywords(KINDS[kind][0])

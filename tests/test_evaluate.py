@@ -165,9 +165,11 @@ def test_what_is_wrong_is_said_before_a_run(section, error, words):
         evaluate.check(config_of(val=section))
 
 
-def test_options_that_are_none_have_their_default():
-    ((_, options),) = evaluate.sections(config_of(val={"kind": "shards", "shards": None, "topk": None})).values()
+def test_options_that_are_none_have_their_default_and_one_mode_needs_no_tuple():
+    section = {"kind": "shards", "shards": None, "topk": None, "modes": "flair"}
+    ((_, options),) = evaluate.sections(config_of(val=section)).values()
     assert "topk" not in options and options["shards"] is None  # which is off
+    assert options["modes"] == ("flair",)
     clip = configuration.read("scenes:clip")
     section = {"kind": "scenes", "count": 8, "seed": 1, "size": 48, "modes": ("flair",)}
     with pytest.raises(ValueError, match=r"modes has \['flair'\]; a model without pooling has 'global'"):
