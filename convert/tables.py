@@ -19,6 +19,7 @@ LINEAR = (1, 0)  # (out, in) -> (in, out)
 CONVOLUTION = (2, 3, 1, 0)  # (out, in, height, width) -> (height, width, in, out)
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 KINDS = ("missing", "unknown", "shape", "dtype")
+DEEPEST = 1000  # blocks of a tower whose names are listed, whatever the file has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Table:
         """
         sizes = self.measure(arrays, side) if config is None else self._config_sizes(config)
         for repeat in {rule.repeat for rule in self.rules if rule.repeat}:
-            if sizes[repeat] > max(len(arrays), 1):  # a section is not trusted: its names would not fit in memory
+            if sizes[repeat] > max(len(arrays), DEEPEST):  # a section is not trusted: its names would fill the memory
                 raise ConversionError(f"model.{repeat} is {sizes[repeat]:,}, and the file has {len(arrays):,} tensors")
         rules = {name: rule for old, _, rule in self._names(side, sizes) for name in old}
         problems = []

@@ -350,4 +350,4 @@ def test_more_than_the_stated_share_stops_the_run_with_the_table(tmp_path):
     message = str(raised.value)
     assert "max_skipped allows 10.00% of 13" in message
     table = [line.split(maxsplit=1) for line in message.splitlines()[1:3]]
-    assert {(count, reason[:12]) for count, reason in table} == {("1", "not an image"), ("1", "no captions")}
+    assert {(count, reason[:11]) for count, reason in table} == {("1", "not an imag"), ("1", "no captions")}

@@ -30,7 +30,6 @@ FIELDS = (
     "longLLA_captions",
 )
 
-SHOWN_KEYS = 10  # of a record without any of the fields
 MAX_LIST = 1 << 20  # characters of a list written as text
 
 _LINE_ENDS = re.compile(r"\n|</s>")
@@ -152,14 +151,10 @@ def sentences(record: Mapping, fields: Sequence[str] = FIELDS, splitting: str = 
         raise CaptionError(f"the record must be a JSON object, not {type(record).__name__}")
     found = [sentence for field in fields for sentence in field_sentences(record.get(field), splitting, field)]
     if not found:
-        raise CaptionError("no captions" if any(field in record for field in fields) else _no_field(record, fields))
+        # No key of the record is in the message: reasons are counted, and records may have any.
+        none = "" if any(field in record for field in fields) else f": there is none of the fields {', '.join(fields)}"
+        raise CaptionError(f"no captions{none}")
     return found
-
-
-def _no_field(record: Mapping, fields: Sequence[str]) -> str:
-    """The message: which keys were looked for, and some that there are."""
-    wanted, there = ", ".join(map(str, fields)), ", ".join(map(str, list(record)[:SHOWN_KEYS])) or "none"
-    return f"no captions: there is none of the fields {wanted:.200}; the keys are {there:.200}"
 
 
 def sample(
