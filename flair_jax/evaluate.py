@@ -186,8 +186,7 @@ def sections(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]
         options = {key: value for key, value in section.items() if value is not None or key == source}
         options.pop("kind", None)
         options.pop("every", None)
-        if isinstance(options.get("modes"), str):
-            options["modes"] = (options["modes"],)
+        options = evaluation_tasks.several(options, "modes")
         if kind not in KINDS:
             raise ValueError(f"evaluators.{name}.kind is {kind!r}; expected one of {sorted(KINDS)}")
         known = _keywords(KINDS[kind][0])
@@ -236,10 +235,9 @@ def check(config: Mapping[str, Any]) -> None:
             for task in evaluation_tasks.OPTIONS:
                 evaluation_tasks.check_options(f"evaluators.{name}.{task}", task, options.get(task))
         for key in evaluation_tasks.RETRIEVAL_NAMES.keys() & options.keys():
-            if options[key] is not None:
-                evaluation_tasks.check_names(
-                    f"evaluators.{name}.{key}", options[key], evaluation_tasks.RETRIEVAL_NAMES[key]
-                )
+            evaluation_tasks.check_names(
+                f"evaluators.{name}.{key}", options[key], evaluation_tasks.RETRIEVAL_NAMES[key]
+            )
         lacking = () if kind == "benchmarks" else set(options.get("modes") or ()) - {"global"}
         if lacking and config["model"]["pooling"] is None:
             raise ValueError(f"evaluators.{name}.modes has {sorted(lacking)}; a model without pooling has 'global'")

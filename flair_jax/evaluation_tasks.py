@@ -95,7 +95,7 @@ class Pixels(Sequence):
         return [f"{self._fit.__name__} {self._size} {picture.key()}" for picture in self._pictures]
 
 
-def _several(options: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+def several(options: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     """Options of which some are one name or several: always several."""
     return {key: (value,) if key in keys and isinstance(value, str) else value for key, value in options.items()}
 
@@ -109,7 +109,7 @@ def retrieval(
       windows: a way or several of `windows.WAYS`, of what is done with texts that are longer than the context.
       context_length: evaluates with a longer context, too, of stretched position embeddings; None: no.
     """
-    options = _several(options, "windows", "modes", "pooling")
+    options = several(options, "windows", "modes", "pooling")
     ways, modes = options.pop("windows", ("truncate",)), options.pop("modes", None)
     longer = options.pop("context_length", None)
     pixels = Pixels(data.pictures, model.image_size, model.preprocessing.fit)
@@ -147,7 +147,7 @@ def classification(
       ValueError: names, descriptions and classes do not fit together, or a template has no `{c}`.
       UnusableSet: the folder of descriptions has no file for the set.
     """
-    options = _several(options, "modes")
+    options = several(options, "modes")
     templates, names, descriptions = (options.pop(key, None) for key in ("templates", "names", "descriptions"))
     classes = data.classes
     if names is not None:
@@ -222,7 +222,7 @@ def choice(model: nn.Module, benchmark: base.Benchmark, data: base.Choice, optio
         model,
         ChoiceSet(benchmark.name, pixels, tokens, data.items, data.texts, whole_images(model, data.pictures)),
         preprocess=model.preprocessing,
-        **_several(options, "modes"),
+        **several(options, "modes"),
     )
 
 
@@ -250,7 +250,7 @@ def pointing(
     Raises:
       UnusableSet: no phrase is left.
     """
-    size, options = image_rules.pair(model.image_size), _several(options, "modes")
+    size, options = image_rules.pair(model.image_size), several(options, "modes")
     boxes = [
         model.preprocessing.fit_boxes(own, data.sizes[image], size)
         for own, image in zip(data.boxes, data.image_of_text, strict=True)
@@ -305,7 +305,7 @@ def segmentation(
     """
     if not model.has_local:
         raise UnusableSet(benchmark, "the model has no projected patches: config.model.project_image is False")
-    options = {"short_side": 1.5, **_several(options, "modes")}
+    options = {"short_side": 1.5, **several(options, "modes")}
     classes, templates = (_lines(options.pop(name, None)) for name in ("classes", "templates"))
     classes = data.classes if classes is None else segmentation_sets.parse_classes(classes)
     if len(classes) != len(data.classes):

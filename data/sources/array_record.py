@@ -7,7 +7,7 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -177,16 +177,7 @@ def open_tfds(name: str) -> ArrayRecord:
       ShardError: there is no such data set or split on this machine, or it was prepared in another format.
       ImportError: tensorflow-datasets is not installed.
     """
-    import tensorflow_datasets as tfds  # of the users of this format alone
-
-    text, options = _tfds_options(name)
-    try:
-        if os.path.isdir(text):
-            builder = tfds.builder_from_directory(text, file_format="array_record")
-        else:
-            builder = tfds.builder(text, data_dir=options.get("data_dir"), file_format="array_record")
-    except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError) as error:
-        raise ShardError(f"{name}: {str(error).splitlines()[0]} {TFDS_ADVICE}") from error
+    builder, options = _tfds_builder(name, file_format="array_record")
     splits = builder.info.splits
     if not splits:
         raise ShardError(f"{name}: nothing in {builder.data_dir}. {TFDS_ADVICE}")
@@ -208,21 +199,28 @@ def tfrecord_files(name: str) -> list[str]:
     Returns:
       Paths; empty where the data set is not there, has another format, or the split is a part of the files' records.
     """
-    import tensorflow_datasets as tfds  # of the users of this format alone
-
-    text, options = _tfds_options(name)
     try:
-        if os.path.isdir(text):
-            builder = tfds.builder_from_directory(text)
-        else:
-            builder = tfds.builder(text, data_dir=options.get("data_dir"))
+        builder, options = _tfds_builder(name)
         parts = builder.info.splits[options["split"]].file_instructions
-    except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError, KeyError):
+    except (ShardError, ValueError, KeyError):
         return []
     whole = all(part.skip == 0 and part.take in (-1, part.examples_in_shard) for part in parts)
     if not whole or builder.info.file_format.value != "tfrecord":
         return []
     return [os.fspath(part.filename) for part in parts]
+
+
+def _tfds_builder(name: str, **form: str) -> tuple[Any, dict[str, str]]:
+    """The builder of a data set, in a `file_format` if one is given, and the options of its name. Raises ShardError."""
+    import tensorflow_datasets as tfds  # of the users of this format alone
+
+    text, options = _tfds_options(name)
+    try:
+        if os.path.isdir(text):
+            return tfds.builder_from_directory(text, **form), options
+        return tfds.builder(text, data_dir=options.get("data_dir"), **form), options
+    except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError) as error:
+        raise ShardError(f"{name}: {str(error).splitlines()[0]} {TFDS_ADVICE}") from error
 
 
 def _tfds_options(name: str) -> tuple[str, dict[str, str]]:

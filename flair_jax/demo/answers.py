@@ -182,15 +182,13 @@ def segment(model: Pretrained, picture: Image.Image, names: Sequence[str], templ
     mask = model.segment(picture, names, template, mode=mode)
     palette = segmentation.colours(len(names))
     counts = np.bincount(mask[mask >= 0], minlength=len(names))
-    coloured = np.where((mask >= 0)[..., None], palette[mask], segmentation.NONE)
     shown, _ = page.fit_tile(picture, SIDE)
-    flat = Image.fromarray(coloured).resize(shown.size, Image.Resampling.NEAREST)
     classes = [
         (names[number], tuple(palette[number].tolist()), counts[number] / mask.size)
         for number in np.argsort(-counts, kind="stable")
         if counts[number]
     ]
-    return Segments(Image.blend(shown, flat, segmentation.OPACITY), classes)
+    return Segments(segmentation.overlay(shown, mask, palette), classes)
 
 
 def regions(model: Pretrained, picture: Image.Image, texts: Sequence[str]) -> Image.Image:

@@ -14,7 +14,6 @@ from flair_jax.report import Result
 MAX_BARS = 40
 TILE = 160  # width of an image in pixels
 TEXT = 420  # width of the column of texts
-RIGHT, WRONG = (0, 110, 40), (180, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +69,13 @@ def sheet(decisions: Sequence[Decision]) -> Image.Image:
 def _row(decision: Decision) -> Image.Image:
     cells = []
     for number, image in enumerate(decision.images):
-        picture, _ = page.fit_tile(page.as_picture(image), TILE)
+        picture, _ = page.fit_tile(image, TILE)
         label, colour = f"image {number}" if len(decision.images) > 1 else "", "black"
         if len(decision.images) > 1 and len(decision.texts) == 1:
-            label, colour = f"{decision.scores[number, 0]:.3f}", RIGHT if number < decision.positives else WRONG
+            label, colour = (
+                f"{decision.scores[number, 0]:.3f}",
+                page.RIGHT if number < decision.positives else page.WRONG,
+            )
         cells.append(page.stacked([picture, page.text_block(label, TILE, colour)]))
     blocks = [page.text_block(label, TEXT, colour) for label, colour in _labels(decision)]
     return page.beside([*cells, page.stacked(blocks)])
@@ -87,7 +89,7 @@ def _labels(decision: Decision) -> list[tuple[str, page.Colour]]:
             labels.append((text, "black"))
         elif len(decision.images) == 1:
             label = f"{decision.scores[0, number]:.3f}  {text}"
-            labels.append((label, RIGHT if number < decision.positives else WRONG))
+            labels.append((label, page.RIGHT if number < decision.positives else page.WRONG))
         else:
             label = f"{decision.scores[0, number]:.3f} / {decision.scores[1, number]:.3f}  text {number}: {text}"
             labels.append((label, "black"))

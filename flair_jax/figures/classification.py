@@ -13,7 +13,6 @@ BARS = 30
 EXAMPLES = 5  # images that are right, and as many that are wrong
 NAME = 24  # characters of a class's name in a chart
 TILE = 192  # width of an image in pixels
-TRUE = (0, 110, 40)
 
 
 def confusion(classes: Sequence[str], labels: np.ndarray, predictions: np.ndarray) -> Image.Image:
@@ -98,11 +97,11 @@ def examples(
             true = ", ".join(classes[number] for number in np.flatnonzero(truth[image]))
             parts = [
                 page.text_block(f"{title}: {true}", TILE, most=2),
-                page.fit_tile(page.as_picture(images[image]), TILE)[0],
+                page.fit_tile(images[image], TILE)[0],
             ]
             for name, score in zip(best[image], scores[image], strict=True):
                 line = page.cut(f"{score:.2f} {classes[name]}", TILE)
-                parts.append(page.text_block(line, TILE, TRUE if truth[image, name] else "black"))
+                parts.append(page.text_block(line, TILE, page.RIGHT if truth[image, name] else "black"))
             cells.append(page.stacked(parts))
         lines += [page.beside(cells)] if cells else []
     return page.framed(page.stacked(lines, 2 * page.MARGIN))

@@ -230,7 +230,7 @@ def sheet(rows: Sequence[Row], scale: Scale, *, tile: int = 192) -> Image.Image:
 
 def _cell(row: Row, heat: np.ndarray | None, scale: Scale, caption: str, box, tile: int) -> Image.Image:
     """An overlay scaled to the width of a tile, with a frame in it and a caption below; without a map the picture."""
-    picture, factor = page.fit_tile(page.as_picture(row.image), tile)
+    picture, factor = page.fit_tile(row.image, tile)
     if heat is not None:
         part = None if row.part is None else tuple(factor * side for side in row.part)
         picture = overlay(picture, heat, scale, part)

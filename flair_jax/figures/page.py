@@ -12,6 +12,7 @@ MARGIN = 8  # pixels between parts
 FONT_SIZE, LINE = 11, 16  # of texts
 INDENT = 16  # of a text after a mark
 TALLEST = 1.5  # height of a picture, in tiles
+RIGHT, WRONG = (0, 110, 40), (180, 0, 0)  # colours of answers
 
 Colour = str | tuple[int, int, int]
 
@@ -23,8 +24,9 @@ def as_picture(image: Image.Image | np.ndarray) -> Image.Image:
     return Image.fromarray(image if image.dtype == np.uint8 else np.uint8(np.clip(image, 0, 1) * 255))
 
 
-def fit_tile(picture: Image.Image, tile: int) -> tuple[Image.Image, float]:
+def fit_tile(image: Image.Image | np.ndarray, tile: int) -> tuple[Image.Image, float]:
     """A picture scaled to the width of a tile, a tall one to less, and the factor; small pictures show their pixels."""
+    picture = as_picture(image)
     factor = min(tile / picture.width, TALLEST * tile / picture.height)
     resampling = Image.Resampling.NEAREST if factor > 2 else Image.Resampling.BICUBIC
     return picture.resize(tuple(max(1, round(factor * side)) for side in picture.size), resampling), factor

@@ -12,7 +12,7 @@ from flair_jax.figures import page
 
 TILE = 224  # width of an image in pixels
 COLUMNS = 4
-HIT, MISS, BOX = (0, 110, 40), (180, 0, 0), (0, 255, 0)
+BOX = (0, 255, 0)
 PEAK = (255, 255, 0)
 
 
@@ -47,7 +47,7 @@ def sheet(examples: Sequence[Example], scale_of: Callable[[Sequence[np.ndarray]]
 
 
 def _cell(example: Example, heat: np.ndarray, colours: heats.Scale) -> Image.Image:
-    picture, scale = page.fit_tile(page.as_picture(example.image), TILE)
+    picture, scale = page.fit_tile(example.image, TILE)
     # In colour, of which the phrases speak: the picture itself does not stand beside it.
     picture, grid = heats.overlay(picture, heat, colours, grey=0.0), heat.shape
     draw = ImageDraw.Draw(picture)
@@ -56,4 +56,4 @@ def _cell(example: Example, heat: np.ndarray, colours: heats.Scale) -> Image.Ima
     row, column = np.unravel_index(heat.argmax(), grid)
     x, y = (column + 0.5) * picture.width / grid[1], (row + 0.5) * picture.height / grid[0]
     draw.ellipse([x - 5, y - 5, x + 5, y + 5], outline=PEAK, width=3)
-    return page.stacked([picture, page.text_block(example.text, TILE, HIT if example.hit else MISS)])
+    return page.stacked([picture, page.text_block(example.text, TILE, page.RIGHT if example.hit else page.WRONG)])

@@ -41,7 +41,7 @@ def sheet(examples: Sequence[Example]) -> Image.Image:
 
 
 def _cell(example: Example) -> Image.Image:
-    picture, _ = page.fit_tile(page.as_picture(example.image), TILE)
+    picture, _ = page.fit_tile(example.image, TILE)
     width, height = picture.size
     scale = (width - 1, height - 1, width - 1, height - 1)
     draw = ImageDraw.Draw(picture)

@@ -63,7 +63,7 @@ def examples(rows: Sequence[Example]) -> Image.Image:
 def _block(row: Example, scale: Scale | None) -> Image.Image:
     cells = []
     for title, (pixels, heat) in ((f"its image: rank {row.rank}", row.own), ("the best other one", row.rival)):
-        picture, _ = page.fit_tile(page.as_picture(pixels), TILE)
+        picture, _ = page.fit_tile(pixels, TILE)
         cells.append((title, picture))
         if heat is not None:
             cells.append(("where the text looks", overlay(picture, heat, scale)))

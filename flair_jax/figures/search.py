@@ -34,5 +34,5 @@ def _cell(picture: Image.Image | None, caption: str) -> Image.Image:
         picture = Image.new("RGB", (TILE, TILE // 2), "lightgrey")
         picture.paste(page.text_block("cannot be read any more", TILE - 8, background="lightgrey"), (4, 4))
     else:
-        picture, _ = page.fit_tile(page.as_picture(picture), TILE)
+        picture, _ = page.fit_tile(picture, TILE)
     return page.stacked([picture, page.text_block(caption, TILE)])

@@ -36,21 +36,29 @@ def masks(
       classes: C names.
     """
     counts = [_pixels(*masks, len(classes)) for masks in zip(labels, predictions, strict=True)]
-    palette = np.tile(NONE, (len(classes) + 1, 1))
+    palette = np.empty((len(classes), 3), np.uint8)
     # The most frequent classes get the colours that differ most.
     palette[np.argsort(-sum(map(sum, counts)), kind="stable")] = colours(len(classes))
     rows = []
     for image, label, prediction, (true, found) in zip(images, labels, predictions, counts, strict=True):
-        picture, _ = page.fit_tile(page.as_picture(image), TILE)
-        tiles = [picture]
-        for mask in (label, prediction):
-            is_class = (mask >= 0) & (mask < len(classes))
-            flat = Image.fromarray(palette[np.where(is_class, mask, len(classes))])
-            tiles.append(Image.blend(picture, flat.resize(picture.size, Image.Resampling.NEAREST), OPACITY))
+        picture, _ = page.fit_tile(image, TILE)
+        tiles = [picture, *(overlay(picture, mask, palette) for mask in (label, prediction))]
         titled = zip(("image", "true", "predicted"), tiles, strict=True)
         cells = [page.stacked([page.text_block(title, TILE), tile]) for title, tile in titled]
         rows.append(page.beside([*cells, _legend(true, found, classes, palette)]))
     return page.framed(page.stacked(rows, page.MARGIN))
+
+
+def overlay(picture: Image.Image, mask: np.ndarray, palette: np.ndarray) -> Image.Image:
+    """A picture under the colours of a mask.
+
+    Args:
+      mask: int (h, w), the class of each pixel; numbers that are no class are black.
+      palette: uint8 (C, 3).
+    """
+    is_class = (mask >= 0) & (mask < len(palette))
+    flat = Image.fromarray(np.concatenate([palette, NONE[None]])[np.where(is_class, mask, len(palette))])
+    return Image.blend(picture, flat.resize(picture.size, Image.Resampling.NEAREST), OPACITY)
 
 
 def _pixels(label: np.ndarray, prediction: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
